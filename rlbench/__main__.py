@@ -1,0 +1,129 @@
+"""`python -m rlbench [command] [overrides]`: find the command, compose its config with Hydra, run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+COMMANDS = {"train": "train a policy (the default)"}
+
+_HELP = """rlbench: reinforcement learning for reasoning language models
+
+usage: python -m rlbench [command] [overrides]
+
+commands
+{commands}
+
+examples
+  python -m rlbench +exp=grpo_gsm8k                                   one run
+  python -m rlbench +exp=grpo_gsm8k optim.lr=3e-5 training.num_steps=50
+  python -m rlbench -m +exp=grpo_gsm8k optim.lr=1e-5,3e-5 seed=1,2,3  a sweep
+  python -m rlbench +exp=grpo_gsm8k --cfg job                         show the composed config, run nothing
+  python -m rlbench +exp=grpo_gsm8k resume=outputs/grpo_gsm8k/...     go on with a stopped run
+
+experiments (+exp=...): {experiments}
+config groups (group=choice)
+{groups}
+
+Every key and its default: python -m rlbench --cfg job. Hydra's own options: python -m rlbench --hydra-help
+"""
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    is_named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~"))
+    command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
+    if command not in COMMANDS:
+        _fail_unknown_command(command)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(help_text())
+        return
+    sys.exit(_run_with_hydra(arguments))
+
+
+def help_text() -> str:
+    from rlbench.config.compose import group_choices, group_names
+
+    groups = [name for name in group_names() if name != "exp"]
+    return _HELP.format(
+        commands="\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()),
+        experiments=", ".join(group_choices("exp")),
+        groups="\n".join(f"  {name:10} {', '.join(group_choices(name))}" for name in groups),
+    )
+
+
+def _run_with_hydra(arguments: list[str]) -> int:
+    """Exit status of the command: 0 done, 2 the user's mistake, else as the command says."""
+    import hydra
+
+    from rlbench.config.compose import (
+        CONFIG_ERRORS,
+        config_folder,
+        explain_config_error,
+        register_schema,
+        resolve_model_shorthand,
+    )
+
+    register_schema()
+    arguments, notes = resolve_model_shorthand(arguments)
+    # Hydra prints its own traceback and exits unless this is set; we turn its exceptions into one sentence.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    statuses: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+    def run(composed: Any) -> None:
+        # Nothing may leave this function: Hydra would print about it in its own words.
+        statuses.append(_run_command(composed, notes))
+
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        run()
+    except CONFIG_ERRORS as error:
+        return _fail(explain_config_error(error, arguments))
+    except OSError as error:
+        return _fail(f"cannot make the run's folder ({error}); hydra.run.dir={error.filename or '...'} must be writable")
+    return max(statuses, default=0)
+
+
+def _run_command(composed: Any, notes: list[str]) -> int:
+    from rlbench.config.compose import to_run_config
+
+    try:
+        config = to_run_config(composed)
+        from rlbench.commands.train import train
+
+        return train(config, notes)
+    except ValueError as error:
+        if _is_raised_by_us(error):
+            return _fail(str(error))
+        traceback.print_exc()
+    except Exception:
+        traceback.print_exc()
+    return 1
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    """True if our own code raised it: a user's mistake with its own sentence. A library's error keeps its traceback."""
+    if os.environ.get("RLBENCH_TRACEBACK"):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return any(f"{os.sep}{package}{os.sep}" in last for package in ("rlbench", "rlbench_rewards", "rlbench_kernels"))
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _fail_unknown_command(command: str) -> None:
+    from rlbench.config.checks import nearest
+
+    guess = nearest(command, COMMANDS, count=1)
+    hint = f"; did you mean {guess[0]}?" if guess else ""
+    sys.exit(_fail(f"there is no command {command!r}, expected one of: {', '.join(COMMANDS)}{hint}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""From a config to the parts of a run, in the order in which a user's mistake costs least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlbench.config.derive import Derivation, HardwareFacts, derive
+from rlbench.config.schema import RunConfig
+from rlbench.data.prompts import PromptSet, make_prompts, select_rows
+from rlbench.data.sources import LoadedRows, load_rows
+from rlbench.models.source import ResolvedModel, resolve_model
+from rlbench.records import SamplingParams
+from rlbench.rollouts.score import Scorer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from rlbench.engine.interface import Engine
+    from rlbench.models.policy import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything that is known before weights are loaded."""
+
+    config: RunConfig
+    facts: HardwareFacts
+    derived: list[Derivation]
+    rows: dict[str, LoadedRows]  # by split
+    model: ResolvedModel
+    tokenizer: Any
+    train: PromptSet
+    evaluation: PromptSet | None
+    stop_token_ids: tuple[int, ...]
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The heavy parts of a run."""
+
+    base: PreTrainedModel
+    policy: Policy
+    engine: Engine
+    optimizer: torch.optim.AdamW
+    scorer: Scorer
+
+
+def prepare(config: RunConfig) -> Inputs:
+    """Derive settings, read data, find the model, render prompts. Loads no weights; fails fast.
+
+    Raises:
+        ValueError: anything a user can get wrong.
+    """
+    # Data first: a wrong path must not wait for torch to be imported.
+    rows = {"train": load_rows(config.data, "train")}
+    has_test = config.data.path is None or config.data.eval_path is not None
+    if has_test and config.evaluation.num_prompts != 0:
+        rows["test"] = load_rows(config.data, "test")
+    _check_model_exists(config)
+
+    from rlbench.models.device import hardware_facts
+
+    facts = hardware_facts(config.hardware.profile)
+    derived = derive(config, facts)
+    model = resolve_model(config.model)
+    tokenizer, context, stop_token_ids = _tokenizer(model)
+    train_rows, eval_rows = _split(config, rows)
+    limit = context - config.sampling.max_tokens
+    reason = f"the model's context of {context} less sampling.max_tokens of {config.sampling.max_tokens}"
+
+    def prompts(selected: Any, split: str) -> PromptSet:
+        return make_prompts(
+            selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason
+        )
+
+    return Inputs(
+        config=config,
+        facts=facts,
+        derived=derived,
+        rows=rows,
+        model=model,
+        tokenizer=tokenizer,
+        train=prompts(train_rows, "train"),
+        evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
+        stop_token_ids=stop_token_ids,
+        context_tokens=context,
+    )
+
+
+def build(inputs: Inputs) -> Parts:
+    """Load the base once and make policy, engine, optimizer and reward workers around it.
+
+    Raises:
+        ValueError: a reward cannot be built, or the model has an architecture that is not supported.
+    """
+    import torch
+
+    from rlbench.models.base import load_base
+    from rlbench.models.policy import Policy
+    from rlbench.training.optim import make_optimizer
+
+    config = inputs.config
+    scorer = Scorer(config.rewards)
+    try:
+        device = "cuda" if config.hardware.profile == "gpu" else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(config.hardware.num_threads or 1)
+        base = load_base(str(inputs.model.folder), dtype=getattr(torch, config.model.dtype), device=device)
+        policy = Policy(base, config.lora, seed=config.seed)
+        return Parts(
+            base=base,
+            policy=policy,
+            engine=_engine(inputs, base),
+            optimizer=make_optimizer(policy.parameters(), config.optim),
+            scorer=scorer,
+        )
+    except BaseException:
+        scorer.close()
+        raise
+
+
+def training_sampling(inputs: Inputs) -> SamplingParams:
+    sampling = inputs.config.sampling
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop_token_ids=inputs.stop_token_ids,
+    )
+
+
+def greedy_sampling(inputs: Inputs) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=inputs.config.sampling.max_tokens, temperature=0.0, stop_token_ids=inputs.stop_token_ids
+    )
+
+
+def _engine(inputs: Inputs, base: PreTrainedModel) -> Engine:
+    config = inputs.config
+    if config.engine.kind == "vllm":
+        raise ValueError("engine.kind is vllm, which this version cannot share a base with yet; expected engine=hf")
+    from rlbench.engine.hf_engine import HfEngine
+
+    return HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64)
+
+
+def _check_model_exists(config: RunConfig) -> None:
+    """Without torch: a model that was named must be somewhere."""
+    if config.model.path is not None:
+        from rlbench.models.source import check_model_path
+
+        check_model_path(config.model.path)
+
+
+def _tokenizer(model: ResolvedModel) -> tuple[Any, int, tuple[int, ...]]:
+    """Tokenizer, context length in tokens, and the ids that end a completion."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = str(model.folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    eos = text_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])} - {None}
+    if not ids:
+        raise ValueError(f"model.path: {model.name} names no end-of-sequence token, so no completion could ever end")
+    return tokenizer, int(text_config.max_position_embeddings), tuple(sorted(ids))
+
+
+def _split(config: RunConfig, rows: dict[str, LoadedRows]) -> tuple[Any, Any]:
+    """Training rows and held-out rows (None: no evaluation)."""
+    num_eval = config.evaluation.num_prompts or 0
+    shuffle_seed = config.data.seed if config.data.shuffle else None
+    if "test" in rows:
+        eval_rows = select_rows(rows["test"], limit=num_eval, shuffle_seed=None)
+        return select_rows(rows["train"], limit=config.data.limit, shuffle_seed=shuffle_seed), eval_rows
+    everything = select_rows(rows["train"], limit=None, shuffle_seed=shuffle_seed)
+    num_eval = min(num_eval, len(everything) // 5)  # a file of its own: at most a fifth is held out
+    eval_rows = everything.select(range(num_eval)) if num_eval else None
+    train_rows = everything.select(range(num_eval, len(everything)))
+    if config.data.limit is not None:
+        train_rows = train_rows.select(range(min(config.data.limit, len(train_rows))))
+    return train_rows, eval_rows

@@ -1,0 +1,58 @@
+"""The plan that a run prints before it starts: what is done with what, and why each derived value is what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlbench.build import Inputs
+from rlbench.data.prompts import longest_prompt_tokens
+from rlbench.tracking.console import PlanRow
+
+
+def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
+    """Rows of the plan by section: model, data, rewards, sizes, files."""
+    config = inputs.config
+    reasons = {d.key: d.reason for d in inputs.derived}
+
+    def row(section: str, key: str, value: object = None) -> PlanRow:
+        if value is None:
+            part, name = key.split(".")
+            value = getattr(getattr(config, part), name)
+        return PlanRow(section, key, str(value), f"derived: {reasons[key]}" if key in reasons else "")
+
+    rows = [
+        row("Model", "model.path"),
+        PlanRow("Model", "found", str(inputs.model.folder), inputs.model.description),
+        row("Model", "model.dtype"),
+        PlanRow("Model", "lora", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}"),
+    ]
+    rows += _data_rows(inputs)
+    rows += [
+        PlanRow("Rewards", name, f"{component.path}, weight {component.weight:g}")
+        for name, component in config.rewards.components.items()
+    ]
+    rows += [row("Rewards", "rewards.num_workers")]
+    sizes = ("hardware.profile", "hardware.num_threads", "engine.kind", "engine.max_num_seqs", "training.num_steps",
+             "algorithm.prompts_per_step", "algorithm.group_size", "sampling.max_tokens",
+             "training.tokens_per_microbatch", "evaluation.num_prompts", "optim.lr")  # fmt: skip
+    rows += [row("Sizes", key) for key in sizes]
+    kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
+    rows += [
+        PlanRow("Sizes", "algorithm.kl_coef", kl),
+        PlanRow("Files", "run folder", str(run_folder)),
+    ]
+    return rows
+
+
+def _data_rows(inputs: Inputs) -> list[PlanRow]:
+    rows = [PlanRow("Data", split, loaded.description) for split, loaded in inputs.rows.items()]
+    for split, loaded in inputs.rows.items():
+        if loaded.bad_rows:
+            rows.append(PlanRow("Data", f"{split}, left out", f"{len(loaded.bad_rows)} rows", "; ".join(loaded.bad_rows[:3])))
+    longest = longest_prompt_tokens(inputs.train.prompts)
+    rows.append(PlanRow("Data", "training prompts", f"{len(inputs.train.prompts)}, the longest has {longest} tokens"))
+    if inputs.train.num_too_long:
+        rows.append(PlanRow("Data", "too long, left out", str(inputs.train.num_too_long)))
+    num_held_out = len(inputs.evaluation.prompts) if inputs.evaluation else 0
+    rows.append(PlanRow("Data", "held-out prompts", str(num_held_out)))
+    return rows

@@ -1,0 +1,186 @@
+"""`python -m rlbench train`: plan, run, summarise, and say in one sentence what went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rlbench.commands.plan import plan_rows
+from rlbench.config.resume import check_resumable
+from rlbench.config.schema import RunConfig
+from rlbench.tracking.console import RunConsole
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import JsonlWriter, read_metrics
+from rlbench.tracking.tracker import Tracker
+from rlbench.tracking.wandb_tracker import WandbTracker
+
+if TYPE_CHECKING:
+    from rlbench.build import Inputs
+    from rlbench.loops.rl import RlLoop
+    from rlbench.training.checkpoint import Checkpoint
+
+
+def train(config: RunConfig, notes: Sequence[str]) -> int:
+    """Run the whole job; the exit status is 0, 128 + signal, or 3 to 6 for a run that had to stop."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _train(config, notes, hydra_folder)
+    except ValueError:
+        _remove_if_unused(hydra_folder)
+        raise
+
+
+def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
+    console = RunConsole(quiet=config.tracking.quiet)
+    for note in notes:
+        console.note(note)
+    checkpoint, run_folder = _find_resume(config, hydra_folder, console)
+    with console.phase("reading data and model"):
+        from rlbench.build import build, prepare
+
+        inputs = prepare(config)
+    console.plan(plan_rows(inputs, run_folder))
+    if checkpoint is not None:
+        for line in check_resumable(_saved_config(run_folder), asdict(config)):
+            console.warning(line)
+    with console.phase("loading the model"):
+        parts = build(inputs)
+    try:
+        return _run(inputs, parts, checkpoint, run_folder, console)
+    finally:
+        parts.scorer.close()
+        parts.engine.close()
+
+
+def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> int:
+    from rlbench.checks.policy_identity import PolicyIdentityError
+    from rlbench.loops.rl import NonFiniteError, RlLoop
+    from rlbench.loops.stopping import StopRequest
+    from rlbench.rollouts.credit import RewardFailure
+
+    tracker = _tracker(inputs, checkpoint, run_folder, console)
+    stop = StopRequest(console.warning)
+    loop = RlLoop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
+    failures = {NonFiniteError: 3, TrackingError: 4, RewardFailure: 5, PolicyIdentityError: 6}
+    start = time.monotonic()
+    try:
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+            loop.history = list(read_metrics(run_folder / "metrics.jsonl", "train"))
+            console.note(f"resumed from {checkpoint.folder}: {loop.step} steps are done")
+        with stop:
+            loop.run()
+        is_done = stop.signal_number is None
+        if is_done:
+            parts.policy.save_adapter(run_folder / "adapter", inputs.model.name)
+        _summarise(loop, console, is_done=is_done, seconds=time.monotonic() - start)
+        return 0 if is_done else stop.exit_status
+    except tuple(failures) as error:
+        console.close()
+        resume = f"; to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else ""
+        print(f"error: step {loop.step + 1}: {error}{resume}", file=sys.stderr)
+        return failures[type(error)]
+    finally:
+        tracker.close()
+
+
+def _tracker(inputs: Inputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
+    config = inputs.config
+    run_folder.mkdir(parents=True, exist_ok=True)
+    plain = asdict(config)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
+    (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))
+    wandb = WandbTracker(
+        config.tracking.wandb,
+        config.tracking.wandb_project,
+        run_folder.name,
+        run_folder,
+        plain,
+        run_id=checkpoint.state.get("wandb_run_id") if checkpoint else None,
+        tags=[config.name],
+        warn=console.warning,
+    )
+    steps_done = checkpoint.step if checkpoint else 0
+    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
+    return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done)
+
+
+def _find_resume(
+    config: RunConfig, hydra_folder: Path, console: RunConsole
+) -> tuple[Checkpoint | None, Path]:
+    """The checkpoint to go on from, if any, and the folder of this run."""
+    if config.resume is None:
+        return None, hydra_folder
+    from rlbench.training.checkpoint import find_checkpoint
+
+    checkpoint, damaged = find_checkpoint(Path(config.resume).expanduser())
+    for line in damaged:
+        console.warning(f"{line}; an older checkpoint is taken")
+    _remove_if_unused(hydra_folder)
+    return checkpoint, checkpoint.folder.parent.parent
+
+
+def _saved_config(run_folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((run_folder / "config.yaml").read_text())
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Hydra made a folder before we knew that nothing would be written there."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"hydra"}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _summarise(loop: RlLoop, console: RunConsole, *, is_done: bool, seconds: float) -> None:
+    from rlbench.tracking.formats import format_duration
+
+    folder = loop.run_folder
+    config = loop.inputs.config
+    files = {"metrics": folder / "metrics.jsonl", "checkpoint": loop.last_checkpoint or "none"}
+    if config.tracking.save_rollouts:
+        files["rollouts"] = folder / "rollouts"
+    resume = f"python -m rlbench +exp={config.name} resume={folder}"
+    if is_done:
+        files["adapter"] = folder / "adapter"
+        commands = [f"{resume} training.num_steps={2 * loop.step}   # train on"]
+    else:
+        commands = [f"{resume}   # go on"]
+    wandb = loop.tracker.wandb
+    if wandb is not None and wandb.mode == "offline":
+        commands.append(f"wandb sync {folder}/wandb/offline-run-*   # upload this run to wandb")
+    verb = "Finished" if is_done else "Stopped after"
+    console.summary(
+        history=loop.history,
+        headline=f"{verb} {loop.step} steps in {format_duration(seconds)}.",
+        accuracy=_accuracy_change(loop),
+        files=files,
+        next_commands=commands,
+    )
+
+
+def _accuracy_change(loop: RlLoop) -> Any:
+    from rlbench.tracking.run_summary import AccuracyChange
+
+    if len(loop.evaluations) < 2 or not loop.evaluations[0].is_correct:
+        return None
+    before, after = loop.evaluations[0], loop.evaluations[-1]
+    both = before.is_correct.keys() & after.is_correct.keys()
+    return AccuracyChange(
+        name="held-out problems",
+        correct_before=before.num_correct,
+        num_before=len(before.is_correct),
+        correct_after=after.num_correct,
+        num_after=len(after.is_correct),
+        num_gained=sum(after.is_correct[p] and not before.is_correct[p] for p in both),
+        num_lost=sum(before.is_correct[p] and not after.is_correct[p] for p in both),
+    )

@@ -1,0 +1,37 @@
+"""Checks that name the key, the value and what is expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """The choices most like `word`, best first; whole dotted keys also match by their last part."""
+    choices = list(choices)
+    last = word.rsplit(".", 1)[-1]
+    by_whole = difflib.get_close_matches(word, choices, n=count, cutoff=0.6)
+    by_last = [c for m in difflib.get_close_matches(last, [c.rsplit(".", 1)[-1] for c in choices], n=count, cutoff=0.6)
+               for c in choices if c.rsplit(".", 1)[-1] == m]  # fmt: skip
+    return list(dict.fromkeys([*by_whole, *by_last]))[:count]
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        guess = nearest(str(value), choices, count=1)
+        hint = f"; did you mean {guess[0]}?" if guess else ""
+        raise ValueError(f"{key} is {value!r}, expected one of: {', '.join(choices)}{hint}")
+
+
+def check_range(
+    key: str, value: float | None, *, low: float | None = None, high: float | None = None, is_low_open: bool = False
+) -> None:
+    """None passes: it stands for a derived value."""
+    if value is None:
+        return
+    if low is not None and (value < low or (is_low_open and value == low)):
+        raise ValueError(f"{key} is {value}, expected {'more than' if is_low_open else 'at least'} {low}")
+    if high is not None and value > high:
+        raise ValueError(f"{key} is {value}, expected at most {high}")
+    if value != value:
+        raise ValueError(f"{key} is {value}, expected a number")

@@ -1,0 +1,141 @@
+"""The Hydra edge: where conf/ lies, which dataclass is the schema, and what a user reads when composing fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import rlbench
+from rlbench.config.checks import nearest
+from rlbench.config.schema import RunConfig
+
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def config_folder() -> Path:
+    """conf/ beside the package in a checkout, inside the package in an installed wheel."""
+    package = Path(rlbench.__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register_schema() -> None:
+    """Make RunConfig the type of the composed config: unknown keys and wrong types are errors."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def to_run_config(composed: Any) -> RunConfig:
+    """The composed config as dataclasses; their own checks run here.
+
+    Raises:
+        ValueError: a value is out of range, missing, or no valid choice.
+    """
+    known = set(schema_keys())
+    for key in _leaf_keys(OmegaConf.to_container(composed)):
+        if key not in known and not key.startswith("rewards.components."):
+            raise ValueError(_unknown_key(key))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    for name, component in config.rewards.components.items():
+        if component.path == "???":
+            raise ValueError(f"rewards.components.{name}.path is missing, expected the dotted path of a reward")
+    return config
+
+
+def group_choices(group: str) -> list[str]:
+    """Names of the YAML files of a config group."""
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+
+
+def resolve_model_shorthand(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Rewrite `model=X` to `model.path=X` where X is no file of conf/model but looks like a path or a hub id.
+
+    Returns:
+        The overrides and one line for each rewriting.
+    """
+    rewritten, notes = [], []
+    for override in overrides:
+        value = override.removeprefix("model=").strip("'\"")
+        is_place = "/" in value or value.endswith(".gguf")
+        if override.startswith("model=") and is_place and "," not in value and value not in group_choices("model"):
+            rewritten.append(f"model.path='{value}'")
+            notes.append(f"model={value} is read as model.path={value}")
+        else:
+            rewritten.append(override)
+    return rewritten, notes
+
+
+def schema_keys(node: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema."""
+    instance = node() if isinstance(node, type) else node
+    for field in fields(instance):
+        key = f"{prefix}{field.name}"
+        yield key
+        value = getattr(instance, field.name)
+        if is_dataclass(value):
+            yield from schema_keys(value, f"{key}.")
+
+
+def _leaf_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _leaf_keys(value, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix
+
+
+def explain_config_error(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence for an error of composing: what, got, expected, nearest valid names."""
+    if isinstance(error, MissingConfigException):
+        return _explain_missing_config(error)
+    root: BaseException = error
+    while isinstance(root, ConfigCompositionException) and root.__cause__ is not None:
+        root = root.__cause__
+    text = " ".join(str(root).split())
+    if isinstance(root, OverrideParseException):
+        return f"cannot read the override {root.override!r}: expected key=value, e.g. optim.lr=1e-4"
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if unknown or "Could not override" in str(error):
+        return _explain_unknown_key(unknown.group(1) if unknown else "", str(error), overrides)
+    key = getattr(root, "full_key", None)
+    message = re.sub(r" full_key: .*", "", text)
+    return f"{key}: {message}" if key else message
+
+
+def _explain_unknown_key(last_part: str, message: str, overrides: Sequence[str]) -> str:
+    named = re.search(r"Could not override '([^']+)'", message)
+    key = named.group(1) if named else _override_key(last_part, overrides)
+    return _unknown_key(key)
+
+
+def _unknown_key(key: str) -> str:
+    guesses = nearest(key, schema_keys()) or [k for k in schema_keys() if k.startswith(key.rsplit(".", 1)[0] + ".")]
+    return f"there is no key {key!r}; nearest valid keys: {', '.join(guesses) or ', '.join(group_names())}"
+
+
+def _override_key(last_part: str, overrides: Sequence[str]) -> str:
+    keys = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
+    return next((key for key in keys if key.rsplit(".", 1)[-1] == last_part), last_part)
+
+
+def _explain_missing_config(error: MissingConfigException) -> str:
+    name = error.missing_cfg_file or ""
+    group, _, choice = name.rpartition("/")
+    choices = group_choices(group) if group else group_names()
+    if not choices:
+        return f"there is no config group {group or name!r}; expected one of: {', '.join(group_names())}"
+    guess = nearest(choice, choices, count=1)
+    hint = f"; did you mean {guess[0]}?" if guess else ""
+    return f"{group}={choice}: there is no such choice, expected one of: {', '.join(choices)}{hint}"
+
+
+def group_names() -> list[str]:
+    return sorted(folder.name for folder in config_folder().iterdir() if folder.is_dir())

@@ -1,0 +1,92 @@
+"""What a run's hardware profile decides where the user did not, each value with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlbench.config.schema import AUTO, RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareFacts:
+    """What was found or measured on this machine before anything is derived."""
+
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    num_cores: int  # that this process may use
+    memory_gib: float  # free for us: host memory on a CPU, device memory on a GPU
+    matmul_gflops: dict[str, float]  # by dtype, on `device`
+    has_vllm: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derivation:
+    key: str
+    value: object
+    reason: str
+
+
+_SIZES = {
+    "cpu": {
+        "model.path": ("HuggingFaceTB/SmolLM2-135M-Instruct", "a model that two cores can train in minutes"),
+        "algorithm.prompts_per_step": (4, "cpu profile: a step should take seconds, not minutes"),
+        "algorithm.group_size": (8, "cpu profile: fewest completions that still rank well within a group"),
+        "training.num_steps": (30, "cpu profile: about six minutes on two cores"),
+        "training.tokens_per_microbatch": (4096, "cpu profile: about 3 GiB of activations for a 135M model"),
+        "evaluation.num_prompts": (64, "cpu profile: about ten seconds for each evaluation"),
+        "engine.max_num_seqs": (64, "cpu profile: matmul rate no longer rises above 64 rows"),
+    },
+    "gpu": {
+        "model.path": ("Qwen/Qwen2.5-1.5B-Instruct", "fits every GPU from 16 GiB with room for long completions"),
+        "algorithm.prompts_per_step": (32, "gpu profile"),
+        "algorithm.group_size": (8, "gpu profile"),
+        "training.num_steps": (200, "gpu profile"),
+        "training.tokens_per_microbatch": (8192, "gpu profile: keeps matmuls large, activations in a few GiB"),
+        "evaluation.num_prompts": (256, "gpu profile"),
+        "engine.max_num_seqs": (256, "gpu profile"),
+    },
+}
+
+
+def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
+    """Fill every derived value of `config` in place and return what was filled, with reasons.
+
+    Raises:
+        ValueError: if the config asks for hardware or an engine that is not there.
+    """
+    derived: list[Derivation] = []
+
+    def fill(key: str, value: object, reason: str) -> None:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) in (None, AUTO):
+            setattr(getattr(config, section), name, value)
+            derived.append(Derivation(key=key, value=value, reason=reason))
+
+    profile = "gpu" if facts.device == "cuda" else "cpu"
+    if config.hardware.profile == "gpu" and facts.device != "cuda":
+        raise ValueError("hardware.profile is gpu, but torch sees no CUDA device; expected hardware=cpu or hardware=auto")
+    fill("hardware.profile", profile, f"torch sees {facts.device_name}")
+    fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
+    for key, (value, reason) in _SIZES[config.hardware.profile].items():
+        fill(key, value, reason)
+    fill("model.dtype", *_dtype(facts))
+    fill("engine.kind", *_engine(config, facts))
+    if config.engine.kind == "vllm" and not facts.has_vllm:
+        raise ValueError("engine.kind is vllm, but vllm is not installed; expected engine=hf, or install the package")
+    fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
+    return derived
+
+
+def _dtype(facts: HardwareFacts) -> tuple[str, str]:
+    rates = facts.matmul_gflops
+    best = max(rates, key=lambda name: rates[name])
+    other = min(rates, key=lambda name: rates[name])
+    return best, f"measured: {rates[best]:.0f} GFLOP/s against {rates[other]:.0f} in {other}"
+
+
+def _engine(config: RunConfig, facts: HardwareFacts) -> tuple[str, str]:
+    if config.hardware.profile == "cpu":
+        return "hf", "the faster one on a CPU (scripts/results/generation.json)"
+    if facts.has_vllm:
+        return "vllm", "the faster one on a GPU"
+    return "hf", "vllm is not installed"

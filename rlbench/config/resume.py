@@ -1,0 +1,39 @@
+"""Which settings a resumed run may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "rewards.num_workers", "model.cache_dir")
+_WARN = ("training.", "optim.", "engine.", "rewards.", "algorithm.", "sampling.", "name")
+
+
+def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for each setting that changes the run's course from here on.
+
+    Args:
+        saved: config.yaml of the run.
+        current: the config of this call, derived values filled in.
+
+    Raises:
+        ValueError: a setting differs that the checkpoint depends on (model, adapter, data, seed).
+    """
+    before, now = dict(_leaves(saved)), dict(_leaves(current))
+    warnings = []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or key.startswith(_FREE):
+            continue
+        change = f"{key} was {before.get(key)!r} in the run that is resumed and is {now.get(key)!r} now"
+        if not key.startswith(_WARN):
+            raise ValueError(f"{change}; expected the same value, or a new run")
+        warnings.append(f"{change}: the run will not be what it would have been without the stop")
+    return warnings
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, node

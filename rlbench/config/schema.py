@@ -1,0 +1,242 @@
+"""Every setting of a run, its default and its meaning. The one home of a default; YAML files only override.
+
+`null` (None) means "derived": the value is chosen from the hardware profile or from other settings when the run starts,
+and printed with its reason (`rlbench.config.derive`). Setting it by hand always wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlbench.config.checks import check_choice, check_range
+
+AUTO = "auto"
+
+
+@dataclass
+class HardwareConfig:
+    profile: str = AUTO  # auto | cpu | gpu
+    num_threads: int | None = None  # CPU threads of torch
+
+    def __post_init__(self) -> None:
+        check_choice("hardware.profile", self.profile, [AUTO, "cpu", "gpu"])
+        check_range("hardware.num_threads", self.num_threads, low=1)
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # hub id, local folder, or GGUF file
+    dtype: str = AUTO  # auto (measured) | bfloat16 | float32
+    cache_dir: str = "~/.cache/rlbench"  # where converted GGUF files are kept
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, [AUTO, "bfloat16", "float32"])
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "all-linear"  # or a comma-separated list: q_proj,v_proj
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+
+    def __post_init__(self) -> None:
+        check_range("lora.rank", self.rank, low=1)
+        check_range("lora.alpha", self.alpha, low=0, is_low_open=True)
+
+
+@dataclass
+class ExampleConfig:
+    prompt: str = "???"
+    answer: str = "???"
+
+
+@dataclass
+class DataConfig:
+    name: str = "gsm8k"
+    path: str | None = None  # JSONL file with the training rows; replaces the named data set
+    eval_path: str | None = None  # JSONL file with the held-out rows; null: cut from `path`
+    source: str = AUTO  # auto (hub, else generated problems) | hub | generated
+    prompt_column: str = "question"
+    answer_column: str = "answer"
+    limit: int | None = None  # use the first rows only
+    shuffle: bool = True
+    seed: int = 0  # of the shuffling and of generated problems
+    system_prompt: str | None = None
+    prompt_template: str = "{prompt}"  # {prompt} is replaced by the prompt column
+    examples: list[ExampleConfig] = field(default_factory=list)  # solved problems, shown as earlier turns of the chat
+    max_bad_rows: int = 0  # rows that cannot be used: skipped and listed up to this many, then an error
+    long_prompts: str = "error"  # error | skip: what happens to prompts longer than the context allows
+
+    def __post_init__(self) -> None:
+        check_choice("data.source", self.source, [AUTO, "hub", "generated"])
+        check_choice("data.long_prompts", self.long_prompts, ["error", "skip"])
+        check_range("data.limit", self.limit, low=1)
+        check_range("data.max_bad_rows", self.max_bad_rows, low=0)
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"data.prompt_template is {self.prompt_template!r}, expected it to contain {{prompt}}")
+
+
+@dataclass
+class RewardConfig:
+    path: str = "???"  # dotted path of a function or class, e.g. rlbench_rewards.math_answer.MathAnswer
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardsConfig:
+    components: dict[str, RewardConfig] = field(default_factory=dict)
+    allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards: packages rewards may come from
+    timeout_s: float = 5.0  # per call; the worker is killed then
+    num_workers: int | None = None
+    on_invalid: str = "drop_sample"  # drop_sample | drop_group | stop: when a reward has no value for a rollout
+    max_invalid_frac: float = 0.2  # of a step's rollouts; above it the run stops
+
+    def __post_init__(self) -> None:
+        check_choice("rewards.on_invalid", self.on_invalid, ["drop_sample", "drop_group", "stop"])
+        check_range("rewards.timeout_s", self.timeout_s, low=0, is_low_open=True)
+        check_range("rewards.num_workers", self.num_workers, low=1)
+        check_range("rewards.max_invalid_frac", self.max_invalid_frac, low=0, high=1)
+
+
+@dataclass
+class AlgorithmConfig:
+    advantage: str = "group_relative"
+    scale_by_std: bool = True  # False: Dr.GRPO's advantages
+    loss: str = "clipped_surrogate"
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    kl: str = "k3"
+    kl_coef: float = 0.0  # 0: no reference forward is made
+    prompts_per_step: int | None = None
+    group_size: int | None = None  # completions per prompt
+
+    def __post_init__(self) -> None:
+        check_choice("algorithm.advantage", self.advantage, ["group_relative"])
+        check_choice("algorithm.loss", self.loss, ["clipped_surrogate"])
+        check_choice("algorithm.kl", self.kl, ["k3"])
+        check_range("algorithm.clip_ratio_low", self.clip_ratio_low, low=0, high=1, is_low_open=True)
+        check_range("algorithm.clip_ratio_high", self.clip_ratio_high, low=0, is_low_open=True)
+        check_range("algorithm.kl_coef", self.kl_coef, low=0)
+        check_range("algorithm.prompts_per_step", self.prompts_per_step, low=1)
+        check_range("algorithm.group_size", self.group_size, low=2)
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    max_tokens: int = 64  # per completion
+
+    def __post_init__(self) -> None:
+        check_range("sampling.temperature", self.temperature, low=0, is_low_open=True)
+        check_range("sampling.top_p", self.top_p, low=0, high=1, is_low_open=True)
+        check_range("sampling.top_k", self.top_k, low=0)
+        check_range("sampling.min_p", self.min_p, low=0, high=1)
+        check_range("sampling.max_tokens", self.max_tokens, low=1)
+
+
+@dataclass
+class EngineConfig:
+    kind: str = AUTO  # auto (the faster one that is installed) | hf | vllm
+    max_num_seqs: int | None = None  # most sequences decoded together
+    kv_cache_gib: float = 1.0  # vllm: memory for keys and values
+
+    def __post_init__(self) -> None:
+        check_choice("engine.kind", self.kind, [AUTO, "hf", "vllm"])
+        check_range("engine.max_num_seqs", self.max_num_seqs, low=1)
+        check_range("engine.kv_cache_gib", self.kv_cache_gib, low=0, is_low_open=True)
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 2
+    min_lr_frac: float = 0.1  # the schedule ends at this share of lr
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+    def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, ["adamw"])
+        check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
+        check_range("optim.lr", self.lr, low=0, is_low_open=True)
+        check_range("optim.beta1", self.beta1, low=0, high=1)
+        check_range("optim.beta2", self.beta2, low=0, high=1)
+        check_range("optim.weight_decay", self.weight_decay, low=0)
+        check_range("optim.warmup_steps", self.warmup_steps, low=0)
+        check_range("optim.min_lr_frac", self.min_lr_frac, low=0, high=1)
+        check_range("optim.max_grad_norm", self.max_grad_norm, low=0)
+
+
+@dataclass
+class TrainingConfig:
+    num_steps: int | None = None  # optimizer steps
+    tokens_per_microbatch: int | None = None  # packed tokens of one forward
+    max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite: skipped, then the run stops
+
+    def __post_init__(self) -> None:
+        check_range("training.num_steps", self.num_steps, low=1)
+        check_range("training.tokens_per_microbatch", self.tokens_per_microbatch, low=1)
+        check_range("training.max_bad_steps", self.max_bad_steps, low=1)
+
+
+@dataclass
+class EvaluationConfig:
+    num_prompts: int | None = None  # held-out problems, answered greedily; 0: no evaluation
+    every_steps: int = 0  # besides before and after; 0: never
+
+    def __post_init__(self) -> None:
+        check_range("evaluation.num_prompts", self.num_prompts, low=0)
+        check_range("evaluation.every_steps", self.every_steps, low=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 10  # 0: only at the end and when stopped
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_range("checkpoint.every_steps", self.every_steps, low=0)
+        check_range("checkpoint.keep_last", self.keep_last, low=1)
+
+
+@dataclass
+class TrackingConfig:
+    wandb: str = AUTO  # auto (online with a key, else offline) | online | offline | disabled
+    wandb_project: str = "rlbench"
+    sample_every_steps: int = 10  # print a completion; 0: never
+    save_rollouts: bool = True
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("tracking.wandb", self.wandb, [AUTO, "online", "offline", "disabled"])
+        check_range("tracking.sample_every_steps", self.sample_every_steps, low=0)
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # of the run's folder: outputs/<name>/<time>
+    seed: int = 0  # of sampling and of the adapter's initial weights
+    resume: str | None = None  # folder of a run or of one of its checkpoints
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

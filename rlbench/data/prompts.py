@@ -1,0 +1,67 @@
+"""Rows become prompts: selected, shuffled, rendered, tokenised, checked against the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlbench.config.schema import DataConfig
+from rlbench.data.chat import chat_messages, render
+from rlbench.data.sources import LoadedRows
+from rlbench.records import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    prompts: tuple[Prompt, ...]
+    num_too_long: int  # left out
+
+
+def select_rows(loaded: LoadedRows, *, limit: int | None, shuffle_seed: int | None) -> Any:
+    """The rows to use: the first `limit`, after shuffling unless `shuffle_seed` is None."""
+    dataset = loaded.dataset
+    if shuffle_seed is not None:
+        dataset = dataset.shuffle(seed=shuffle_seed)
+    return dataset.select(range(min(limit, len(dataset)))) if limit is not None else dataset
+
+
+def make_prompts(
+    rows: Any, split: str, config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, limit_reason: str
+) -> PromptSet:
+    """Render and tokenise rows.
+
+    Args:
+        rows: a `datasets.Dataset` with a column "row_number".
+        split: "train" or "test"; prompt ids are "<split>/<row_number>".
+        config: the `data` part of the config.
+        tokenizer: of the model.
+        max_prompt_tokens: a longer prompt is an error or left out, as `data.long_prompts` says.
+        limit_reason: how that number came about, for the error message.
+
+    Raises:
+        ValueError: a prompt is too long, or none is left.
+    """
+    prompts: list[Prompt] = []
+    num_too_long = 0
+    for row in rows:
+        question = str(row[config.prompt_column])
+        text, token_ids = render(chat_messages(question, config), tokenizer)
+        if len(token_ids) > max_prompt_tokens:
+            if config.long_prompts == "error":
+                raise ValueError(
+                    f"row {row['row_number']} of the {split} data makes a prompt of {len(token_ids)} tokens, expected at most "
+                    f"{max_prompt_tokens} ({limit_reason}); shorten it or set data.long_prompts=skip"
+                )
+            num_too_long += 1
+            continue
+        columns = {**row, "answer": row[config.answer_column]}
+        prompt_id = f"{split}/{row['row_number']}"
+        prompts.append(Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, columns=columns))
+    if not prompts:
+        raise ValueError(f"no prompt is left of the {split} data: all {num_too_long} are longer than {max_prompt_tokens} tokens")
+    return PromptSet(prompts=tuple(prompts), num_too_long=num_too_long)
+
+
+def longest_prompt_tokens(prompts: Sequence[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)

@@ -1,0 +1,146 @@
+"""Where data rows come from: a JSONL file, the hub, or generated problems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlbench.config.checks import nearest
+from rlbench.config.schema import DataConfig
+from rlbench.data.hub import hub_problem
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB = {"gsm8k": ("openai/gsm8k", "main")}
+_NUM_GENERATED = {"train": 2000, "test": 500}
+_NUM_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRows:
+    """Rows of one split; `row_number` of a row is its place in the source, from 1."""
+
+    dataset: Dataset  # columns of the source plus "row_number"
+    description: str  # what the rows are, in plain words
+    bad_rows: tuple[str, ...]  # one line for each row that was left out
+
+
+def load_rows(config: DataConfig, split: str) -> LoadedRows:
+    """Load the rows of "train" or "test".
+
+    Raises:
+        ValueError: the source cannot be had, a column is missing, or more rows than `data.max_bad_rows` are broken.
+    """
+    path = config.path if split == "train" else config.eval_path
+    if path is not None:
+        return _from_file(Path(path).expanduser(), "data.path" if split == "train" else "data.eval_path", config)
+    if config.name not in _HUB:
+        raise ValueError(f"data.name is {config.name!r}, expected one of: {', '.join(_HUB)}, or data.path=FILE.jsonl")
+    if config.source == "generated":
+        return _generated(config, split, "as data.source asks for")
+    problem = hub_problem()
+    if problem is None:
+        return _from_hub(config, split)
+    if config.source == "hub":
+        raise ValueError(f"data.source is hub, but the hub cannot be reached ({problem}); expected a network, or data.path")
+    return _generated(config, split, f"because the hub cannot be reached ({problem})")
+
+
+def _from_file(path: Path, key: str, config: DataConfig) -> LoadedRows:
+    if not path.is_file():
+        raise ValueError(f"{key} is {path}, but there is no such file; expected a JSONL file")
+    rows, bad_rows = [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row, problem = _parse_line(line, config)
+            if problem:
+                bad_rows.append(f"line {number}: {problem}")
+            else:
+                rows.append({**row, "row_number": number})
+    _check_bad_rows(bad_rows, f"{path}", config)
+    if not rows:
+        raise ValueError(f"{key} is {path}, but it holds no row; expected one JSON object a line")
+    return LoadedRows(dataset=_dataset(rows, str(path)), description=f"{path}: {len(rows)} rows", bad_rows=tuple(bad_rows))
+
+
+def _parse_line(line: bytes, config: DataConfig) -> tuple[dict[str, Any], str]:
+    """The row and what is wrong with it ("" if nothing is)."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return {}, f"not UTF-8 ({error.reason} at byte {error.start})"
+    except json.JSONDecodeError as error:
+        return {}, f"not JSON ({error.msg} at column {error.colno})"
+    if not isinstance(row, dict):
+        return {}, f"a JSON {type(row).__name__}, expected an object"
+    return row, _row_problem(row, config)
+
+
+def _row_problem(row: dict[str, Any], config: DataConfig) -> str:
+    for key, column in (("data.prompt_column", config.prompt_column), ("data.answer_column", config.answer_column)):
+        if column not in row:
+            guess = nearest(column, map(str, row), count=1)
+            hint = f"; did you mean {guess[0]}?" if guess else ""
+            return f"no column {column!r} ({key}), it has {', '.join(map(str, row)) or 'none'}{hint}"
+        value = row[column]
+        if not isinstance(value, (str, int, float)) or not str(value).strip():
+            return f"column {column!r} is {value!r}, expected text"
+        if any("\ud800" <= char <= "\udfff" for char in str(value)):
+            return f"column {column!r} holds half of a surrogate pair"
+    return ""
+
+
+def _check_bad_rows(bad_rows: list[str], source: str, config: DataConfig) -> None:
+    if len(bad_rows) > config.max_bad_rows:
+        listed = "; ".join(bad_rows[:_NUM_LISTED]) + ("; ..." if len(bad_rows) > _NUM_LISTED else "")
+        raise ValueError(
+            f"{source} has {len(bad_rows)} rows that cannot be used, data.max_bad_rows allows {config.max_bad_rows}: {listed}"
+        )
+
+
+def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # pyarrow raises its own types for columns of mixed types
+        raise ValueError(f"{source}: the rows do not form columns of one type each ({error})") from error
+
+
+def _from_hub(config: DataConfig, split: str) -> LoadedRows:
+    from datasets import load_dataset
+
+    repo, subset = _HUB[config.name]
+    dataset = load_dataset(repo, subset, split=split)
+    dataset = dataset.add_column("row_number", list(range(1, len(dataset) + 1)))  # type: ignore[call-arg]
+    return LoadedRows(dataset=dataset, description=f"{repo} ({split}) from the hub: {len(dataset)} rows", bad_rows=())
+
+
+def _generated(config: DataConfig, split: str, why: str) -> LoadedRows:
+    """GSM-style problems made by reasoning-gym: other numbers and names in 100 templates of GSM8K."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ValueError(
+            f"data: {config.name} cannot be had and reasoning-gym, which makes problems like it, is not installed; "
+            "expected a network, data.path=FILE.jsonl, or: pip install reasoning-gym"
+        ) from error
+    size = _NUM_GENERATED[split]
+    # Far apart, since problem i of a data set is made from seed + i.
+    seed = config.seed * 1_000_003 + (0 if split == "train" else 500_000)
+    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
+    tidy: Callable[[str], str] = lambda text: text.removesuffix(  # noqa: E731
+        " Give the result as your final answer. Do not include units."
+    )
+    rows = [
+        {config.prompt_column: tidy(p["question"]), config.answer_column: str(p["answer"]), "row_number": number}
+        for number, p in enumerate(problems, start=1)
+    ]
+    description = f"NOT {config.name}: {size} generated problems like it (reasoning-gym gsm_symbolic), {why}"
+    return LoadedRows(dataset=_dataset(rows, "reasoning-gym"), description=description, bad_rows=())

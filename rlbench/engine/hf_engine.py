@@ -1,0 +1,256 @@
+"""The complete engine without vLLM: our own decoding loop over a transformers model.
+
+Distinct prompts are prefilled once, in one packed forward; keys and values live in preallocated memory; finished rows
+are moved out; every sample draws from its own counter-based stream of uniforms.
+
+Shapes: B rows (samples) alive, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlbench.engine.adapter_linear import AdapterSlots
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
+from rlbench.engine.sampling import counter_uniforms, draw_tokens
+from rlbench.models.attention import use_rlbench_attention
+from rlbench.models.base import output_weight, share_base
+from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
+
+_COMPACT_WHEN_FINISHED = 1 / 8  # of the rows; moving [60, 64, 3, 128, 64] bf16 together costs about 1/10 of a step
+_SCORE_TOKENS = 4096  # packed tokens per scoring forward
+
+
+class HfEngine:
+    """Engine contract over a transformers model; see `rlbench.engine.interface.Engine`.
+
+    The base weights are the very tensors of `base`: only the adapter is copied.
+    """
+
+    name = "hf"
+
+    def __init__(self, base: PreTrainedModel, *, max_num_seqs: int = 64) -> None:
+        """
+        Args:
+            base: frozen model; its tensors are shared, its modules are not changed.
+            max_num_seqs: most rows decoded together; more samples are run in waves.
+        """
+        self._model = share_base(base)
+        use_rlbench_attention(self._model)
+        self._adapters = AdapterSlots(self._model)
+        self._head = output_weight(self._model)
+        self._max_num_seqs = max_num_seqs
+        config = base.config.get_text_config()
+        self._context = int(config.max_position_embeddings)
+        self._cache_shape = CacheShape(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=self._head.dtype,
+            device=self._head.device,
+        )
+        self.policy_version = 0
+        self.adapter_fingerprint = BASE_FINGERPRINT
+
+    def generate(
+        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """See `Engine.generate`."""
+        prompts = check_prompts(prompt_token_ids, seeds, sampling.max_tokens, self._context)
+        completions: list[Completion] = []
+        with torch.inference_mode():
+            for start in range(0, len(prompts), self._max_num_seqs):
+                wave = slice(start, start + self._max_num_seqs)
+                completions += self._generate_wave(prompts[wave], sampling, seeds[wave])
+        return completions
+
+    def score(
+        self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
+    ) -> list[list[float]]:
+        """See `Engine.score`."""
+        prompts = check_prompts(prompt_token_ids, token_ids, 0, self._context)
+        self._adapters.enable(use_adapter)
+        try:
+            with torch.inference_mode():
+                return [x for part in _chunks(prompts, token_ids) for x in self._score_chunk(*part)]
+        finally:
+            self._adapters.enable(True)
+
+    def sync(self, adapter: Adapter, version: int) -> None:
+        """See `Engine.sync`."""
+        if version < self.policy_version:
+            raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
+        self._adapters.load(adapter)
+        self.adapter_fingerprint = adapter.fingerprint()
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        """Nothing to give back: key-value memory lives only while `generate` runs."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to release: the base belongs to the caller."""
+
+    def _hidden(self, token_ids: Tensor, position_ids: Tensor, context: object) -> Tensor:
+        """[B, L] -> [B, L, D]."""
+        output = self._model.base_model(
+            input_ids=token_ids, position_ids=position_ids, use_cache=False, attention_context=context
+        )
+        return output.last_hidden_state
+
+    def _prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
+        """Cache of the sequences and the hidden states [T, D] of all their tokens, one after the other."""
+        device = self._head.device
+        cache = PromptCache(self._cache_shape, [len(s) for s in sequences])
+        token_ids = torch.tensor([t for s in sequences for t in s], device=device)
+        position_ids = torch.cat([torch.arange(len(s), device=device) for s in sequences])
+        hidden = self._hidden(token_ids[None], position_ids[None], cache)
+        return cache, hidden[0]
+
+    def _generate_wave(
+        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        distinct = list(dict.fromkeys(prompts))
+        group_index = {prompt: i for i, prompt in enumerate(distinct)}
+        cache, hidden = self._prefill(distinct)
+        last_rows = cache.lengths.cumsum(0) - 1  # [G]
+        groups = torch.tensor([group_index[p] for p in prompts], device=self._head.device)
+        logits = F.linear(hidden[last_rows], self._head)[groups]  # [B, V]
+        own = DecodeCache(self._cache_shape, cache, groups, max(1, sampling.max_tokens - 1))
+        rows = _Rows.start(seeds, sampling)
+        positions = cache.lengths[groups]  # [B] position of the token drawn next
+        while True:
+            tokens = rows.draw(logits)
+            if not rows.alive:
+                return [self._completion(rows, i, seed) for i, seed in enumerate(seeds)]
+            kept = rows.compact()
+            if kept is not None:
+                kept = kept.to(tokens.device)
+                own.keep_rows(kept)
+                tokens, positions = tokens[kept], positions[kept]
+            own.advance()
+            hidden = self._hidden(tokens[:, None], positions[:, None], own)[:, 0]
+            positions = positions + 1
+            logits = F.linear(hidden, self._head)
+
+    def _completion(self, rows: _Rows, sample: int, seed: int) -> Completion:
+        return Completion(
+            token_ids=tuple(rows.token_ids[sample]),
+            sampling_logprobs=tuple(rows.logprobs[sample]),
+            finish_reason=rows.finish_reasons[sample],
+            seed=seed,
+            policy_version=self.policy_version,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
+
+    def _score_chunk(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        # The last token predicts nothing that is asked for.
+        sequences = [(*p, *c)[:-1] for p, c in zip(prompts, completions, strict=True)]
+        _, hidden = self._prefill(sequences)
+        scores: list[list[float]] = []
+        end = 0
+        for prompt, completion, sequence in zip(prompts, completions, sequences, strict=True):
+            rows = hidden[end + len(prompt) - 1 : end + len(sequence)]  # [N, D]
+            logits = F.linear(rows, self._head).float()
+            targets = torch.tensor(list(completion), device=logits.device)
+            scores.append((logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
+            end += len(sequence)
+        return scores
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What the rows of one wave have drawn. `samples[r]` is the sample that row r belongs to."""
+
+    sampling: SamplingParams
+    seeds: Sequence[int]
+    samples: list[int]
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    position: int = 0
+    alive: set[int] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, seeds: Sequence[int], sampling: SamplingParams) -> _Rows:
+        n = len(seeds)
+        return cls(sampling, seeds, list(range(n)), [[] for _ in seeds], [[] for _ in seeds], [""] * n, 0, set(range(n)))
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw a token for every row; rows that had finished before draw too but nothing is recorded. -> [B]."""
+        uniforms = counter_uniforms([self.seeds[s] for s in self.samples], self.position).to(logits.device)
+        tokens, logprobs = draw_tokens(logits, self.sampling, uniforms)
+        self.position += 1
+        for sample, token, logprob in zip(self.samples, tokens.tolist(), logprobs.tolist(), strict=True):
+            if sample in self.alive:
+                self._record(sample, token, logprob)
+        return tokens
+
+    def _record(self, sample: int, token: int, logprob: float) -> None:
+        self.token_ids[sample].append(token)
+        self.logprobs[sample].append(logprob)
+        if token in self.sampling.stop_token_ids:
+            self.finish_reasons[sample] = FINISH_STOP
+        elif self.position == self.sampling.max_tokens:
+            self.finish_reasons[sample] = FINISH_LENGTH
+        else:
+            return
+        self.alive.discard(sample)
+
+    def compact(self) -> Tensor | None:
+        """Row indices to keep, once enough rows have finished to pay for moving the others; else None."""
+        num_finished = len(self.samples) - len(self.alive)
+        if num_finished < max(1, _COMPACT_WHEN_FINISHED * len(self.samples)):
+            return None
+        kept = [row for row, sample in enumerate(self.samples) if sample in self.alive]
+        self.samples = [self.samples[row] for row in kept]
+        return torch.tensor(kept)
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], others: Sequence[object], max_tokens: int, context: int
+) -> list[tuple[int, ...]]:
+    """The prompts as tuples.
+
+    Raises:
+        ValueError: if the numbers differ, a prompt is empty, or a prompt plus `max_tokens` exceeds the context.
+    """
+    if len(prompts) != len(others):
+        raise ValueError(f"{len(prompts)} prompts, but {len(others)} seeds or completions: expected one for each prompt")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty, expected at least one token")
+        if len(prompt) + max_tokens > context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, with sampling.max_tokens {max_tokens} more than the "
+                f"model's context of {context}"
+            )
+    return [tuple(p) for p in prompts]
+
+
+def _chunks(
+    prompts: list[tuple[int, ...]], completions: Sequence[Sequence[int]]
+) -> list[tuple[list[tuple[int, ...]], list[Sequence[int]]]]:
+    """Neighbouring sequences of together at most `_SCORE_TOKENS` tokens (or one longer sequence)."""
+    chunks: list[tuple[list[tuple[int, ...]], list[Sequence[int]]]] = []
+    room = 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        size = len(prompt) + len(completion)
+        if not chunks or size > room:
+            chunks.append(([], []))
+            room = _SCORE_TOKENS
+        chunks[-1][0].append(prompt)
+        chunks[-1][1].append(completion)
+        room -= size
+    return chunks

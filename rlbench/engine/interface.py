@@ -1,0 +1,83 @@
+"""The contract of every engine: token in, token out, weights named by version and fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from rlbench.models.adapter import Adapter
+from rlbench.records import Completion, SamplingParams
+
+__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine"]
+
+BASE_FINGERPRINT = "base"
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples completions and scores token sequences with the base model plus the adapter last synced.
+
+    An engine starts with the base alone: `policy_version` 0 and `adapter_fingerprint` "base".
+    """
+
+    name: str
+    policy_version: int
+    adapter_fingerprint: str
+
+    def generate(
+        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Sample one completion for each prompt.
+
+        Args:
+            prompt_token_ids: one non-empty token sequence a sample. Equal prompts are prefilled once.
+            sampling: shared by all samples.
+            seeds: one unsigned 63-bit integer a sample. A sample's tokens depend on its prompt, its seed, `sampling`
+                and the weights, not on its place in the batch nor on the other samples.
+
+        Returns:
+            Completions in the order of the prompts.
+
+        Raises:
+            ValueError: if the lengths differ, a prompt is empty, or a prompt plus `max_tokens` exceeds the context.
+        """
+        ...
+
+    def score(
+        self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
+    ) -> list[list[float]]:
+        """Log-softmax of the plain logits (temperature 1) at each completion token, given prompt and prefix.
+
+        Args:
+            prompt_token_ids: one non-empty prompt a sequence.
+            token_ids: one completion a sequence, not empty.
+            use_adapter: False scores with the base alone.
+
+        Returns:
+            For each sequence one float per completion token.
+        """
+        ...
+
+    def sync(self, adapter: Adapter, version: int) -> None:
+        """Take over a copy of the adapter; later changes of the caller's tensors do not reach the engine.
+
+        Args:
+            adapter: LoRA weights for every adapted linear layer.
+            version: number of optimizer steps applied; must not fall.
+
+        Raises:
+            ValueError: if `version` is lower than the current one, or a module or shape does not fit the base.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give back memory that only generation needs (KV cache). Weights stay."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`. `generate` and `score` wake the engine themselves."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...

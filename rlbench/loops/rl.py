@@ -1,0 +1,262 @@
+"""The loop of all online algorithms: prompts, rollouts, credit, packing, update, sync, proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlbench.build import Inputs, Parts, greedy_sampling, training_sampling
+from rlbench.checks.policy_identity import check_logprob_gap, check_policy_identity
+from rlbench.data.packing import Microbatch, pack
+from rlbench.data.stream import PromptStream
+from rlbench.loops.evaluate import Evaluation, evaluate
+from rlbench.loops.stopping import StopRequest
+from rlbench.records import RolloutGroup
+from rlbench.rollouts.collect import make_groups, sample_completions
+from rlbench.rollouts.credit import Credit, credit
+from rlbench.tracking.console import RunConsole
+from rlbench.tracking.metrics import summarise_rollouts
+from rlbench.tracking.rollout_store import write_rollouts
+from rlbench.tracking.tracker import Tracker
+from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
+from rlbench.training.optim import learning_rate, set_lr
+from rlbench.training.step import train_step
+from rlbench.weight_sync import sync
+
+MAX_LOGPROB_GAP = {"bfloat16": 0.3, "float32": 0.02}  # nats on average; honest pairs: 0.02 to 0.05, 1e-5
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient stayed non-finite."""
+
+
+@dataclass(slots=True)
+class RlLoop:
+    """State of a run and the steps that change it."""
+
+    inputs: Inputs
+    parts: Parts
+    tracker: Tracker
+    console: RunConsole
+    run_folder: Path
+    stop: StopRequest
+    stream: PromptStream = field(init=False)
+    step: int = 0  # optimizer steps made, skipped ones included
+    policy_version: int = 0  # updates applied to the adapter
+    num_bad_steps: int = 0  # in a row
+    fingerprint: str = ""
+    history: list[Mapping[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    last_checkpoint: Path | None = None
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        data = self.inputs.config.data
+        self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was written."""
+        restore(checkpoint, self.parts.policy, self.parts.optimizer)
+        state = checkpoint.state
+        self.step = state["step"]
+        self.policy_version = state["policy_version"]
+        self.num_bad_steps = state["num_bad_steps"]
+        self.stream.restore(state["stream"])
+        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.last_checkpoint = checkpoint.folder
+
+    def run(self) -> None:
+        """Train to the last step, or to the end of the step in which a stop was asked for.
+
+        Raises:
+            PolicyIdentityError: rollouts did not come from the trained weights.
+            RewardFailure: too many rollouts without a reward.
+            NonFiniteError: too many steps in a row without a finite gradient.
+            TrackingError: metrics, rollouts or a checkpoint could not be written.
+        """
+        config = self.inputs.config
+        num_steps = config.training.num_steps or 0
+        self._sync()
+        if not self.evaluations:
+            self._evaluate()
+        while self.step < num_steps and self.stop.signal_number is None:
+            self._step(num_steps)
+            every = config.checkpoint.every_steps
+            if every and self.step % every == 0 and self.step < num_steps:
+                self.save()
+            every = config.evaluation.every_steps
+            if every and self.step % every == 0 and self.step < num_steps and self.stop.signal_number is None:
+                self._evaluate()
+        if self.stop.signal_number is None and self.evaluations and self.evaluations[-1].step != self.step:
+            self._evaluate()
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        state = {
+            "step": self.step,
+            "policy_version": self.policy_version,
+            "num_bad_steps": self.num_bad_steps,
+            "adapter_fingerprint": self.fingerprint,
+            "stream": self.stream.state(),
+            "evaluations": [
+                {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
+            ],
+            "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
+        }
+        with self._phase("checkpoint"):
+            self.last_checkpoint = save_checkpoint(
+                self.run_folder,
+                self.parts.policy,
+                self.parts.optimizer,
+                state,
+                base_name=self.inputs.model.name,
+                keep_last=self.inputs.config.checkpoint.keep_last,
+            )
+
+    def _step(self, num_steps: int) -> None:
+        start = time.monotonic()
+        self._seconds = {}
+        step = self.step + 1
+        groups = self._collect(step)
+        credited = credit(groups, self.inputs.config.algorithm, self.inputs.config.rewards)
+        metrics: dict[str, float | None] = {**summarise_rollouts(groups)}
+        metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
+        metrics |= self._update(credited, step, num_steps)
+        self._sync()
+        self.step = step
+        self._record(step, num_steps, groups, credited, metrics, start)
+
+    def _collect(self, step: int) -> list[RolloutGroup]:
+        config, parts = self.inputs.config, self.parts
+        prompts = self.stream.next(config.algorithm.prompts_per_step or 1)
+        with self._phase("generation"):
+            completions = sample_completions(
+                prompts,
+                parts.engine,
+                training_sampling(self.inputs),
+                group_size=config.algorithm.group_size or 2,
+                run_seed=config.seed,
+                step=step,
+            )
+        check_policy_identity(
+            (completion for group in completions for completion in group),
+            policy_version=self.policy_version,
+            adapter_fingerprint=self.fingerprint,
+        )
+        with self._phase("rewards"):
+            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step)
+
+    def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
+        """One optimizer step; none if no group has a signal."""
+        config, parts = self.inputs.config, self.parts
+        lr = learning_rate(step, num_steps, config.optim)
+        if not credited.samples:
+            return {"optim/lr": lr, "optim/is_skipped": 1.0}
+        parts.engine.sleep()
+        microbatches = pack(
+            credited.samples,
+            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            device=parts.policy.device,
+        )
+        set_lr(parts.optimizer, lr)
+        with self._phase("update"):
+            result = train_step(
+                parts.policy,
+                microbatches,
+                parts.optimizer,
+                config.algorithm,
+                temperature=config.sampling.temperature,
+                max_grad_norm=config.optim.max_grad_norm,
+            )
+        parts.engine.wake()
+        self._count_update(result.is_applied, result.metrics)
+        return {"optim/lr": lr, "optim/is_skipped": float(not result.is_applied)} | result.metrics | self._sizes(microbatches)
+
+    def _count_update(self, is_applied: bool, metrics: Mapping[str, float]) -> None:
+        if is_applied:
+            check_logprob_gap(metrics["drift/logprob_gap_mean"], limit=MAX_LOGPROB_GAP[self.inputs.config.model.dtype])
+            self.policy_version += 1
+            self.num_bad_steps = 0
+            return
+        self.num_bad_steps += 1
+        limit = self.inputs.config.training.max_bad_steps
+        self.console.warning(
+            f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: not finite, "
+            f"the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
+        )
+        if self.num_bad_steps >= limit:
+            raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
+
+    def _sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, float | None]:
+        num_tokens = sum(len(microbatch.token_ids) for microbatch in microbatches)
+        return {
+            "training/num_microbatches": float(len(microbatches)),
+            "training/num_tokens": float(num_tokens),
+            "tokens/training_per_s": num_tokens / self._seconds["update"],
+        }
+
+    def _sync(self) -> None:
+        with self._phase("weight sync"):
+            self.fingerprint = sync(self.parts.policy.adapter(), self.parts.engine, self.policy_version)
+
+    def _record(
+        self,
+        step: int,
+        num_steps: int,
+        groups: Sequence[RolloutGroup],
+        credited: Credit,
+        metrics: dict[str, float | None],
+        start: float,
+    ) -> None:
+        tracking = self.inputs.config.tracking
+        metrics["groups/no_signal_frac"] = credited.num_no_signal_groups / len(groups)
+        metrics["policy_version"] = float(self.policy_version)
+        num_generated = metrics.get("completion/num_tokens") or 0.0
+        metrics["tokens/generation_per_s"] = num_generated / self._seconds["generation"]
+        if tracking.save_rollouts:
+            with self._phase("recording"):
+                write_rollouts(self.run_folder, step, groups, credited.advantages)
+        metrics |= {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._seconds.items()}
+        metrics["time/step_s"] = time.monotonic() - start
+        self.tracker.log_step(step, metrics)
+        self.history.append(metrics)
+        every = tracking.sample_every_steps
+        if every and (step == 1 or step % every == 0) and step < num_steps:
+            rollout = max(groups[0].rollouts, key=lambda r: r.reward if r.reward is not None else float("-inf"))
+            self.console.sample(rollout, step, credited.advantages.get(rollout.rollout_id))
+
+    def _evaluate(self) -> None:
+        if self.inputs.evaluation is None:
+            return
+        with self._phase("evaluation"):
+            evaluation, groups = evaluate(
+                self.inputs.evaluation.prompts,
+                self.parts.engine,
+                greedy_sampling(self.inputs),
+                self.inputs.tokenizer,
+                self.parts.scorer,
+                step=self.step,
+            )
+        if self.inputs.config.tracking.save_rollouts:
+            write_rollouts(self.run_folder, self.step, groups, {}, phase="eval")
+        self.tracker.log_evaluation(self.step, evaluation.metrics)
+        first = self.evaluations[0] if self.evaluations else None
+        self.evaluations.append(evaluation)
+        name = f"held-out problems after step {self.step}" if self.step else "held-out problems before training"
+        if evaluation.is_correct:
+            previous = (first.num_correct, len(first.is_correct)) if first and first.is_correct else None
+            self.console.evaluation(name, evaluation.num_correct, len(evaluation.is_correct), previous=previous)
+        else:
+            self.console.note(f"evaluation, {name}: mean reward {evaluation.metrics.get('eval/reward', float('nan')):.3f}")
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        with self.console.phase(name):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start

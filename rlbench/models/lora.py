@@ -1,0 +1,135 @@
+"""LoRA adapters: made, saved and loaded by PEFT, computed by one autograd function per linear layer.
+
+Shapes: N tokens, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlbench.config.schema import LoraConfig
+from rlbench.models.adapter import Adapter
+
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
+    """Wrap `model` with trainable float32 LoRA weights (A random, B zero) and fuse their computation.
+
+    Args:
+        model: frozen base; a module tree of its own (see `share_base`), since PEFT replaces its linear layers.
+        config: the `lora` part of the run's config.
+        seed: of the initial A matrices; independent of every other random number of the run.
+    """
+    targets: Any = config.targets if config.targets == "all-linear" else [t.strip() for t in config.targets.split(",")]
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        use_rslora=config.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+        except ValueError as error:
+            raise ValueError(f"lora.targets={config.targets}: {error}") from error
+    fuse_lora(peft_model)
+    return peft_model
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
+    """(module path inside the base model, layer) of all adapted linear layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, PeftLinear):
+            yield name.removeprefix(_PREFIX), module
+
+
+def export_adapter(model: PeftModel) -> Adapter:
+    """The adapter's live tensors by module path, for `Engine.sync`."""
+    layers = dict(lora_layers(model))
+    scalings = {layer.scaling[_ADAPTER] for layer in layers.values()}
+    assert len(scalings) == 1, scalings
+    return Adapter(
+        lora_a={name: layer.lora_A[_ADAPTER].weight.detach() for name, layer in layers.items()},  # type: ignore[union-attr]
+        lora_b={name: layer.lora_B[_ADAPTER].weight.detach() for name, layer in layers.items()},  # type: ignore[union-attr]
+        scaling=scalings.pop(),
+    )
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Let every PEFT linear layer compute through `lora_linear`; same parameters, same state dict, reversible."""
+    for _, layer in lora_layers(model):
+        layer.__class__ = FusedLoraLinear
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Give PEFT's own forward back."""
+    for _, layer in lora_layers(model):
+        layer.__class__ = PeftLinear
+
+
+class FusedLoraLinear(PeftLinear):
+    """PEFT's linear layer with `lora_linear` as its forward. No dropout, one adapter, never merged."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Linear) and not self.merged
+        if self.disable_adapters:
+            return F.linear(x, base.weight, base.bias)
+        lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
+        return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[_ADAPTER])  # type: ignore[arg-type]
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """y = x W^T + b + (x A^T) (scaling B)^T with W and b frozen, as one autograd function.
+
+    Args:
+        x: [..., in], any float dtype; the result has it too.
+        weight: [out, in], same dtype, no gradient.
+        bias: [out] or None, no gradient.
+        lora_a: float32 [R, in].
+        lora_b: float32 [out, R]. The scaling is folded in before the cast to x's dtype, as engines do.
+        scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    """
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # [N, in]
+        low_a, low_b = a.to(x.dtype), (b * scaling).to(x.dtype)
+        low_rank = rows @ low_a.T  # [N, R]
+        y = F.linear(rows, weight, bias).addmm_(low_rank, low_b.T)  # [N, out]
+        ctx.save_for_backward(rows, weight, low_a, low_b, low_rank)
+        ctx.scaling = scaling
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, weight, low_a, low_b, low_rank = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])  # [N, out]
+        grad_low = grad @ low_b  # [N, R], scaling included
+        grad_x = (grad @ weight).addmm_(grad_low, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_a = (grad_low.T @ rows).float()
+        grad_b = (grad.T @ low_rank).float() * ctx.scaling
+        return grad_x, None, None, grad_a, grad_b, None

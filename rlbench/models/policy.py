@@ -1,0 +1,95 @@
+"""The trained policy: the shared base with a LoRA adapter, seen as hidden states of a packed microbatch.
+
+Shapes: T packed tokens, N loss positions, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlbench.config.schema import LoraConfig
+from rlbench.data.packing import Microbatch
+from rlbench.models.adapter import Adapter
+from rlbench.models.attention import PackedAttention, use_rlbench_attention
+from rlbench.models.base import output_weight, share_base
+from rlbench.models.lora import add_lora, export_adapter
+
+
+class Policy:
+    """Base plus adapter. The reference policy is the same base with the adapter switched off."""
+
+    def __init__(self, base: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
+        """
+        Args:
+            base: frozen model whose tensors are shared; its modules are not changed.
+            lora: the `lora` part of the config.
+            seed: of the adapter's initial weights.
+        """
+        tree = share_base(base)
+        use_rlbench_attention(tree)
+        self.model: PeftModel = add_lora(tree, lora, seed=seed)
+        self._tree = tree
+        self.head_weight = output_weight(tree)  # [V, D]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters by name, in a stable order."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters, in a stable order."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def hidden(self, microbatch: Microbatch) -> Tensor:
+        """Final hidden states [N, D] at the positions that predict the microbatch's targets."""
+        context = PackedAttention(microbatch.layout, self.head_weight.dtype)
+        output = self._tree.base_model(
+            input_ids=microbatch.token_ids[None],
+            position_ids=microbatch.position_ids[None],
+            use_cache=False,
+            attention_context=context,
+        )
+        return output.last_hidden_state[0][microbatch.predict_rows]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, `hidden` is that of the reference policy, without gradient."""
+        with self.model.disable_adapter(), torch.no_grad():
+            yield
+
+    def adapter(self) -> Adapter:
+        """Live adapter tensors, for `Engine.sync`."""
+        return export_adapter(self.model)
+
+    def save_adapter(self, folder: Path, base_name: str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, loadable by `peft.PeftModel.from_pretrained`.
+
+        Args:
+            folder: made if absent.
+            base_name: hub id or path of the base, recorded in adapter_config.json.
+        """
+        self.model.peft_config["default"].base_model_name_or_path = base_name
+        self.model.save_pretrained(str(folder))
+
+    def load_adapter(self, folder: Path) -> None:
+        """Take over the tensors of `save_adapter`, bit for bit.
+
+        Raises:
+            ValueError: names or shapes differ from this policy's adapter.
+        """
+        saved = load_file(str(folder / "adapter_model.safetensors"))
+        own = get_peft_model_state_dict(self.model)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise ValueError(f"the adapter in {folder} has other tensors than this run's; expected equal lora.* settings")
+        set_peft_model_state_dict(self.model, saved)

@@ -1,0 +1,196 @@
+"""Rollouts of a step as one parquet file: flat, typed columns, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlbench.records import Rollout, RolloutGroup
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import fsync_folder
+from rlbench.tracking.plain_json import to_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PREFIXES = {"train": "", "eval": "eval-"}
+JSON_COLUMNS_KEY = b"rlbench.json_columns"  # schema metadata: the columns that hold JSON text
+
+
+def rollouts_path(folder: str | Path, step: int, phase: str = "train") -> Path:
+    """`<folder>/rollouts/step-000012.parquet`, or `eval-step-...` for phase "eval".
+
+    Raises:
+        ValueError: if phase is neither "train" nor "eval".
+    """
+    if phase not in PREFIXES:
+        raise ValueError(f"phase must be one of {list(PREFIXES)}, got {phase!r}")
+    return Path(folder) / "rollouts" / f"{PREFIXES[phase]}step-{step:06d}.parquet"
+
+
+def write_rollouts(
+    folder: str | Path,
+    step: int,
+    groups: Sequence[RolloutGroup],
+    advantages: Mapping[str, float],
+    phase: str = "train",
+) -> Path:
+    """Write one row a rollout, by temporary name, fsync and rename.
+
+    Token ids are the record of what was sampled; in the two text columns a lone surrogate, which UTF-8 cannot hold,
+    is written as its escape (`\\ud800`).
+
+    Args:
+        folder: the run's folder.
+        step: optimizer step that the rollouts were made for.
+        groups: may be empty.
+        advantages: by rollout_id; a rollout that is missing (no reward, no signal, evaluation) gets null.
+        phase: "train" or "eval".
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        TrackingError: if it cannot be written (disk full, no permission); no partial file is left.
+        ValueError: for an unknown phase, or reward names whose columns would clash.
+    """
+    path = rollouts_path(folder, step, phase)
+    table = _table(step, [rollout for group in groups for rollout in group.rollouts], advantages)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, table)
+    except OSError as error:
+        raise TrackingError.from_os_error(f"write the rollouts of step {step} to", path, error) from error
+    return path
+
+
+def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a rollout file as dicts; `columns` and `component_<name>_details` are decoded from JSON.
+
+    Raises:
+        TrackingError: if the file cannot be opened or is no whole parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with Path(path).open("rb") as file:
+            table = pyarrow.parquet.read_table(file)
+    except OSError as error:
+        raise TrackingError.from_os_error("read the rollouts in", Path(path), error) from error
+    except pyarrow.ArrowInvalid as error:
+        raise TrackingError(f"cannot read the rollouts in {path}: not a whole parquet file ({error})") from error
+    json_columns = json.loads((table.schema.metadata or {}).get(JSON_COLUMNS_KEY, b"[]"))
+    rows = table.to_pylist()
+    for row in rows:
+        row.update({name: json.loads(row[name]) for name in json_columns if row[name] is not None})
+    return rows
+
+
+def _table(step: int, rollouts: Sequence[Rollout], advantages: Mapping[str, float]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(name for rollout in rollouts for name in rollout.components))
+    fields = _base_fields() + _component_fields(names)
+    _check_no_clash([field.name for field in fields], names)
+    json_columns = ["columns", *(f"component_{utf8(name)}_details" for name in names)]
+    schema = pa.schema(fields, metadata={JSON_COLUMNS_KEY: json.dumps(json_columns).encode()})
+    rows = [_row(step, rollout, advantages, names) for rollout in rollouts]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _base_fields() -> list[pyarrow.Field]:
+    import pyarrow as pa
+
+    return [
+        pa.field("rollout_id", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("completion_text", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("sampling_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("adapter_fingerprint", pa.string(), nullable=False),
+        pa.field("reward", pa.float64()),
+        pa.field("advantage", pa.float64()),
+        pa.field("columns", pa.string(), nullable=False),
+    ]
+
+
+def _component_fields(names: Sequence[str]) -> list[pyarrow.Field]:
+    import pyarrow as pa
+
+    kinds = {"": pa.float64(), "_status": pa.string(), "_message": pa.string(), "_details": pa.string()}
+    return [pa.field(f"component_{utf8(name)}{suffix}", kind) for name in names for suffix, kind in kinds.items()]
+
+
+def _check_no_clash(column_names: Sequence[str], component_names: Sequence[str]) -> None:
+    if len(set(column_names)) != len(column_names):
+        raise ValueError(f"rewards {list(component_names)} give clashing rollout columns: rename one of them")
+
+
+def _row(step: int, rollout: Rollout, advantages: Mapping[str, float], names: Sequence[str]) -> dict[str, Any]:
+    completion = rollout.completion
+    row: dict[str, Any] = {
+        "rollout_id": utf8(rollout.rollout_id),
+        "step": step,
+        "prompt_id": utf8(rollout.prompt.prompt_id),
+        "sample_index": rollout.sample_index,
+        "prompt_text": utf8(rollout.prompt.text),
+        "completion_text": utf8(rollout.completion_text),
+        "prompt_token_ids": rollout.prompt.token_ids,
+        "token_ids": completion.token_ids,
+        "sampling_logprobs": completion.sampling_logprobs,
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+        "policy_version": completion.policy_version,
+        "adapter_fingerprint": completion.adapter_fingerprint,
+        "reward": rollout.reward,
+        "advantage": advantages.get(rollout.rollout_id),
+        "columns": to_json(rollout.prompt.columns),
+    }
+    for name in names:
+        row |= _component_cells(name, rollout)
+    return row
+
+
+def _component_cells(name: str, rollout: Rollout) -> dict[str, Any]:
+    component = rollout.components.get(name)
+    if component is None:
+        return {}
+    column = f"component_{utf8(name)}"
+    return {
+        column: component.value,
+        f"{column}_status": component.status,
+        f"{column}_message": utf8(component.message),
+        f"{column}_details": to_json(component.details),
+    }
+
+
+def utf8(text: str) -> str:
+    """The text with lone surrogates written as their escapes: what UTF-8 can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write_atomically(path: Path, table: pyarrow.Table) -> None:
+    import pyarrow.parquet
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pyarrow.parquet.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)

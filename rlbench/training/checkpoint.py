@@ -1,0 +1,173 @@
+"""Checkpoints: complete or absent, checked before use.
+
+A checkpoint is written to a temporary folder, every file and the folder are fsynced, then it is renamed. Its manifest
+lists size and SHA-256 of every file; a reader trusts nothing else.
+
+    checkpoints/step-000010/adapter/            PEFT format, float32
+                            optimizer.safetensors
+                            state.json          step, policy_version, stream, ...
+                            manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlbench.models.policy import Policy
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import fsync_folder
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    folder: Path
+    state: Mapping[str, Any]  # what `save_checkpoint` was given
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def save_checkpoint(
+    run_folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    *,
+    base_name: str,
+    keep_last: int,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` and remove all but the newest `keep_last`.
+
+    Args:
+        run_folder: of the run.
+        policy: its adapter is saved.
+        optimizer: its per-parameter tensors are saved under the parameters' names.
+        state: JSON-able; must hold "step".
+        base_name: recorded in the adapter's config.
+        keep_last: at least 1.
+
+    Raises:
+        TrackingError: it could not be written; earlier checkpoints are untouched, no partial one is left.
+    """
+    final = run_folder / "checkpoints" / f"step-{state['step']:06d}"
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        policy.save_adapter(temporary / "adapter", base_name)
+        save_file(_optimizer_tensors(policy, optimizer), str(temporary / "optimizer.safetensors"))
+        (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
+        _write_manifest(temporary)
+        if final.exists():  # the same step, saved by an earlier try of this run
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        fsync_folder(final.parent)
+    except OSError as error:
+        raise TrackingError.from_os_error("save a checkpoint to", final, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _folders(run_folder)[keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def find_checkpoint(place: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint at `place`, or the newest valid one if `place` is a run's folder.
+
+    Returns:
+        The checkpoint and one line for each newer one that was damaged and passed over.
+
+    Raises:
+        ValueError: there is none, or the one that was named is damaged.
+    """
+    if (place / "manifest.json").is_file():
+        return read_checkpoint(place), []
+    damaged: list[str] = []
+    for folder in _folders(place):
+        try:
+            return read_checkpoint(folder), damaged
+        except ValueError as error:
+            damaged.append(str(error))
+    detail = f": {'; '.join(damaged)}" if damaged else ""
+    raise ValueError(f"resume is {place}, but no valid checkpoint is there{detail}; expected a run's folder or a checkpoint")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check every file against the manifest, then read the state.
+
+    Raises:
+        ValueError: a file is missing or differs; it is named.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no readable manifest.json ({error})") from error
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(f"{folder} has checkpoint format {manifest.get('format')}, expected {_FORMAT}")
+    for name, expected in files.items():
+        file = folder / name
+        actual = _describe(file) if file.is_file() else None
+        if actual != expected:
+            raise ValueError(f"{folder} is damaged: {name} is {actual or 'missing'}, expected {expected}")
+    return Checkpoint(folder=folder, state=json.loads((folder / "state.json").read_text()))
+
+
+def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Put adapter and optimizer back, bit for bit.
+
+    Raises:
+        ValueError: the checkpoint's tensors do not fit this policy.
+    """
+    policy.load_adapter(checkpoint.folder / "adapter")
+    tensors = load_file(str(checkpoint.folder / "optimizer.safetensors"))
+    for name, parameter in policy.named_parameters():
+        prefix = f"{name}|"
+        values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if values:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
+            }
+
+
+def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}|{key}": value.detach().cpu().contiguous()
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _folders(run_folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    described = {str(file.relative_to(folder)): _describe(file) for file in files}
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"format": _FORMAT, "files": described}, indent=1))
+    for file in [*files, manifest]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    for inside in [*(f for f in folder.rglob("*") if f.is_dir()), folder]:
+        fsync_folder(inside)
+
+
+def _describe(file: Path) -> str:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return f"{file.stat().st_size} bytes, sha256 {digest}"
