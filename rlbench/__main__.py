@@ -83,7 +83,9 @@ def _run_with_hydra(arguments: list[str]) -> int:
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))
     except OSError as error:
-        return _fail(f"cannot make the run's folder ({error}); hydra.run.dir={error.filename or '...'} must be writable")
+        return _fail(
+            f"cannot make the run's folder ({error}); hydra.run.dir={error.filename or '...'} must be writable"
+        )
     return max(statuses, default=0)
 
 

@@ -72,9 +72,7 @@ def prepare(config: RunConfig) -> Inputs:
     reason = f"the model's context of {context} less sampling.max_tokens of {config.sampling.max_tokens}"
 
     def prompts(selected: Any, split: str) -> PromptSet:
-        return make_prompts(
-            selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason
-        )
+        return make_prompts(selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason)
 
     return Inputs(
         config=config,

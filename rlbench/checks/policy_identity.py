@@ -31,7 +31,7 @@ def check_policy_identity(completions: Iterable[Completion], *, policy_version: 
         if completion.adapter_fingerprint != adapter_fingerprint:
             raise PolicyIdentityError(
                 f"a completion of policy version {policy_version} was sampled with adapter "
-                f"{completion.adapter_fingerprint}, but the trainer holds {adapter_fingerprint}: same version, other bytes"
+                f"{completion.adapter_fingerprint}, but the trainer holds {adapter_fingerprint}: other bytes"
             )
 
 

@@ -48,7 +48,9 @@ def _data_rows(inputs: Inputs) -> list[PlanRow]:
     rows = [PlanRow("Data", split, loaded.description) for split, loaded in inputs.rows.items()]
     for split, loaded in inputs.rows.items():
         if loaded.bad_rows:
-            rows.append(PlanRow("Data", f"{split}, left out", f"{len(loaded.bad_rows)} rows", "; ".join(loaded.bad_rows[:3])))
+            rows.append(
+                PlanRow("Data", f"{split}, left out", f"{len(loaded.bad_rows)} rows", "; ".join(loaded.bad_rows[:3]))
+            )
     longest = longest_prompt_tokens(inputs.train.prompts)
     rows.append(PlanRow("Data", "training prompts", f"{len(inputs.train.prompts)}, the longest has {longest} tokens"))
     if inputs.train.num_too_long:

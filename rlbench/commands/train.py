@@ -116,9 +116,7 @@ def _tracker(inputs: Inputs, checkpoint: Checkpoint | None, run_folder: Path, co
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done)
 
 
-def _find_resume(
-    config: RunConfig, hydra_folder: Path, console: RunConsole
-) -> tuple[Checkpoint | None, Path]:
+def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | None, Path]:
     """The checkpoint to go on from, if any, and the folder of this run."""
     if config.resume is None:
         return None, hydra_folder

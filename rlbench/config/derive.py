@@ -64,7 +64,9 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
 
     profile = "gpu" if facts.device == "cuda" else "cpu"
     if config.hardware.profile == "gpu" and facts.device != "cuda":
-        raise ValueError("hardware.profile is gpu, but torch sees no CUDA device; expected hardware=cpu or hardware=auto")
+        raise ValueError(
+            "hardware.profile is gpu, but torch sees no CUDA device; expected hardware=cpu or hardware=auto"
+        )
     fill("hardware.profile", profile, f"torch sees {facts.device_name}")
     fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
     for key, (value, reason) in _SIZES[config.hardware.profile].items():

@@ -46,9 +46,7 @@ class PackedLayout:
         prompt_slots = torch.arange(self.prompt_rows.shape[1], device=device)
         in_prompt = prompt_slots < self.prompt_lengths[self.group_of_completion, None]  # [B, P]
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()  # [C, C]
-        return torch.cat(
-            [in_prompt[:, None, :].expand(-1, longest, -1), causal.expand(num_completions, -1, -1)], dim=2
-        )
+        return torch.cat([in_prompt[:, None, :].expand(-1, longest, -1), causal.expand(num_completions, -1, -1)], dim=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +65,9 @@ class Microbatch:
     num_completion_tokens: int
 
 
-def pack(samples: Sequence[TrainingSample], *, tokens_per_microbatch: int, device: str | torch.device) -> list[Microbatch]:
+def pack(
+    samples: Sequence[TrainingSample], *, tokens_per_microbatch: int, device: str | torch.device
+) -> list[Microbatch]:
     """Pack samples into microbatches of at most `tokens_per_microbatch` tokens.
 
     Groups are kept whole where they fit; a larger group is cut between completions, and each part carries the prompt.

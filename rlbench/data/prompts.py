@@ -50,8 +50,8 @@ def make_prompts(
         if len(token_ids) > max_prompt_tokens:
             if config.long_prompts == "error":
                 raise ValueError(
-                    f"row {row['row_number']} of the {split} data makes a prompt of {len(token_ids)} tokens, expected at most "
-                    f"{max_prompt_tokens} ({limit_reason}); shorten it or set data.long_prompts=skip"
+                    f"row {row['row_number']} of the {split} data makes a prompt of {len(token_ids)} tokens, "
+                    f"expected at most {max_prompt_tokens} ({limit_reason}); shorten it or set data.long_prompts=skip"
                 )
             num_too_long += 1
             continue
@@ -59,7 +59,9 @@ def make_prompts(
         prompt_id = f"{split}/{row['row_number']}"
         prompts.append(Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, columns=columns))
     if not prompts:
-        raise ValueError(f"no prompt is left of the {split} data: all {num_too_long} are longer than {max_prompt_tokens} tokens")
+        raise ValueError(
+            f"no prompt is left of the {split} data: all {num_too_long} are longer than {max_prompt_tokens} tokens"
+        )
     return PromptSet(prompts=tuple(prompts), num_too_long=num_too_long)
 
 

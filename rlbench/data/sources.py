@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _HUB = {"gsm8k": ("openai/gsm8k", "main")}
 _NUM_GENERATED = {"train": 2000, "test": 500}
+_GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."
 _NUM_LISTED = 5
 
 
@@ -46,7 +47,9 @@ def load_rows(config: DataConfig, split: str) -> LoadedRows:
     if problem is None:
         return _from_hub(config, split)
     if config.source == "hub":
-        raise ValueError(f"data.source is hub, but the hub cannot be reached ({problem}); expected a network, or data.path")
+        raise ValueError(
+            f"data.source is hub, but the hub cannot be reached ({problem}); expected a network, or data.path"
+        )
     return _generated(config, split, f"because the hub cannot be reached ({problem})")
 
 
@@ -66,7 +69,9 @@ def _from_file(path: Path, key: str, config: DataConfig) -> LoadedRows:
     _check_bad_rows(bad_rows, f"{path}", config)
     if not rows:
         raise ValueError(f"{key} is {path}, but it holds no row; expected one JSON object a line")
-    return LoadedRows(dataset=_dataset(rows, str(path)), description=f"{path}: {len(rows)} rows", bad_rows=tuple(bad_rows))
+    return LoadedRows(
+        dataset=_dataset(rows, str(path)), description=f"{path}: {len(rows)} rows", bad_rows=tuple(bad_rows)
+    )
 
 
 def _parse_line(line: bytes, config: DataConfig) -> tuple[dict[str, Any], str]:
@@ -100,15 +105,18 @@ def _check_bad_rows(bad_rows: list[str], source: str, config: DataConfig) -> Non
     if len(bad_rows) > config.max_bad_rows:
         listed = "; ".join(bad_rows[:_NUM_LISTED]) + ("; ..." if len(bad_rows) > _NUM_LISTED else "")
         raise ValueError(
-            f"{source} has {len(bad_rows)} rows that cannot be used, data.max_bad_rows allows {config.max_bad_rows}: {listed}"
+            f"{source} has {len(bad_rows)} rows that cannot be used, data.max_bad_rows allows {config.max_bad_rows}: "
+            f"{listed}"
         )
 
 
 def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     from datasets import Dataset
 
+    # `from_list` takes its columns from the first row and would drop a column that only later rows have.
+    names = dict.fromkeys(name for row in rows for name in row)
     try:
-        return Dataset.from_list(rows)
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
     except Exception as error:  # pyarrow raises its own types for columns of mixed types
         raise ValueError(f"{source}: the rows do not form columns of one type each ({error})") from error
 
@@ -132,15 +140,19 @@ def _generated(config: DataConfig, split: str, why: str) -> LoadedRows:
             "expected a network, data.path=FILE.jsonl, or: pip install reasoning-gym"
         ) from error
     size = _NUM_GENERATED[split]
-    # Far apart, since problem i of a data set is made from seed + i.
-    seed = config.seed * 1_000_003 + (0 if split == "train" else 500_000)
-    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
-    tidy: Callable[[str], str] = lambda text: text.removesuffix(  # noqa: E731
-        " Give the result as your final answer. Do not include units."
-    )
-    rows = [
-        {config.prompt_column: tidy(p["question"]), config.answer_column: str(p["answer"]), "row_number": number}
-        for number, p in enumerate(problems, start=1)
-    ]
+    rows = []
+    # Problem i of an endless list is made from seed + i; its wording decides its split: the splits are disjoint.
+    for i in range(20 * sum(_NUM_GENERATED.values())):
+        if len(rows) == size:
+            break
+        problem = reasoning_gym.create_dataset("gsm_symbolic", size=1, seed=config.seed * 1_000_003 + i)[0]
+        question = problem["question"].removesuffix(_GENERATED_SUFFIX)
+        if _generated_split(question) == split:
+            answer = str(problem["answer"])
+            rows.append({config.prompt_column: question, config.answer_column: answer, "row_number": len(rows) + 1})
     description = f"NOT {config.name}: {size} generated problems like it (reasoning-gym gsm_symbolic), {why}"
     return LoadedRows(dataset=_dataset(rows, "reasoning-gym"), description=description, bad_rows=())
+
+
+def _generated_split(question: str) -> str:
+    return "test" if hashlib.sha256(question.encode()).digest()[0] % 5 == 0 else "train"

@@ -185,7 +185,9 @@ class _Rows:
     @classmethod
     def start(cls, seeds: Sequence[int], sampling: SamplingParams) -> _Rows:
         n = len(seeds)
-        return cls(sampling, seeds, list(range(n)), [[] for _ in seeds], [[] for _ in seeds], [""] * n, 0, set(range(n)))
+        return cls(
+            sampling, seeds, list(range(n)), [[] for _ in seeds], [[] for _ in seeds], [""] * n, 0, set(range(n))
+        )
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw a token for every row; rows that had finished before draw too but nothing is recorded. -> [B]."""
@@ -227,7 +229,9 @@ def check_prompts(
         ValueError: if the numbers differ, a prompt is empty, or a prompt plus `max_tokens` exceeds the context.
     """
     if len(prompts) != len(others):
-        raise ValueError(f"{len(prompts)} prompts, but {len(others)} seeds or completions: expected one for each prompt")
+        raise ValueError(
+            f"{len(prompts)} prompts, but {len(others)} seeds or completions: expected one for each prompt"
+        )
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty, expected at least one token")

@@ -175,7 +175,11 @@ class RlLoop:
             )
         parts.engine.wake()
         self._count_update(result.is_applied, result.metrics)
-        return {"optim/lr": lr, "optim/is_skipped": float(not result.is_applied)} | result.metrics | self._sizes(microbatches)
+        return (
+            {"optim/lr": lr, "optim/is_skipped": float(not result.is_applied)}
+            | result.metrics
+            | self._sizes(microbatches)
+        )
 
     def _count_update(self, is_applied: bool, metrics: Mapping[str, float]) -> None:
         if is_applied:
@@ -186,8 +190,8 @@ class RlLoop:
         self.num_bad_steps += 1
         limit = self.inputs.config.training.max_bad_steps
         self.console.warning(
-            f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: not finite, "
-            f"the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
+            f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: "
+            f"not finite, the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
         )
         if self.num_bad_steps >= limit:
             raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
@@ -252,7 +256,9 @@ class RlLoop:
             previous = (first.num_correct, len(first.is_correct)) if first and first.is_correct else None
             self.console.evaluation(name, evaluation.num_correct, len(evaluation.is_correct), previous=previous)
         else:
-            self.console.note(f"evaluation, {name}: mean reward {evaluation.metrics.get('eval/reward', float('nan')):.3f}")
+            self.console.note(
+                f"evaluation, {name}: mean reward {evaluation.metrics.get('eval/reward', float('nan')):.3f}"
+            )
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -27,7 +27,7 @@ def load_base(path: str, *, dtype: torch.dtype, device: str | torch.device) -> P
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
-    return model.to(device).requires_grad_(False).eval()
+    return model.to(device=device).requires_grad_(False).eval()
 
 
 def share_base(model: ModelT) -> ModelT:

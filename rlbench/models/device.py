@@ -25,7 +25,9 @@ def hardware_facts(profile: str) -> HardwareFacts:
         device_name=torch.cuda.get_device_name() if is_cuda else f"no GPU it may use, {num_cores} CPU cores",
         num_cores=num_cores,
         memory_gib=(torch.cuda.mem_get_info()[0] if is_cuda else _free_host_bytes()) / 2**30,
-        matmul_gflops={str(d).removeprefix("torch."): _matmul_gflops(d, device) for d in (torch.bfloat16, torch.float32)},
+        matmul_gflops={
+            str(d).removeprefix("torch."): _matmul_gflops(d, device) for d in (torch.bfloat16, torch.float32)
+        },
         has_vllm=importlib.util.find_spec("vllm") is not None,
     )
 

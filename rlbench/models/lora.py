@@ -34,7 +34,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
     targets: Any = config.targets if config.targets == "all-linear" else [t.strip() for t in config.targets.split(",")]
     peft_config = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes floats)
         lora_dropout=0.0,
         target_modules=targets,
         use_rslora=config.rslora,
@@ -114,7 +114,9 @@ def lora_linear(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [N, in]
         low_a, low_b = a.to(x.dtype), (b * scaling).to(x.dtype)
         low_rank = rows @ low_a.T  # [N, R]

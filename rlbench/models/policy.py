@@ -80,7 +80,8 @@ class Policy:
             base_name: hub id or path of the base, recorded in adapter_config.json.
         """
         self.model.peft_config["default"].base_model_name_or_path = base_name
-        self.model.save_pretrained(str(folder))
+        # PEFT would ask the hub whether the vocabulary was changed; it never is.
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def load_adapter(self, folder: Path) -> None:
         """Take over the tensors of `save_adapter`, bit for bit.
@@ -91,5 +92,7 @@ class Policy:
         saved = load_file(str(folder / "adapter_model.safetensors"))
         own = get_peft_model_state_dict(self.model)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
-            raise ValueError(f"the adapter in {folder} has other tensors than this run's; expected equal lora.* settings")
+            raise ValueError(
+                f"the adapter in {folder} has other tensors than this run's; expected equal lora.* settings"
+            )
         set_peft_model_state_dict(self.model, saved)

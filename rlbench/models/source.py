@@ -47,7 +47,9 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     place = Path(config.path).expanduser()
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise ValueError(f"model.path is {config.path}, a folder without config.json; expected a transformers model")
+            raise ValueError(
+                f"model.path is {config.path}, a folder without config.json; expected a transformers model"
+            )
         return ResolvedModel(folder=place, name=config.path, description="local folder")
     if place.suffix == ".gguf":
         if not place.is_file():
@@ -74,7 +76,9 @@ def _from_hub(config: ModelConfig) -> ResolvedModel:
     packaged = _packaged_gguf(name)
     if packaged is not None:
         package = _PACKAGED[name][1]
-        description = f"from the PyPI package {package}, dequantized to bfloat16, because the hub cannot be reached ({problem})"
+        description = (
+            f"from the PyPI package {package}, dequantized to bfloat16, because the hub cannot be reached ({problem})"
+        )
         return ResolvedModel(folder=_converted(packaged, config), name=name, description=description)
     raise ValueError(_nowhere(name, problem))
 

@@ -26,7 +26,8 @@ def make_groups(
 ) -> list[RolloutGroup]:
     """Decode and score completions; decoding drops special tokens, the token ids stay as they were sampled."""
     texts = [
-        [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in group] for group in completions
+        [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in group]
+        for group in completions
     ]
     scores = scorer.score(prompts, completions, texts)
     return [
@@ -42,7 +43,9 @@ def make_groups(
                     components=components,
                     reward=scorer.total(components),
                 )
-                for index, (completion, text, components) in enumerate(zip(group, group_texts, group_scores, strict=True))
+                for index, (completion, text, components) in enumerate(
+                    zip(group, group_texts, group_scores, strict=True)
+                )
             ),
         )
         for prompt, group, group_texts, group_scores in zip(prompts, completions, texts, scores, strict=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlbench_rewards import RewardPool, RewardSample
-
 from rlbench.config.schema import RewardsConfig
 from rlbench.records import FINISH_LENGTH, Completion, Prompt, RewardComponent
+from rlbench_rewards import RewardPool, RewardSample
 
 
 class Scorer:

@@ -102,7 +102,9 @@ def find_checkpoint(place: Path) -> tuple[Checkpoint, list[str]]:
         except ValueError as error:
             damaged.append(str(error))
     detail = f": {'; '.join(damaged)}" if damaged else ""
-    raise ValueError(f"resume is {place}, but no valid checkpoint is there{detail}; expected a run's folder or a checkpoint")
+    raise ValueError(
+        f"resume is {place}, but no valid checkpoint is there{detail}; expected a run's folder or a checkpoint"
+    )
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

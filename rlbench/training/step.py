@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from rlbench_kernels import linear_logprobs, linear_token_loss
 from torch import Tensor
 
 from rlbench.algorithms import KL_ESTIMATORS, POLICY_LOSSES
@@ -18,6 +17,7 @@ from rlbench.algorithms.policy_losses import LossInputs
 from rlbench.config.schema import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
+from rlbench_kernels import linear_logprobs, linear_token_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,9 @@ def _token_loss(
     }
     if "ref_logprobs" not in columns:
         return output.loss, metrics
-    per_token = KL_ESTIMATORS[config.kl](torch.where(mask, logprobs, 0.0), torch.where(mask, columns["ref_logprobs"], 0.0))
+    per_token = KL_ESTIMATORS[config.kl](
+        torch.where(mask, logprobs, 0.0), torch.where(mask, columns["ref_logprobs"], 0.0)
+    )
     kl = (per_token * mask).sum() / num_loss_tokens
     return output.loss + config.kl_coef * kl, metrics | {"kl/reference": kl}
 

@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlbench.models.base import load_base
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_folder):
+    """Float32 base; tests must not change it."""
+    return load_base(str(tiny_folder), dtype=torch.float32, device="cpu")

@@ -1,0 +1,82 @@
+"""Rows from files: what is loaded, what is refused, with line numbers."""
+
+import json
+
+import pytest
+
+from rlbench.config.schema import DataConfig
+from rlbench.data.sources import load_rows
+
+
+def write_rows(path, lines):
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return str(path)
+
+
+def row(question="1+1?", answer="2", **more) -> bytes:
+    return json.dumps({"question": question, "answer": answer, **more}).encode()
+
+
+def test_rows_keep_their_line_numbers_and_columns(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(), b"", row("2+2?", "4", level=3)])
+
+    loaded = load_rows(DataConfig(path=path), "train")
+
+    assert loaded.dataset["row_number"] == [1, 3]
+    assert loaded.dataset["level"] == [None, 3]
+
+
+BROKEN = {
+    "truncated JSON": (b'{"question": "a"', "line 2: not JSON"),
+    "not an object": (b"[1, 2]", "line 2: a JSON list, expected an object"),
+    "no answer": (b'{"question": "a"}', r"line 2: no column 'answer' \(data.answer_column\)"),
+    "misspelt column": (b'{"question": "a", "anwser": "1"}', "did you mean anwser"),
+    "empty question": (row("  "), "line 2: column 'question' is '  ', expected text"),
+    "null answer": (b'{"question": "a", "answer": null}', "column 'answer' is None"),
+    "list answer": (b'{"question": "a", "answer": [1]}', r"column 'answer' is \[1\]"),
+    "latin-1": ('{"question": "é", "answer": "1"}'.encode("latin-1"), "line 2: not UTF-8"),
+    "lone surrogate": (b'{"question": "\\ud800", "answer": "1"}', "half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_row_is_an_error_with_its_line_number(tmp_path, name):
+    line, message = BROKEN[name]
+    path = write_rows(tmp_path / "a.jsonl", [row(), line, row()])
+
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataConfig(path=path), "train")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rows_are_skipped_and_listed_up_to_the_limit(tmp_path, name):
+    line, message = BROKEN[name]
+    path = write_rows(tmp_path / "a.jsonl", [row(), line, row()])
+
+    loaded = load_rows(DataConfig(path=path, max_bad_rows=1), "train")
+
+    assert loaded.dataset["row_number"] == [1, 3]
+    assert len(loaded.bad_rows) == 1 and loaded.bad_rows[0].startswith("line 2")
+
+
+def test_a_missing_or_empty_file_is_named_with_its_key(tmp_path):
+    with pytest.raises(ValueError, match=r"data.path is .*nothing.jsonl, but there is no such file"):
+        load_rows(DataConfig(path=str(tmp_path / "nothing.jsonl")), "train")
+    with pytest.raises(ValueError, match="it holds no row"):
+        load_rows(DataConfig(path=write_rows(tmp_path / "empty.jsonl", [])), "train")
+
+
+def test_generated_problems_say_that_they_are_not_the_data_set_and_splits_differ():
+    train = load_rows(DataConfig(source="generated"), "train")
+    test = load_rows(DataConfig(source="generated"), "test")
+
+    assert train.description.startswith("NOT gsm8k")
+    assert not set(train.dataset["question"]) & set(test.dataset["question"])
+    assert train.dataset["question"][:5] == load_rows(DataConfig(source="generated"), "train").dataset["question"][:5]
+
+
+def test_hub_only_is_an_error_without_a_hub(monkeypatch):
+    monkeypatch.setattr("rlbench.data.sources.hub_problem", lambda: "no network")
+
+    with pytest.raises(ValueError, match=r"data.source is hub, but the hub cannot be reached \(no network\)"):
+        load_rows(DataConfig(source="hub"), "train")

@@ -1,0 +1,83 @@
+"""Shared-prompt packing computes what plain, one-sequence-at-a-time forwards compute: hidden states and gradients."""
+
+import pytest
+import torch
+
+from rlbench.config.schema import LoraConfig
+from rlbench.data.packing import pack
+from rlbench.models.attention import use_rlbench_attention
+from rlbench.models.base import share_base
+from rlbench.models.policy import Policy
+from tests.data.test_packing import make_sample
+from tests.models.test_lora import gradients, randomise
+
+SAMPLES = [
+    make_sample("a", [5, 6, 7, 8, 9], [10, 11, 12]),
+    make_sample("a", [5, 6, 7, 8, 9], [13]),  # a completion of one token has no input of its own
+    make_sample("a", [5, 6, 7, 8, 9], [14, 15, 16, 17, 18, 19, 20]),
+    make_sample("b", [21], [22, 23]),
+    make_sample("c", [24, 25, 26, 27, 28, 29, 30, 31], [32, 33, 34, 35]),
+    make_sample("c", [24, 25, 26, 27, 28, 29, 30, 31], [36, 37]),
+]
+
+
+def make_policy(base) -> Policy:
+    policy = Policy(base, LoraConfig(rank=4, alpha=8), seed=0)
+    randomise(policy.model)
+    return policy
+
+
+def loss_weights(num_rows: int, dim: int) -> torch.Tensor:
+    return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(2))
+
+
+def plain_hidden(base, policy: Policy) -> torch.Tensor:
+    """[N, D] by transformers' own attention, each sample alone, with the policy's adapter."""
+    policy._tree.set_attn_implementation("eager")
+    rows = []
+    for sample in SAMPLES:
+        token_ids = torch.tensor([[*sample.prompt_token_ids, *sample.token_ids[:-1]]])
+        hidden = policy._tree.base_model(input_ids=token_ids).last_hidden_state[0]
+        rows.append(hidden[len(sample.prompt_token_ids) - 1 :])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("budget", [1000, 17])
+def test_packed_hidden_states_and_gradients_equal_the_plain_layout(tiny_base, budget):
+    packed, plain = make_policy(tiny_base), make_policy(tiny_base)
+    batches = pack(SAMPLES, tokens_per_microbatch=budget, device="cpu")
+    expected = plain_hidden(tiny_base, plain)
+    weights = loss_weights(*expected.shape)
+    (expected * weights).sum().backward()
+    order = {int(t): i for i, t in enumerate(t for s in SAMPLES for t in s.token_ids)}
+
+    for batch in batches:
+        rows = torch.tensor([order[int(t)] for t in batch.targets])
+        hidden = packed.hidden(batch)
+        torch.testing.assert_close(hidden, expected[rows].detach(), rtol=1e-4, atol=1e-5)
+        (hidden * weights[rows]).sum().backward()
+
+    assert (len(batches) > 1) == (budget == 17)
+    for (name, ours), theirs in zip(gradients(packed.model).items(), gradients(plain.model).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_reference_policy_is_the_base_without_the_adapter(tiny_base):
+    policy = make_policy(tiny_base)
+    (batch,) = pack(SAMPLES[:1], tokens_per_microbatch=100, device="cpu")
+    base_hidden = tiny_base.base_model(input_ids=batch.token_ids[None]).last_hidden_state[0][batch.predict_rows]
+
+    with policy.reference():
+        reference = policy.hidden(batch)
+
+    torch.testing.assert_close(reference, base_hidden, rtol=1e-4, atol=1e-5)
+    assert not reference.requires_grad
+    assert (policy.hidden(batch) - base_hidden).abs().max() > 0.01
+
+
+def test_an_attention_feature_that_is_not_computed_is_refused(tiny_base):
+    tree = share_base(tiny_base)
+    tree.config.sliding_window = 8
+
+    with pytest.raises(ValueError, match="sliding_window=8, which rlbench's packed attention does not compute"):
+        use_rlbench_attention(tree)

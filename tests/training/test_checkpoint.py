@@ -1,0 +1,124 @@
+"""Checkpoints: complete, checked, restored bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+from rlbench.config.schema import AlgorithmConfig, OptimConfig
+from rlbench.data.packing import pack
+from rlbench.training.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from rlbench.training.optim import make_optimizer
+from rlbench.training.step import train_step
+from tests.training.test_step import make_policy, make_samples
+
+
+def make_update(policy, optimizer, seed: int) -> None:
+    batches = pack(make_samples(seed), tokens_per_microbatch=1000, device="cpu")
+    assert train_step(policy, batches, optimizer, AlgorithmConfig(), temperature=1.0, max_grad_norm=1.0).is_applied
+
+
+def start(base):
+    policy = make_policy(base)
+    return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01))
+
+
+def save(folder, policy, optimizer, step: int, keep_last: int = 2):
+    return save_checkpoint(folder, policy, optimizer, {"step": step, "n": 7}, base_name="tiny", keep_last=keep_last)
+
+
+def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    for seed in range(4):
+        make_update(policy, optimizer, seed)
+        if seed == 1:
+            save(tmp_path, policy, optimizer, 2)
+    restored, its_optimizer = start(tiny_base)
+    checkpoint, _ = find_checkpoint(tmp_path)
+    restore(checkpoint, restored, its_optimizer)
+    for seed in (2, 3):
+        make_update(restored, its_optimizer, seed)
+
+    assert restored.adapter().fingerprint() == policy.adapter().fingerprint()
+    assert checkpoint.state == {"step": 2, "n": 7}
+
+
+def test_only_the_newest_are_kept(tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    for step in (1, 2, 3):
+        save(tmp_path, policy, optimizer, step)
+
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.fixture
+def two_checkpoints(tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    make_update(policy, optimizer, 0)
+    return [save(tmp_path, policy, optimizer, step) for step in (1, 2)]
+
+
+DAMAGES = {
+    "a flipped bit": lambda f: f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:]),
+    "cut short": lambda f: f.write_bytes(f.read_bytes()[:-1]),
+    "emptied": lambda f: f.write_bytes(b""),
+    "gone": lambda f: f.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(two_checkpoints, tmp_path, damage, name):
+    older, newer = two_checkpoints
+    DAMAGES[damage](newer / name)
+
+    checkpoint, damaged = find_checkpoint(tmp_path)
+
+    assert checkpoint.folder == older
+    assert len(damaged) == 1 and name in damaged[0]
+    with pytest.raises(ValueError, match=f"is damaged: {name}"):
+        read_checkpoint(newer)
+
+
+def test_a_folder_without_a_valid_checkpoint_is_a_clear_error(two_checkpoints, tmp_path):
+    for folder in two_checkpoints:
+        (folder / "manifest.json").write_text("{")
+
+    with pytest.raises(ValueError, match="no valid checkpoint is there: .*manifest.json"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="expected a run's folder or a checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_another_format_is_refused(two_checkpoints):
+    manifest = json.loads((two_checkpoints[1] / "manifest.json").read_text())
+    (two_checkpoints[1] / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+
+    with pytest.raises(ValueError, match="checkpoint format 99, expected 1"):
+        read_checkpoint(two_checkpoints[1])
+
+
+def test_a_failed_save_leaves_no_trace_and_keeps_the_old(two_checkpoints, tiny_base, tmp_path, monkeypatch):
+    policy, optimizer = start(tiny_base)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlbench.training.checkpoint.save_file", full)
+    with pytest.raises(Exception, match="No space left on device"):
+        save(tmp_path, policy, optimizer, 3)
+
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert find_checkpoint(tmp_path)[0].step == 2
+
+
+def test_an_adapter_of_another_rank_is_refused(two_checkpoints, tiny_base):
+    from rlbench.config.schema import LoraConfig
+    from rlbench.models.policy import Policy
+
+    policy = Policy(tiny_base, LoraConfig(rank=8), seed=0)
+    optimizer = make_optimizer(policy.parameters(), OptimConfig())
+
+    with pytest.raises(ValueError, match=r"expected equal lora.\* settings"):
+        restore(read_checkpoint(two_checkpoints[0]), policy, optimizer)
+    assert torch.isfinite(next(iter(policy.parameters()))).all()
