@@ -28,6 +28,7 @@ class Scorer:
             ],
             num_workers=config.num_workers or 1,
             timeout_s=config.timeout_s,
+            allowed_prefixes=config.allowed_prefixes,
         )
 
     def score(

@@ -1,0 +1,90 @@
+"""The worker process: reads calls, answers outcomes. Started as `python -m rlbench_rewards.worker`.
+
+Frames are JSON behind a 4-byte big-endian length, on stdin and on the descriptor that stdout was. The first frame
+holds the specs; then one call a frame. End of input ends the worker, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import sys
+from typing import Any, BinaryIO
+
+from rlbench_rewards.contract import ERROR, VALUE, RewardSample, checked_value
+from rlbench_rewards.loading import load_reward
+
+MAX_FRAME_BYTES = 64 * 2**20
+_PR_SET_PDEATHSIG = 1
+
+
+def read_frame(stream: BinaryIO) -> Any:
+    """The next JSON value, or None at the end of input."""
+    header = stream.read(4)
+    if len(header) < 4:
+        return None
+    body = stream.read(struct.unpack(">I", header)[0])
+    return json.loads(body)
+
+
+def encode_frame(value: Any) -> bytes:
+    body = json.dumps(value, default=str).encode("utf-8", "surrogatepass")
+    return struct.pack(">I", len(body)) + body
+
+
+def main() -> None:
+    _die_with_parent()
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a reward that prints must not write into the frames
+    calls = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    setup = read_frame(calls)
+    sys.path[:] = setup["sys_path"]
+    _limit_memory(setup["memory_limit_bytes"])
+    rewards = {}
+    try:
+        for spec in setup["specs"]:
+            rewards[spec["name"]] = load_reward(spec["name"], spec["path"], spec["kwargs"], setup["allowed_prefixes"])
+        answer: dict[str, Any] = {"status": VALUE}
+    except Exception as error:
+        answer = {"status": ERROR, "message": str(error), "is_value_error": isinstance(error, ValueError)}
+    _reply(replies, answer)
+    while (call := read_frame(calls)) is not None:
+        _reply(replies, _run(rewards, call))
+
+
+def _run(rewards: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    try:
+        output = checked_value(rewards[call["name"]](RewardSample(**call["sample"])))
+        details = json.loads(json.dumps(dict(output.details), default=str))
+        return {"status": VALUE, "value": float(output.value), "details": details}
+    except Exception as error:  # whatever a reward raises is an outcome, not the end of the worker
+        return {"status": ERROR, "message": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def _reply(replies: BinaryIO, value: dict[str, Any]) -> None:
+    replies.write(encode_frame(value))
+    replies.flush()
+
+
+def _die_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends us
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+        os.nice(5)
+    except (ImportError, ValueError, OSError):
+        return  # not to be had on this platform; the deadline still holds
+
+
+if __name__ == "__main__":
+    main()
