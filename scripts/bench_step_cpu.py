@@ -104,10 +104,10 @@ def peft_step(dtype: str) -> tuple[Any, Any]:
 
     def forward(part: list[Any]) -> torch.Tensor:
         longest = max(len(s.prompt_token_ids) for s in part)
-        rows = [[0] * (longest - len(s.prompt_token_ids)) + [*s.prompt_token_ids, *s.token_ids] for s in part]
+        pads = [longest - len(s.prompt_token_ids) for s in part]
+        rows = [[0] * pad + [*s.prompt_token_ids, *s.token_ids] for pad, s in zip(pads, part, strict=True)]
         token_ids = torch.tensor(rows)
-        mask = torch.tensor([[0] * (longest - len(s.prompt_token_ids)) + [1] * (len(s.prompt_token_ids) + COMPLETION_TOKENS)
-                             for s in part])  # fmt: skip
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad + COMPLETION_TOKENS) for pad in pads])
         logits = model(input_ids=token_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         scores = logits[:, longest - 1 : -1].float().log_softmax(-1)
         logprobs = scores.gather(-1, token_ids[:, longest:, None])[..., 0]

@@ -19,7 +19,7 @@ class RewardSample:
     """One completion to score.
 
     Example:
-        RewardSample(prompt="What is 2 + 2?", completion="2 + 2 = 4\\n#### 4", prompt_id="train/1", columns={"answer": "4"})
+        RewardSample(prompt="What is 2 + 2?", completion="#### 4", prompt_id="train/1", columns={"answer": "4"})
     """
 
     prompt: str  # as the model saw it

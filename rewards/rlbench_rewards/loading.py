@@ -77,8 +77,8 @@ def _function_reward(key: str, path: str, function: Callable[..., Any], kwargs: 
     ]
     if len([p for p in required if p.name not in kwargs]) != 1:
         raise ValueError(
-            f"{key}.path is {path}{inspect.signature(function)}; expected a function of one RewardSample, or a TRL-style "
-            "function(completions, **columns)"
+            f"{key}.path is {path}{inspect.signature(function)}; expected a function of one RewardSample, or a "
+            "TRL-style function(completions, **columns)"
         )
     return lambda sample: function(sample, **kwargs)
 

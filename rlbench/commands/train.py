@@ -137,6 +137,9 @@ def _remove_if_unused(folder: Path) -> None:
     """Hydra made a folder before we knew that nothing would be written there."""
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"hydra"}:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in folder.parents[:2]:  # outputs/<name>, if this was all that it held
+            if parent != Path.cwd() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _summarise(loop: RlLoop, console: RunConsole, *, is_done: bool, seconds: float) -> None:

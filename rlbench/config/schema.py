@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlbench.config.checks import check_choice, check_range
+from rlbench.config.checks import check_choice, check_range, nearest
 
 AUTO = "auto"
 
@@ -87,7 +87,7 @@ class RewardConfig:
 
 @dataclass
 class RewardsConfig:
-    components: dict[str, RewardConfig] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)  # by name, each a RewardConfig
     allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards: packages rewards may come from
     timeout_s: float = 5.0  # per call; the worker is killed then
     num_workers: int | None = None
@@ -95,10 +95,31 @@ class RewardsConfig:
     max_invalid_frac: float = 0.2  # of a step's rollouts; above it the run stops
 
     def __post_init__(self) -> None:
+        self.components = {name: _reward_config(name, value) for name, value in self.components.items()}
         check_choice("rewards.on_invalid", self.on_invalid, ["drop_sample", "drop_group", "stop"])
         check_range("rewards.timeout_s", self.timeout_s, low=0, is_low_open=True)
         check_range("rewards.num_workers", self.num_workers, low=1)
         check_range("rewards.max_invalid_frac", self.max_invalid_frac, low=0, high=1)
+
+
+def _reward_config(name: str, value: Any) -> RewardConfig:
+    if isinstance(value, RewardConfig):
+        return value
+    known = ["path", "weight", "kwargs"]
+    key = f"rewards.components.{name}"
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r}, expected a mapping with {', '.join(known)}")
+    for part in value:
+        if part not in known:
+            raise ValueError(
+                f"there is no key '{key}.{part}'; nearest valid keys: {', '.join(nearest(part, known) or known)}"
+            )
+    if not isinstance(value.get("path"), str) or value["path"] == "???":
+        raise ValueError(f"{key}.path is missing, expected the dotted path of a reward")
+    weight = value.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ValueError(f"{key}.weight is {weight!r}, expected a number")
+    return RewardConfig(path=value["path"], weight=float(weight), kwargs=dict(value.get("kwargs") or {}))
 
 
 @dataclass

@@ -1,0 +1,80 @@
+"""Rules of the layout that no linter knows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlbench.config.compose import config_folder, group_choices, register_schema, schema_keys, to_run_config
+
+ROOT = Path(__file__).parents[2]
+MAX_LINES = 500
+
+
+@pytest.mark.parametrize("folder", ["kernels", "rewards"])
+def test_outer_folders_are_no_packages(folder):
+    # A top-level package `kernels` would shadow the one of that name that transformers looks for.
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_file_is_too_long():
+    packages = [ROOT / "rlbench", ROOT / "kernels", ROOT / "rewards", ROOT / "scripts", ROOT / "tests"]
+    files = [file for package in packages for file in package.rglob("*.py")]
+    too_long = {str(f): n for f in files if (n := len(f.read_text().splitlines())) > MAX_LINES}
+
+    assert len(files) > 50 and not too_long
+
+
+@pytest.mark.parametrize("module", ["rlbench", "rlbench.config.compose", "rlbench.records", "rlbench_rewards"])
+def test_light_modules_import_no_torch(module):
+    code = (
+        f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'sympy', 'datasets')))"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "rewards")))}
+
+
+def compose(*overrides: str):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_schema()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+GROUPS = ["hardware", "model", "data", "rewards", "algorithm", "engine", "optim", "tracking"]
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in group_choices(g)])
+def test_every_group_choice_composes_and_converts(group, choice):
+    to_run_config(compose(f"{group}={choice}"))
+
+
+@pytest.mark.parametrize("name", group_choices("exp"))
+def test_every_experiment_composes_and_converts(name):
+    assert to_run_config(compose(f"+exp={name}")).name == name
+
+
+@pytest.mark.parametrize("file", sorted(config_folder().rglob("*.yaml")), ids=lambda f: f.stem)
+def test_yaml_files_use_no_target(file):
+    assert "_target_" not in file.read_text()
+    yaml.safe_load(file.read_text())
+
+
+def test_every_key_of_the_readme_exists():
+    import re
+
+    keys = set(schema_keys())
+    used = set(re.findall(r"`?\b((?:optim|training|algorithm|sampling|data|engine|lora|model|rewards|tracking|checkpoint|"
+                          r"evaluation|hardware)\.[a-z_]+)=", (ROOT / "README.md").read_text()))  # fmt: skip
+
+    assert used and not used - keys

@@ -1,0 +1,11 @@
+"""A reward with a known optimum: the share of the letter `a`."""
+
+from rlbench_rewards import RewardOutput
+
+
+def share_of_a(sample):
+    return RewardOutput(value=sample.completion.count("a") / max(1, len(sample.completion)))
+
+
+def accuracy(sample):
+    return RewardOutput(value=float(sample.completion.count("a") > 4))

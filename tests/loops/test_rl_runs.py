@@ -1,0 +1,132 @@
+"""Whole GRPO runs: reward rises, files are complete, a stopped run continues bit for bit, the adapter is PEFT's."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlbench.tracking.jsonl import read_metrics
+from rlbench.tracking.rollout_store import read_rollouts
+from rlbench.training.checkpoint import find_checkpoint, read_checkpoint
+from tests.loops.conftest import ENVIRONMENT, command, run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_overrides, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(*tiny_overrides, "training.num_steps=24", "hydra.run.dir=run", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, folder / "run"
+
+
+def test_the_reward_rises(finished):
+    rewards = [line["reward/mean"] for line in read_metrics(finished[1] / "metrics.jsonl", "train")]
+
+    assert len(rewards) == 24
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.2
+
+
+def test_the_user_reads_plan_steps_evaluation_and_summary(finished):
+    text = finished[0].stdout
+
+    for expected in ("model.path", "derived: ", "24/24", "evaluation, held-out problems before training",
+                     "What was learned", "What to run next", "Time by phase"):  # fmt: skip
+        assert expected in text
+    assert "Traceback" not in text + finished[0].stderr
+
+
+def test_the_run_folder_is_complete(finished):
+    run_folder = finished[1]
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    rollouts = read_rollouts(run_folder / "rollouts" / "step-000001.parquet")
+
+    assert config["optim"]["lr"] == 0.02 and config["engine"]["kind"] == "hf"
+    assert "engine.kind" in json.loads((run_folder / "derived.json").read_text())
+    assert len(rollouts) == 32
+    assert {r["policy_version"] for r in rollouts} == {0}
+    assert {r["adapter_fingerprint"] for r in rollouts} != {"base"}
+    assert find_checkpoint(run_folder)[0].step == 24
+
+
+def test_engine_and_trainer_agree_on_every_sampled_token(finished):
+    gaps = [line.get("drift/logprob_gap_max", 0.0) for line in read_metrics(finished[1] / "metrics.jsonl", "train")]
+
+    assert 0 < max(gaps) < 1e-3  # float32
+
+
+def test_peft_loads_the_adapter_and_reproduces_the_greedy_evaluation(finished, tiny_folder):
+    run_folder = finished[1]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(run_folder / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    rows = read_rollouts(run_folder / "rollouts" / "eval-step-000024.parquet")
+
+    for row in rows:
+        prompt = torch.tensor([row["prompt_token_ids"]])
+        output = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0)
+        assert output[0, prompt.shape[1] :].tolist() == list(row["token_ids"]), tokenizer.decode(output[0])
+    assert len(rows) == 8
+
+
+def comparable(run_folder: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    lines = read_metrics(run_folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens/"))} for line in lines]
+
+
+def sampled(run_folder: Path) -> dict[str, list]:
+    return {
+        file.name: [(r["rollout_id"], list(r["token_ids"]), r["reward"], r["advantage"]) for r in read_rollouts(file)]
+        for file in sorted((run_folder / "rollouts").glob("*.parquet"))
+    }
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
+    arguments = [*tiny_overrides, "training.num_steps=24", "checkpoint.every_steps=2"]
+    process = subprocess.Popen(
+        command(*arguments, "hydra.run.dir=run"), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, process)
+    process.send_signal(how)
+    output = process.communicate(timeout=60)[0]
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how, output
+        assert "finishing this step, then saving" in output and "# go on" in output
+    stopped_at = find_checkpoint(tmp_path / "run")[0].step
+    assert 2 <= stopped_at < 24
+
+    resumed = run(*arguments, "resume=run", folder=tmp_path)
+
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"{stopped_at} steps are done" in resumed.stdout
+    undisturbed = finished[1]
+    assert comparable(tmp_path / "run") == comparable(undisturbed)
+    assert sampled(tmp_path / "run") == sampled(undisturbed)
+    adapters = [read_checkpoint(f / "checkpoints" / "step-000024") for f in (tmp_path / "run", undisturbed)]
+    assert adapters[0].state["adapter_fingerprint"] == adapters[1].state["adapter_fingerprint"]
+    assert not (tmp_path / "outputs").exists()
+
+
+def wait_for(condition, process: subprocess.Popen, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_resume_with_another_adapter_rank_is_refused(finished, tiny_overrides, tmp_path):
+    done = run(*tiny_overrides, "training.num_steps=24", "lora.rank=4", f"resume={finished[1]}", folder=tmp_path)
+
+    assert done.returncode == 2
+    assert "lora.rank was 16 in the run that is resumed and is 4 now" in done.stderr

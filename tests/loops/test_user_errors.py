@@ -1,0 +1,110 @@
+"""Every mistake gets one clear sentence, an exit status, no traceback, and soon."""
+
+import json
+import time
+
+import pytest
+
+from tests.loops.conftest import run
+
+ROW = json.dumps({"question": "1+1", "answer": "2"})
+
+
+def check(done, message: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+CONFIG_ERRORS = {
+    "unknown key": (["optim.lrr=1"], "there is no key 'optim.lrr'; nearest valid keys: optim.lr"),
+    "added key": (["+optim.foo=1"], "there is no key 'optim.foo'"),
+    "unknown section": (["algoritm.kl_coef=1"], "algorithm.kl_coef"),
+    "wrong type": (["optim.lr=fast"], "optim.lr: Value 'fast'"),
+    "out of range": (["optim.lr=-1"], "optim.lr is -1.0, expected more than 0"),
+    "wrong choice": (["optim.schedule=cosin"], "did you mean cosine?"),
+    "wrong group choice": (["optim=adam"], "optim=adam: there is no such choice, expected one of: adamw"),
+    "wrong experiment": (["+exp=grpo_gsm"], "did you mean grpo_gsm8k?"),
+    "wrong command": (["trian"], "there is no command 'trian', expected one of: train"),
+    "output folder": (["hydra.run.dir=/proc/no"], "hydra.run.dir=/proc/no must be writable"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_ERRORS)
+def test_config_errors_name_the_key_without_importing_torch(tmp_path, name):
+    overrides, message = CONFIG_ERRORS[name]
+
+    start = time.monotonic()
+    done = run(*overrides, folder=tmp_path)
+
+    check(done, message)
+    assert time.monotonic() - start < 3  # 0.3 to 0.5 s on an idle machine
+
+
+def test_help_lists_commands_experiments_and_groups_at_once(tmp_path):
+    start = time.monotonic()
+    done = run("--help", folder=tmp_path)
+
+    assert done.returncode == 0
+    for expected in ("+exp=grpo_gsm8k", "train", "optim", "resume="):
+        assert expected in done.stdout
+    assert time.monotonic() - start < 3
+
+
+def test_cfg_job_prints_the_composed_config_and_runs_nothing(tmp_path):
+    done = run("+exp=grpo_gsm8k", "--cfg", "job", folder=tmp_path)
+
+    assert done.returncode == 0
+    assert "prompt_column: question" in done.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_missing_data_file(tmp_path):
+    start = time.monotonic()
+
+    check(
+        run("+exp=grpo_gsm8k", "data.path=nothing.jsonl", folder=tmp_path),
+        "data.path is nothing.jsonl, but there is no",
+    )
+    assert time.monotonic() - start < 10  # 1 to 2 s on an idle machine
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    done = run("+exp=grpo_gsm8k", "model=no/such-model", folder=tmp_path)
+
+    check(done, "model.path is no/such-model, but there is no such folder or GGUF file and the hub cannot be reached")
+    assert "model=no/such-model is read as model.path=no/such-model" in done.stdout
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f"{ROW}\n{{broken\n{ROW}\n")
+
+    check(run("+exp=grpo_gsm8k", "data.path=rows.jsonl", folder=tmp_path), "line 2: not JSON")
+
+
+def test_a_prompt_longer_than_the_context(tmp_path, tiny_overrides):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "1" * 300, "answer": "2"}) + "\n")
+
+    done = run(*tiny_overrides, "data.path=rows.jsonl", folder=tmp_path)
+
+    check(
+        done, "row 1 of the train data makes a prompt of 318 tokens, expected at most 244 (the model's context of 256"
+    )
+
+
+def test_a_reward_that_does_not_exist(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "+rewards.components.x={path:rlbench_rewards.math_answer.MathAnswr}", folder=tmp_path)
+
+    check(done, "rlbench_rewards.math_answer has no MathAnswr; nearest names: MathAnswer")
+
+
+def test_a_gpu_that_is_not_there(tmp_path, tiny_overrides):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    check(
+        run(*tiny_overrides, "hardware=gpu", folder=tmp_path), "hardware.profile is gpu, but torch sees no CUDA device"
+    )
