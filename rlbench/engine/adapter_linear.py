@@ -1,7 +1,11 @@
-"""A frozen linear layer with an engine's own copy of a LoRA update."""
+"""Frozen linear layers with an engine's own copy of a LoRA update, several layers of one input fused into one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,42 +13,76 @@ from rlbench.models.adapter import Adapter
 
 
 class AdapterLinear(nn.Module):
-    """`y = x W^T + b + (x A^T) (s B)^T`; inference only. Shares `weight` and `bias` with the layer it replaces."""
+    """`y = x W^T + b + (x A^T) (s B)^T`; inference only.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Made of one linear layer or of several with the same input (q, k, v): their weights become rows of one matrix, and
+    the layers' own parameters become views of it, so nothing is held twice. A stacks the parts' A matrices [sum R, in],
+    B is block-diagonal [sum out, sum R].
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.weight = linear.weight  # [out, in]
-        self.bias = linear.bias
-        self.lora_a: Tensor | None = None  # [R, in]
-        self.lora_b: Tensor | None = None  # [out, R], scaling folded in
+        self.weight = _fuse([part.weight for part in parts])  # [out, in]
+        biases = [part.bias for part in parts]
+        self.bias = None if any(bias is None for bias in biases) else _fuse(biases)
+        ends = torch.tensor([part.weight.shape[0] for part in parts]).cumsum(0).tolist()
+        self.rows = [slice(end - part.weight.shape[0], end) for end, part in zip(ends, parts, strict=True)]
+        self._lora_a: Tensor | None = None  # [sum R, in]
+        self._lora_b: Tensor | None = None  # [out, sum R], scaling folded in
         self.use_adapter = True
 
-    def load(self, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-        """Copy float32 [R, in] and [out, R] into the layer's dtype; the scaling is folded into B before the cast."""
+    def load(self, parts: Sequence[tuple[Tensor, Tensor] | None], scaling: float) -> None:
+        """Copy float32 (A [R, in], B [out_i, R]) of each part, None for a part without adapter.
+
+        The scaling is folded into B before the cast to the layer's dtype, as the trainer does.
+        """
+        self._lora_a = self._lora_b = None
+        if all(part is None for part in parts):
+            return
         place = {"dtype": self.weight.dtype, "device": self.weight.device}
-        self.lora_a = lora_a.detach().to(**place, copy=True)
-        self.lora_b = (lora_b.detach() * scaling).to(**place, copy=True)
+        pairs = [(rows, part) for rows, part in zip(self.rows, parts, strict=True) if part is not None]
+        self._lora_a = torch.cat([a.detach() for _, (a, _) in pairs]).to(**place, copy=True)
+        self._lora_b = torch.zeros(self.weight.shape[0], self._lora_a.shape[0], **place)
+        column = 0
+        for rows, (_, b) in pairs:
+            self._lora_b[rows, column : column + b.shape[1]] = (b.detach() * scaling).to(**place)
+            column += b.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.lora_a is None or self.lora_b is None or not self.use_adapter:
+        if self._lora_a is None or self._lora_b is None or not self.use_adapter:
             return y
-        low_rank = F.linear(x.flatten(0, -2), self.lora_a)  # [N, R]
-        y.view(-1, y.shape[-1]).addmm_(low_rank, self.lora_b.T)
+        low_rank = F.linear(x.flatten(0, -2), self._lora_a)  # [N, sum R]
+        y.view(-1, y.shape[-1]).addmm_(low_rank, self._lora_b.T)
         return y
 
 
-class AdapterSlots:
-    """All adaptable linear layers of an engine's module tree, by module path."""
+def _fuse(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor with the parameters' rows one after the other; the parameters become views of it."""
+    if len(parameters) == 1:
+        return parameters[0].data
+    fused = torch.cat([parameter.data for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.shape[0]
+        parameter.data = fused[start:end]
+        start = end
+    return fused
 
-    def __init__(self, model: nn.Module) -> None:
-        """Replace every linear layer but the output head of `model` by an `AdapterLinear`."""
-        self._slots: dict[str, AdapterLinear] = {}
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                self._slots[name] = AdapterLinear(module)
-                model.set_submodule(name, self._slots[name])
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A fused layer and the module paths of its parts."""
+
+    layer: AdapterLinear
+    names: tuple[str, ...]
+
+
+class AdapterSlots:
+    """All adaptable linear layers of an engine, by module path inside the base model."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots = list(slots)
 
     def load(self, adapter: Adapter) -> None:
         """Copy all tensors of the adapter; layers that it does not name lose theirs.
@@ -53,26 +91,35 @@ class AdapterSlots:
             ValueError: if it names an unknown module or a shape does not fit; nothing is changed then.
         """
         self._check(adapter)
-        for name, slot in self._slots.items():
-            slot.lora_a = slot.lora_b = None
-            if name in adapter.lora_a:
-                slot.load(adapter.lora_a[name], adapter.lora_b[name], adapter.scaling)
+        for slot in self._slots:
+            parts = [
+                (adapter.lora_a[name], adapter.lora_b[name]) if name in adapter.lora_a else None for name in slot.names
+            ]
+            slot.layer.load(parts, adapter.scaling)
+
+    def enable(self, use_adapter: bool) -> None:
+        for slot in self._slots:
+            slot.layer.use_adapter = use_adapter
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by module path."""
+        return {
+            name: (rows.stop - rows.start, slot.layer.weight.shape[1])
+            for slot in self._slots
+            for name, rows in zip(slot.names, slot.layer.rows, strict=True)
+        }
 
     def _check(self, adapter: Adapter) -> None:
         if set(adapter.lora_a) != set(adapter.lora_b):
             raise ValueError(f"adapter has A or B alone for {sorted(set(adapter.lora_a) ^ set(adapter.lora_b))}")
-        unknown = sorted(set(adapter.lora_a) - set(self._slots))
+        shapes = self.shapes()
+        unknown = sorted(set(adapter.lora_a) - set(shapes))
         if unknown:
             raise ValueError(f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules unknown to the base")
         for name, lora_a in adapter.lora_a.items():
-            lora_b, weight = adapter.lora_b[name], self._slots[name].weight
-            rank = lora_a.shape[0]
-            expected = [(rank, weight.shape[1]), (weight.shape[0], rank)]
+            lora_b, (num_out, num_in), rank = adapter.lora_b[name], shapes[name], lora_a.shape[0]
+            expected = [(rank, num_in), (num_out, rank)]
             if [tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
                 raise ValueError(
                     f"adapter of {name}: A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}, expected {expected}"
                 )
-
-    def enable(self, use_adapter: bool) -> None:
-        for slot in self._slots.values():
-            slot.use_adapter = use_adapter

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlbench.engine.adapter_linear import AdapterSlots
+from rlbench.engine.decoders import make_decoder
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
 from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
 from rlbench.engine.sampling import counter_uniforms, draw_tokens
-from rlbench.models.attention import use_rlbench_attention
-from rlbench.models.base import output_weight, share_base
+from rlbench.models.base import output_weight
 from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
 
 _COMPACT_WHEN_FINISHED = 1 / 8  # of the rows; moving [60, 64, 3, 128, 64] bf16 together costs about 1/10 of a step
@@ -42,10 +41,8 @@ class HfEngine:
             base: frozen model; its tensors are shared, its modules are not changed.
             max_num_seqs: most rows decoded together; more samples are run in waves.
         """
-        self._model = share_base(base)
-        use_rlbench_attention(self._model)
-        self._adapters = AdapterSlots(self._model)
-        self._head = output_weight(self._model)
+        self._decoder = make_decoder(base)
+        self._head = output_weight(base)
         self._max_num_seqs = max_num_seqs
         config = base.config.get_text_config()
         self._context = int(config.max_position_embeddings)
@@ -76,18 +73,18 @@ class HfEngine:
     ) -> list[list[float]]:
         """See `Engine.score`."""
         prompts = check_prompts(prompt_token_ids, token_ids, 0, self._context)
-        self._adapters.enable(use_adapter)
+        self._decoder.slots.enable(use_adapter)
         try:
             with torch.inference_mode():
                 return [x for part in _chunks(prompts, token_ids) for x in self._score_chunk(*part)]
         finally:
-            self._adapters.enable(True)
+            self._decoder.slots.enable(True)
 
     def sync(self, adapter: Adapter, version: int) -> None:
         """See `Engine.sync`."""
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
-        self._adapters.load(adapter)
+        self._decoder.slots.load(adapter)
         self.adapter_fingerprint = adapter.fingerprint()
         self.policy_version = version
 
@@ -100,20 +97,13 @@ class HfEngine:
     def close(self) -> None:
         """Nothing to release: the base belongs to the caller."""
 
-    def _hidden(self, token_ids: Tensor, position_ids: Tensor, context: object) -> Tensor:
-        """[B, L] -> [B, L, D]."""
-        output = self._model.base_model(
-            input_ids=token_ids, position_ids=position_ids, use_cache=False, attention_context=context
-        )
-        return output.last_hidden_state
-
     def _prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[PromptCache, Tensor]:
         """Cache of the sequences and the hidden states [T, D] of all their tokens, one after the other."""
         device = self._head.device
         cache = PromptCache(self._cache_shape, [len(s) for s in sequences])
         token_ids = torch.tensor([t for s in sequences for t in s], device=device)
         position_ids = torch.cat([torch.arange(len(s), device=device) for s in sequences])
-        hidden = self._hidden(token_ids[None], position_ids[None], cache)
+        hidden = self._decoder.hidden(token_ids[None], position_ids[None], cache)
         return cache, hidden[0]
 
     def _generate_wave(
@@ -138,7 +128,7 @@ class HfEngine:
                 own.keep_rows(kept)
                 tokens, positions = tokens[kept], positions[kept]
             own.advance()
-            hidden = self._hidden(tokens[:, None], positions[:, None], own)[:, 0]
+            hidden = self._decoder.hidden(tokens[:, None], positions[:, None], own)[:, 0]
             positions = positions + 1
             logits = F.linear(hidden, self._head)
 

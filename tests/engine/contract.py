@@ -1,0 +1,440 @@
+"""What every engine must do, as functions `check(subject)`; `test_contract.py` runs them for each engine.
+
+The checks compare with an independent recomputation: `Subject.logits` gives the next-token logits of a plain forward
+of the whole sequence, `distribution` does temperature and truncation once more in float64, straight from the
+definitions. An engine may already hold an adapter from an earlier check: the subject remembers which, and the
+recomputation uses the same one, so that the checks can run in any order.
+
+Shapes: L sequence length, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, Engine
+from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
+
+NATS = 1e-3  # float32 engines against a float32 transformers forward; measured below 2e-5
+CHI_SQUARE_QUANTILE = 4.0  # standard deviations of the chi-square's normal approximation: one false alarm in 30,000
+
+SAMPLINGS = [
+    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=12, temperature=0.6),
+    SamplingParams(max_tokens=12, temperature=1.7),
+    SamplingParams(max_tokens=12, top_k=5),
+    SamplingParams(max_tokens=12, top_p=0.7),
+    SamplingParams(max_tokens=12, min_p=0.15),
+    SamplingParams(max_tokens=12, temperature=0.8, min_p=0.02, top_k=20, top_p=0.9),
+    SamplingParams(max_tokens=12, temperature=0.0),
+]
+# Around the block size of paged caches, single tokens, repeats, and an id sequence that no tokenizer would produce.
+PROMPTS: list[list[int]] = [
+    [7],
+    [3, 3, 3, 3],
+    [(5 * i) % 90 + 2 for i in range(31)],
+    [(5 * i) % 90 + 2 for i in range(32)],
+    [(5 * i) % 90 + 2 for i in range(33)],
+    [(11 * i) % 90 + 2 for i in range(70)],
+    [3, 3, 3, 3],
+]
+
+
+@dataclass
+class Subject:
+    """An engine under test with the model that it must agree with.
+
+    `logits(token_ids, adapter)` returns float32 [L, V]: row i predicts the token after token_ids[i].
+    """
+
+    engine: Engine
+    logits: Callable[[Sequence[int], Adapter | None], Tensor]
+    make_adapter: Callable[[int], Adapter]  # a non-zero adapter of that random seed, on every linear layer
+    context: int  # tokens
+    adapter: Adapter | None = field(default=None)  # a copy of what the engine holds
+
+    def sync(self, adapter: Adapter) -> int:
+        """Give the adapter to the engine under the next version; returns the version."""
+        version = self.engine.policy_version + 1
+        self.adapter = copy.deepcopy(adapter)
+        self.engine.sync(adapter, version)
+        return version
+
+    def next_logits(self, prompt: Sequence[int], completion: Sequence[int], *, use_adapter: bool = True) -> Tensor:
+        """[len(completion), V]: the logits that predict each completion token."""
+        sequence = [*prompt, *completion]
+        return self.logits(sequence, self.adapter if use_adapter else None)[len(prompt) - 1 : len(sequence) - 1]
+
+    def scores(self, prompt: Sequence[int], completion: Sequence[int], *, use_adapter: bool = True) -> list[float]:
+        rows = self.next_logits(prompt, completion, use_adapter=use_adapter).double().log_softmax(-1)
+        return [float(row[token]) for row, token in zip(rows, completion, strict=True)]
+
+
+def distribution(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """float64 [V] probabilities of one row [V]: softmax(logits / temperature), then min_p, top_k, top_p in that order.
+
+    Each truncation renormalises before the next. Temperature 0 returns the plain softmax.
+    """
+    if sampling.temperature == 0:
+        return logits.double().softmax(-1)
+    probs = (logits.double() / sampling.temperature).softmax(-1)
+    probs = torch.where(probs >= sampling.min_p * probs.max(), probs, 0.0)
+    order = probs.argsort(descending=True)
+    if sampling.top_k > 0:
+        probs[order[sampling.top_k :]] = 0.0
+    probs = probs / probs.sum()
+    mass_before = probs[order].cumsum(-1) - probs[order]
+    if sampling.top_p < 1:
+        probs[order[mass_before >= sampling.top_p]] = 0.0
+    return probs / probs.sum()
+
+
+def sample(
+    subject: Subject, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int] | None = None
+) -> list[Completion]:
+    return subject.engine.generate(prompts, sampling, seeds or range(100, 100 + len(prompts)))
+
+
+def assert_logprobs_match(subject: Subject, prompt: Sequence[int], completion: Completion, sampling: SamplingParams):
+    rows = subject.next_logits(prompt, completion.token_ids)
+    expected = [
+        math.log(float(distribution(row, sampling)[token]))
+        for row, token in zip(rows, completion.token_ids, strict=True)
+    ]
+    assert completion.sampling_logprobs == pytest.approx(expected, abs=NATS)
+
+
+def sampling_logprobs_equal_a_plain_forward(subject: Subject):
+    # Proves token in, token out too: another tokenisation of prompt or completion would not give these numbers.
+    for sampling in SAMPLINGS:
+        completions = sample(subject, PROMPTS, sampling)
+        assert len(completions) == len(PROMPTS)
+        for prompt, completion in zip(PROMPTS, completions, strict=True):
+            assert_logprobs_match(subject, prompt, completion, sampling)
+
+
+def completions_carry_seed_version_and_fingerprint(subject: Subject):
+    seeds = [5, 2**63 - 1]
+
+    for completion, seed in zip(sample(subject, PROMPTS[:2], SAMPLINGS[0], seeds), seeds, strict=True):
+        assert completion.seed == seed
+        assert completion.policy_version == subject.engine.policy_version
+        assert completion.adapter_fingerprint == subject.engine.adapter_fingerprint
+        assert all(type(token) is int for token in completion.token_ids)
+        assert all(type(logprob) is float for logprob in completion.sampling_logprobs)
+
+
+def greedy_takes_the_argmax(subject: Subject):
+    sampling = SamplingParams(max_tokens=16, temperature=0.0)
+
+    for prompt, completion in zip(PROMPTS, sample(subject, PROMPTS, sampling), strict=True):
+        assert list(completion.token_ids) == subject.next_logits(prompt, completion.token_ids).argmax(-1).tolist()
+
+
+def top_k_of_one_equals_greedy(subject: Subject):
+    greedy = sample(subject, PROMPTS, SamplingParams(max_tokens=16, temperature=0.0))
+    top_1 = sample(subject, PROMPTS, SamplingParams(max_tokens=16, temperature=1.3, top_k=1))
+
+    assert [c.token_ids for c in top_1] == [c.token_ids for c in greedy]
+    assert all(logprob == pytest.approx(0.0, abs=NATS) for c in top_1 for logprob in c.sampling_logprobs)
+
+
+def a_stop_token_ends_the_completion_and_is_its_last(subject: Subject):
+    free = sample(subject, PROMPTS, SamplingParams(max_tokens=24))
+    stop = free[0].token_ids[5]
+
+    stopped = sample(subject, PROMPTS, SamplingParams(max_tokens=24, stop_token_ids=(stop,)))
+
+    for before, after in zip(free, stopped, strict=True):
+        end = before.token_ids.index(stop) + 1 if stop in before.token_ids else 24
+        assert after.token_ids == before.token_ids[:end]
+        assert after.finish_reason == (FINISH_STOP if stop in before.token_ids else FINISH_LENGTH)
+        assert after.sampling_logprobs == pytest.approx(before.sampling_logprobs[:end], abs=NATS)
+
+
+def only_the_given_stop_tokens_stop(subject: Subject):
+    # The tiny models' config names an end-of-sequence token, id 1: with no stop tokens given it must not end anything.
+    sampling = SamplingParams(max_tokens=100, temperature=2.0)
+    seeds = list(range(40))
+
+    completions = sample(subject, [[5]] * 40, sampling, seeds)
+
+    assert any(1 in c.token_ids[:-1] for c in completions), "too few tokens drawn for this test to mean anything"
+    assert {(len(c.token_ids), c.finish_reason) for c in completions} == {(100, FINISH_LENGTH)}
+
+
+def the_length_limit_is_exact(subject: Subject):
+    full = subject.context - len(PROMPTS[3])
+    for max_tokens in (1, 2, 17, full):
+        (completion,) = sample(subject, [PROMPTS[3]], SamplingParams(max_tokens=max_tokens))
+        assert (len(completion.token_ids), completion.finish_reason) == (max_tokens, FINISH_LENGTH)
+    assert_logprobs_match(subject, PROMPTS[3], completion, SamplingParams(max_tokens=full))
+
+
+def truncation_draws_all_of_the_kept_set_and_nothing_else(subject: Subject):
+    prompt = PROMPTS[1]
+    (logits,) = subject.next_logits(prompt, [0])
+    for sampling in (
+        SamplingParams(max_tokens=1, top_k=3),
+        SamplingParams(max_tokens=1, top_p=0.4),
+        SamplingParams(max_tokens=1, min_p=0.3),
+        SamplingParams(max_tokens=1, temperature=1.5, min_p=0.1, top_k=8, top_p=0.8),
+    ):
+        probs = distribution(logits, sampling)
+        drawn = {c.token_ids[0] for c in sample(subject, [prompt] * 300, sampling, range(300))}
+        assert drawn <= set(probs.nonzero().flatten().tolist())
+        assert drawn >= set((probs > 0.05).nonzero().flatten().tolist())
+
+
+def a_sample_depends_on_its_seed_not_on_the_batch(subject: Subject):
+    if not getattr(subject.engine, "is_batch_invariant", True):
+        pytest.skip("the engine says that its batches are not independent (is_batch_invariant)")
+    prompts, sampling = PROMPTS * 3, SamplingParams(max_tokens=20, temperature=1.2)
+    seeds = [1000 + i for i in range(len(prompts))]
+    expected = [c.token_ids for c in sample(subject, prompts, sampling, seeds)]
+    order = random.Random(0).sample(range(len(prompts)), len(prompts))
+
+    shuffled = sample(subject, [prompts[i] for i in order], sampling, [seeds[i] for i in order])
+    alone = [sample(subject, [prompts[i]], sampling, [seeds[i]])[0] for i in (0, 5, 9)]
+    again = sample(subject, prompts, sampling, seeds)
+
+    assert [c.token_ids for c in shuffled] == [expected[i] for i in order]
+    assert [c.token_ids for c in alone] == [expected[i] for i in (0, 5, 9)]
+    assert [c.token_ids for c in again] == expected
+
+
+def different_seeds_give_different_samples(subject: Subject):
+    seeds = [0, 1, 2, 1 << 32, 1 << 40, 1 << 62, (1 << 62) + 1, 2**63 - 1]
+
+    completions = sample(subject, [PROMPTS[2]] * len(seeds), SamplingParams(max_tokens=20), seeds)
+
+    assert len({c.token_ids for c in completions}) == len(seeds)
+
+
+def first_tokens_over_seeds_fit_the_softmax(subject: Subject):
+    num_seeds, prompt, sampling = 3000, PROMPTS[1], SamplingParams(max_tokens=1, temperature=0.9)
+    (logits,) = subject.next_logits(prompt, [0])
+    probs = distribution(logits, sampling)
+
+    completions = sample(subject, [prompt] * num_seeds, sampling, range(num_seeds))
+
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in completions]), minlength=len(probs)).double()
+    is_large = probs * num_seeds >= 8
+    expected = torch.cat([probs[is_large], probs[~is_large].sum()[None]]) * num_seeds
+    observed = torch.cat([counts[is_large], counts[~is_large].sum()[None]])
+    chi_square = float(((observed - expected).square() / expected.clamp(min=1e-9)).sum())
+    freedom = len(expected) - 1
+    assert freedom >= 5, "too few likely tokens for this test to mean anything"
+    assert chi_square < freedom + CHI_SQUARE_QUANTILE * math.sqrt(2 * freedom)
+
+
+def the_callers_random_stream_is_untouched(subject: Subject):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+
+    sample(subject, PROMPTS, SAMPLINGS[0])
+    subject.engine.score([PROMPTS[0]], [[4]])
+
+    assert torch.equal(torch.rand(4), expected)
+
+
+def score_equals_a_plain_forward(subject: Subject):
+    completions = [[(7 * i + j) % 90 + 2 for j in range(1 + 5 * i)] for i in range(len(PROMPTS))]
+    completions[4] = [5] * (subject.context - len(PROMPTS[4]))  # fills the context
+
+    scores = subject.engine.score(PROMPTS, completions)
+
+    for prompt, completion, found in zip(PROMPTS, completions, scores, strict=True):
+        assert found == pytest.approx(subject.scores(prompt, completion), abs=NATS)
+
+
+def sync_computes_what_peft_computes(subject: Subject):
+    adapter = subject.make_adapter(1)
+    completions = [[5, 6, 7, 8]] * len(PROMPTS)
+    base = [subject.scores(p, c, use_adapter=False) for p, c in zip(PROMPTS, completions, strict=True)]
+
+    version = subject.sync(adapter)
+
+    scores = subject.engine.score(PROMPTS, completions)
+    for prompt, completion, found, without in zip(PROMPTS, completions, scores, base, strict=True):
+        assert found == pytest.approx(subject.scores(prompt, completion), abs=NATS)
+        assert max(abs(a - b) for a, b in zip(found, without, strict=True)) > 0.05, "the adapter hardly changes anything"
+    assert subject.engine.policy_version == version
+    assert subject.engine.adapter_fingerprint == adapter.fingerprint() != BASE_FINGERPRINT
+    completions_carry_seed_version_and_fingerprint(subject)
+    for prompt, completion in zip(PROMPTS, sample(subject, PROMPTS, SAMPLINGS[1]), strict=True):
+        assert_logprobs_match(subject, prompt, completion, SAMPLINGS[1])
+
+
+def score_without_the_adapter_equals_the_base(subject: Subject):
+    subject.sync(subject.make_adapter(2))
+    completions = [[5, 6, 7, 8]] * len(PROMPTS)
+
+    without = subject.engine.score(PROMPTS, completions, use_adapter=False)
+    with_adapter = subject.engine.score(PROMPTS, completions)
+
+    for prompt, completion, base, adapted in zip(PROMPTS, completions, without, with_adapter, strict=True):
+        assert base == pytest.approx(subject.scores(prompt, completion, use_adapter=False), abs=NATS)
+        assert adapted == pytest.approx(subject.scores(prompt, completion), abs=NATS)
+
+
+def later_changes_of_the_trainers_tensors_do_not_reach_the_engine(subject: Subject):
+    adapter = subject.make_adapter(3)
+    subject.sync(adapter)
+    before = subject.engine.score(PROMPTS, [[5, 6]] * len(PROMPTS))
+
+    for tensor in (*adapter.lora_a.values(), *adapter.lora_b.values()):
+        tensor.mul_(3.0)
+
+    assert subject.engine.score(PROMPTS, [[5, 6]] * len(PROMPTS)) == before
+
+
+def a_second_sync_uses_no_cached_prefix_of_the_first(subject: Subject):
+    prompt, sampling = PROMPTS[5], SamplingParams(max_tokens=8, temperature=0.7)
+    for seed in (4, 5, 6):
+        subject.sync(subject.make_adapter(seed))
+        for completion in sample(subject, [prompt] * 3, sampling):
+            assert_logprobs_match(subject, prompt, completion, sampling)
+
+
+def a_layer_that_the_adapter_does_not_name_has_none(subject: Subject):
+    subject.sync(subject.make_adapter(7))
+    whole = subject.make_adapter(8)
+    names = sorted(whole.lora_a)[:2]
+
+    subject.sync(
+        Adapter(
+            lora_a={n: whole.lora_a[n] for n in names},
+            lora_b={n: whole.lora_b[n] for n in names},
+            scaling=whole.scaling * 2,
+        )
+    )
+
+    (found,) = subject.engine.score([PROMPTS[2]], [[5, 6, 7]])
+    assert found == pytest.approx(subject.scores(PROMPTS[2], [5, 6, 7]), abs=NATS)
+
+
+def a_lower_version_is_refused_and_an_equal_one_taken(subject: Subject):
+    version = subject.sync(subject.make_adapter(9))
+
+    with pytest.raises(ValueError, match=str(version)):
+        subject.engine.sync(subject.make_adapter(10), version - 1)
+    subject.adapter = subject.make_adapter(11)
+    subject.engine.sync(subject.adapter, version)
+
+    (found,) = subject.engine.score([PROMPTS[2]], [[5, 6, 7]])
+    assert found == pytest.approx(subject.scores(PROMPTS[2], [5, 6, 7]), abs=NATS)
+
+
+def an_adapter_that_does_not_fit_is_refused_and_changes_nothing(subject: Subject):
+    version = subject.sync(subject.make_adapter(12))
+    fingerprint = subject.engine.adapter_fingerprint
+    good = subject.make_adapter(13)
+    name = sorted(good.lora_a)[-1]
+    a, b = good.lora_a[name], good.lora_b[name]
+
+    def broken(lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> Adapter:
+        return Adapter(lora_a={**good.lora_a, **lora_a}, lora_b={**good.lora_b, **lora_b}, scaling=1.0)
+
+    for message, adapter in (
+        ("model.layers.77.mlp.down_proj", broken({"model.layers.77.mlp.down_proj": a}, {"model.layers.77.mlp.down_proj": b})),  # fmt: skip  # noqa: E501
+        (name, broken({name: a[:, :-1]}, {})),
+        (name, broken({}, {name: b[:-1]})),
+        (name, broken({name: a[:-1]}, {})),
+        ("alone", broken({"model.layers.0.mlp.other_proj": a}, {})),
+    ):
+        with pytest.raises(ValueError, match=message):
+            subject.engine.sync(adapter, version + 1)
+
+    assert (subject.engine.policy_version, subject.engine.adapter_fingerprint) == (version, fingerprint)
+    (found,) = subject.engine.score([PROMPTS[2]], [[5, 6, 7]])
+    assert found == pytest.approx(subject.scores(PROMPTS[2], [5, 6, 7]), abs=NATS)
+
+
+def sleep_and_wake_change_no_result(subject: Subject):
+    subject.sync(subject.make_adapter(14))
+    before = sample(subject, PROMPTS, SAMPLINGS[0]), subject.engine.score(PROMPTS, [[5, 6]] * len(PROMPTS))
+
+    for _ in range(3):
+        subject.engine.sleep()
+        subject.engine.sleep()  # twice is once
+        subject.engine.wake()
+    after = sample(subject, PROMPTS, SAMPLINGS[0]), subject.engine.score(PROMPTS, [[5, 6]] * len(PROMPTS))
+
+    assert [c.token_ids for c in after[0]] == [c.token_ids for c in before[0]]
+    for found, expected in zip(after[1], before[1], strict=True):
+        assert found == pytest.approx(expected, abs=NATS)
+
+
+def generate_and_score_and_sync_work_on_a_sleeping_engine(subject: Subject):
+    subject.engine.sleep()
+    for prompt, completion in zip(PROMPTS, sample(subject, PROMPTS, SAMPLINGS[0]), strict=True):
+        assert_logprobs_match(subject, prompt, completion, SAMPLINGS[0])
+
+    subject.engine.sleep()
+    subject.sync(subject.make_adapter(15))
+    (found,) = subject.engine.score([PROMPTS[2]], [[5, 6, 7]])
+
+    assert found == pytest.approx(subject.scores(PROMPTS[2], [5, 6, 7]), abs=NATS)
+
+
+def wrong_requests_are_refused_with_a_sentence(subject: Subject):
+    one, long = SamplingParams(max_tokens=1), [3] * subject.context
+    generate, score = subject.engine.generate, subject.engine.score
+
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate([[3], []], one, [1, 2])
+    with pytest.raises(ValueError, match="2 prompts, but 1 "):
+        generate([[3], [4]], one, [1])
+    with pytest.raises(ValueError, match=f"prompt 0 has {subject.context} tokens.*context of {subject.context}"):
+        generate([long], one, [1])
+    with pytest.raises(ValueError, match="context"):
+        generate([[3]], SamplingParams(max_tokens=subject.context), [1])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        score([[]], [[3]])
+    with pytest.raises(ValueError, match="2 prompts, but 1 "):
+        score([[3], [4]], [[3]])
+    with pytest.raises(ValueError, match="context"):
+        score([long], [[3]])
+
+
+def no_prompts_give_no_completions(subject: Subject):
+    assert subject.engine.generate([], SamplingParams(max_tokens=1), []) == []
+    assert subject.engine.score([], []) == []
+
+
+CHECKS: list[Callable[[Subject], None]] = [
+    sampling_logprobs_equal_a_plain_forward,
+    completions_carry_seed_version_and_fingerprint,
+    greedy_takes_the_argmax,
+    top_k_of_one_equals_greedy,
+    a_stop_token_ends_the_completion_and_is_its_last,
+    only_the_given_stop_tokens_stop,
+    the_length_limit_is_exact,
+    truncation_draws_all_of_the_kept_set_and_nothing_else,
+    a_sample_depends_on_its_seed_not_on_the_batch,
+    different_seeds_give_different_samples,
+    first_tokens_over_seeds_fit_the_softmax,
+    the_callers_random_stream_is_untouched,
+    score_equals_a_plain_forward,
+    sync_computes_what_peft_computes,
+    score_without_the_adapter_equals_the_base,
+    later_changes_of_the_trainers_tensors_do_not_reach_the_engine,
+    a_second_sync_uses_no_cached_prefix_of_the_first,
+    a_layer_that_the_adapter_does_not_name_has_none,
+    a_lower_version_is_refused_and_an_equal_one_taken,
+    an_adapter_that_does_not_fit_is_refused_and_changes_nothing,
+    sleep_and_wake_change_no_result,
+    generate_and_score_and_sync_work_on_a_sleeping_engine,
+    wrong_requests_are_refused_with_a_sentence,
+    no_prompts_give_no_completions,
+]

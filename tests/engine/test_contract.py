@@ -1,0 +1,47 @@
+"""Every engine keeps the contract of `rlbench.engine.interface`: each check of `tests.engine.contract`, each engine."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.engine.contract")
+
+from rlbench.engine.interface import BASE_FINGERPRINT, Engine  # noqa: E402
+from tests.engine.contract import CHECKS, Subject, score_equals_a_plain_forward  # noqa: E402
+from tests.engine.factories import FACTORIES, TinyModel  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only cost with a model this small, above all on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyModel:
+    folder: Path = tmp_path_factory.mktemp("tiny-llama")
+    return TinyModel(folder)
+
+
+@pytest.fixture(scope="module", params=list(FACTORIES))
+def subject(request, tiny) -> Iterator[Subject]:
+    with FACTORIES[request.param](tiny) as subject:
+        check_start(subject)
+        yield subject
+
+
+def check_start(subject: Subject) -> None:
+    """An engine starts with the base alone; asserted before any check can sync an adapter."""
+    assert isinstance(subject.engine, Engine)
+    assert (subject.engine.policy_version, subject.engine.adapter_fingerprint) == (0, BASE_FINGERPRINT)
+    score_equals_a_plain_forward(subject)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
+def test_the_engine_keeps_the_contract(subject: Subject, check: Callable[[Subject], None]):
+    check(subject)
