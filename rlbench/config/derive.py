@@ -31,7 +31,7 @@ _SIZES = {
         "model.path": ("HuggingFaceTB/SmolLM2-135M-Instruct", "a model that two cores can train in minutes"),
         "algorithm.prompts_per_step": (4, "cpu profile: a step should take seconds, not minutes"),
         "algorithm.group_size": (8, "cpu profile: fewest completions that still rank well within a group"),
-        "training.num_steps": (30, "cpu profile: about six minutes on two cores"),
+        "training.num_steps": (24, "cpu profile: about five minutes on two cores"),
         "training.tokens_per_microbatch": (4096, "cpu profile: about 3 GiB of activations for a 135M model"),
         "evaluation.num_prompts": (64, "cpu profile: about ten seconds for each evaluation"),
         "engine.max_num_seqs": (64, "cpu profile: matmul rate no longer rises above 64 rows"),

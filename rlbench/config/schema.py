@@ -88,7 +88,7 @@ class RewardConfig:
 @dataclass
 class RewardsConfig:
     components: dict[str, Any] = field(default_factory=dict)  # by name, each a RewardConfig
-    allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards: packages rewards may come from
+    allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards.: where rewards may come from
     timeout_s: float = 5.0  # per call; the worker is killed then
     num_workers: int | None = None
     on_invalid: str = "drop_sample"  # drop_sample | drop_group | stop: when a reward has no value for a rollout

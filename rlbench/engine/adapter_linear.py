@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlbench.models.adapter import Adapter
+from rlbench.models.adapter import Adapter, check_adapter
 
 
 class AdapterLinear(nn.Module):
@@ -90,7 +90,7 @@ class AdapterSlots:
         Raises:
             ValueError: if it names an unknown module or a shape does not fit; nothing is changed then.
         """
-        self._check(adapter)
+        check_adapter(adapter, self.shapes())
         for slot in self._slots:
             parts = [
                 (adapter.lora_a[name], adapter.lora_b[name]) if name in adapter.lora_a else None for name in slot.names
@@ -108,18 +108,3 @@ class AdapterSlots:
             for slot in self._slots
             for name, rows in zip(slot.names, slot.layer.rows, strict=True)
         }
-
-    def _check(self, adapter: Adapter) -> None:
-        if set(adapter.lora_a) != set(adapter.lora_b):
-            raise ValueError(f"adapter has A or B alone for {sorted(set(adapter.lora_a) ^ set(adapter.lora_b))}")
-        shapes = self.shapes()
-        unknown = sorted(set(adapter.lora_a) - set(shapes))
-        if unknown:
-            raise ValueError(f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules unknown to the base")
-        for name, lora_a in adapter.lora_a.items():
-            lora_b, (num_out, num_in), rank = adapter.lora_b[name], shapes[name], lora_a.shape[0]
-            expected = [(rank, num_in), (num_out, rank)]
-            if [tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
-                raise ValueError(
-                    f"adapter of {name}: A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}, expected {expected}"
-                )

@@ -72,7 +72,7 @@ class HfEngine:
         self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
     ) -> list[list[float]]:
         """See `Engine.score`."""
-        prompts = check_prompts(prompt_token_ids, token_ids, 0, self._context)
+        prompts = check_sequences(prompt_token_ids, token_ids, self._context)
         self._decoder.slots.enable(use_adapter)
         try:
             with torch.inference_mode():
@@ -231,6 +231,24 @@ def check_prompts(
                 f"model's context of {context}"
             )
     return [tuple(p) for p in prompts]
+
+
+def check_sequences(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], context: int
+) -> list[tuple[int, ...]]:
+    """The prompts as tuples, for scoring.
+
+    Raises:
+        ValueError: as `check_prompts`, or if a prompt and its completion exceed the context together.
+    """
+    checked = check_prompts(prompts, completions, 0, context)
+    for index, (prompt, completion) in enumerate(zip(checked, completions, strict=True)):
+        if len(prompt) + len(completion) > context:
+            raise ValueError(
+                f"prompt {index} and its completion have {len(prompt) + len(completion)} tokens, more than the model's "
+                f"context of {context}"
+            )
+    return checked
 
 
 def _chunks(

@@ -85,7 +85,7 @@ class VllmEngine:
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         with clean_start():
-            from vllm import LLM
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
 
             self._llm = LLM(
                 model=model_path,
@@ -200,7 +200,7 @@ class VllmEngine:
         """Shut vLLM down and free its memory. The engine cannot be used afterwards; a new one can be started."""
         if not hasattr(self, "_llm"):
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # pyright: ignore
 
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
@@ -242,8 +242,8 @@ class VllmEngine:
         unknown = sorted(set(adapter.lora_a) - set(self._slot_shapes))
         if unknown:
             raise ValueError(
-                f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules that the engine cannot adapt; it has "
-                f"{len(self._slot_shapes)}, e.g. {next(iter(self._slot_shapes), 'none')!r}"
+                f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules that the engine cannot adapt; it "
+                f"has {len(self._slot_shapes)}, e.g. {next(iter(self._slot_shapes))!r}"
             )
         for name, lora_a in adapter.lora_a.items():
             in_features, out_features, slot_rank = self._slot_shapes[name]
@@ -269,7 +269,7 @@ class VllmEngine:
 
         The file is gone afterwards: should vLLM ever reload the adapter, that fails instead of sampling from the base.
         """
-        from vllm.lora.request import LoRARequest
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         name = next(iter(self._slot_shapes), None)
         if name is None:
@@ -335,7 +335,7 @@ def _check_model(model_path: str, platform: str, max_model_len: int) -> None:
 
 def _cpu_head_sizes() -> list[int]:
     with clean_start():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore
     return CPUAttentionBackend.get_supported_head_sizes()
 
 
@@ -357,7 +357,7 @@ def _check_requests(
 
 def _params(**options: Any) -> Any:
     """vLLM's sampling parameters: ends only at our stop tokens, makes no text."""
-    from vllm import SamplingParams as VllmSamplingParams
+    from vllm import SamplingParams as VllmSamplingParams  # pyright: ignore[reportMissingImports]
 
     return VllmSamplingParams(ignore_eos=True, detokenize=False, **options)
 
@@ -368,7 +368,7 @@ def _vllm_seed(seed: int) -> int:
 
 
 def _scores(output: Any, sequence: Sequence[int], prompt_length: int) -> list[float]:
-    """Logprobs of sequence[prompt_length:]: all but the last from the prompt logprobs, the last from the sampled row."""
+    """Logprobs of sequence[prompt_length:]: the last from the sampled position, the others from prompt logprobs."""
     inner = [output.prompt_logprobs[i][sequence[i]].logprob for i in range(prompt_length, len(sequence) - 1)]
     return [*inner, output.outputs[0].logprobs[0][sequence[-1]].logprob]
 

@@ -33,3 +33,27 @@ class Adapter:
                 digest.update(f"{kind}:{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Whether an adapter fits a base.
+
+    Args:
+        adapter: to be loaded.
+        shapes: (out_features, in_features) of every layer that can have an adapter, by module path.
+
+    Raises:
+        ValueError: if A or B is missing, a module is unknown, or a shape does not fit.
+    """
+    if set(adapter.lora_a) != set(adapter.lora_b):
+        raise ValueError(f"adapter has A or B alone for {sorted(set(adapter.lora_a) ^ set(adapter.lora_b))}")
+    unknown = sorted(set(adapter.lora_a) - set(shapes))
+    if unknown:
+        raise ValueError(f"adapter names {unknown[0]!r} and {len(unknown) - 1} more modules unknown to the base")
+    for name, lora_a in adapter.lora_a.items():
+        lora_b, (num_out, num_in), rank = adapter.lora_b[name], shapes[name], lora_a.shape[0]
+        expected = [(rank, num_in), (num_out, rank)]
+        if [tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
+            raise ValueError(
+                f"adapter of {name}: A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}, expected {expected}"
+            )

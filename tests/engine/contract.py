@@ -267,7 +267,9 @@ def sync_computes_what_peft_computes(subject: Subject):
     scores = subject.engine.score(PROMPTS, completions)
     for prompt, completion, found, without in zip(PROMPTS, completions, scores, base, strict=True):
         assert found == pytest.approx(subject.scores(prompt, completion), abs=NATS)
-        assert max(abs(a - b) for a, b in zip(found, without, strict=True)) > 0.05, "the adapter hardly changes anything"
+        assert max(abs(a - b) for a, b in zip(found, without, strict=True)) > 0.05, (
+            "the adapter hardly changes anything"
+        )
     assert subject.engine.policy_version == version
     assert subject.engine.adapter_fingerprint == adapter.fingerprint() != BASE_FINGERPRINT
     completions_carry_seed_version_and_fingerprint(subject)
@@ -339,14 +341,17 @@ def an_adapter_that_does_not_fit_is_refused_and_changes_nothing(subject: Subject
     version = subject.sync(subject.make_adapter(12))
     fingerprint = subject.engine.adapter_fingerprint
     good = subject.make_adapter(13)
-    name = sorted(good.lora_a)[-1]
+    name, unknown = sorted(good.lora_a)[-1], "model.layers.77.mlp.down_proj"
     a, b = good.lora_a[name], good.lora_b[name]
 
     def broken(lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> Adapter:
         return Adapter(lora_a={**good.lora_a, **lora_a}, lora_b={**good.lora_b, **lora_b}, scaling=1.0)
 
     for message, adapter in (
-        ("model.layers.77.mlp.down_proj", broken({"model.layers.77.mlp.down_proj": a}, {"model.layers.77.mlp.down_proj": b})),  # fmt: skip  # noqa: E501
+        (
+            "model.layers.77.mlp.down_proj",
+            broken({"model.layers.77.mlp.down_proj": a}, {"model.layers.77.mlp.down_proj": b}),
+        ),  # fmt: skip  # noqa: E501
         (name, broken({name: a[:, :-1]}, {})),
         (name, broken({}, {name: b[:-1]})),
         (name, broken({name: a[:-1]}, {})),

@@ -18,8 +18,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlbench.engine.interface import Adapter
-from tests.engine.contract import Subject
+pytest.register_assert_rewrite("tests.engine.contract")
+
+from rlbench.engine.interface import Adapter  # noqa: E402
+from tests.engine.contract import Subject  # noqa: E402
 
 CONTEXT = 256  # tokens
 RANK, ALPHA = 4, 6.0
@@ -98,10 +100,11 @@ def hf_subject(tiny: TinyModel) -> Iterator[Subject]:
 
 @contextmanager
 def scripted_subject(tiny: TinyModel) -> Iterator[Subject]:
-    scripted_engine = pytest.importorskip(
-        "rlbench.engine.scripted_engine", reason="the scripted engine is not written yet"
-    )
-    engine = scripted_engine.ScriptedEngine(logits=tiny.logits, context=CONTEXT)
+    from rlbench.engine.scripted_engine import ScriptedEngine
+
+    linears = {n: m for n, m in tiny.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    engine = ScriptedEngine(tiny.logits, CONTEXT, shapes)
     yield _subject(engine, tiny)
     engine.close()
 

@@ -1,0 +1,100 @@
+"""An engine whose model is a function: slow, simple, right by reading. For tests and for debugging loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlbench.engine.hf_engine import check_prompts, check_sequences
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.sampling import counter_uniforms, draw_tokens
+from rlbench.models.adapter import check_adapter
+from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
+
+Logits = Callable[[Sequence[int], Adapter | None], Tensor]
+
+
+class ScriptedEngine:
+    """Engine contract over `logits(token_ids, adapter) -> [L, V]`; row i predicts the token after token_ids[i].
+
+    Args:
+        logits: the model; called with a copy of the adapter last synced, or None.
+        context: most tokens of prompt and completion together.
+        shapes: (out, in) of the layers that can have an adapter; None takes any adapter.
+    """
+
+    name = "scripted"
+
+    def __init__(self, logits: Logits, context: int, shapes: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self._logits = logits
+        self._context = context
+        self._shapes = shapes
+        self._adapter: Adapter | None = None
+        self.policy_version = 0
+        self.adapter_fingerprint = BASE_FINGERPRINT
+
+    def generate(
+        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """See `Engine.generate`."""
+        prompts = check_prompts(prompt_token_ids, seeds, sampling.max_tokens, self._context)
+        return [self._complete(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def score(
+        self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
+    ) -> list[list[float]]:
+        """See `Engine.score`."""
+        prompts = check_sequences(prompt_token_ids, token_ids, self._context)
+        adapter = self._adapter if use_adapter else None
+        scores = []
+        for prompt, completion in zip(prompts, token_ids, strict=True):
+            rows = self._logits([*prompt, *completion], adapter)[len(prompt) - 1 : -1].log_softmax(-1)
+            scores.append([float(row[token]) for row, token in zip(rows, completion, strict=True)])
+        return scores
+
+    def sync(self, adapter: Adapter, version: int) -> None:
+        """See `Engine.sync`."""
+        if version < self.policy_version:
+            raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
+        if self._shapes is not None:
+            check_adapter(adapter, self._shapes)
+        self._adapter = Adapter(
+            lora_a={name: tensor.detach().clone() for name, tensor in adapter.lora_a.items()},
+            lora_b={name: tensor.detach().clone() for name, tensor in adapter.lora_b.items()},
+            scaling=adapter.scaling,
+        )
+        self.adapter_fingerprint = adapter.fingerprint()
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _complete(self, prompt: tuple[int, ...], sampling: SamplingParams, seed: int) -> Completion:
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        finish_reason = FINISH_LENGTH
+        with torch.inference_mode():
+            while len(token_ids) < sampling.max_tokens:
+                logits = self._logits([*prompt, *token_ids], self._adapter)[-1:]
+                token, logprob = draw_tokens(logits, sampling, counter_uniforms([seed], len(token_ids)))
+                token_ids.append(int(token))
+                logprobs.append(float(logprob))
+                if token_ids[-1] in sampling.stop_token_ids:
+                    finish_reason = FINISH_STOP
+                    break
+        return Completion(
+            token_ids=tuple(token_ids),
+            sampling_logprobs=tuple(logprobs),
+            finish_reason=finish_reason,
+            seed=seed,
+            policy_version=self.policy_version,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )

