@@ -11,33 +11,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TokenLoss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+from rlbench_kernels.launch import use_triton
+from rlbench_kernels.linear_logprobs_reference import (
+    Head,
+    ReferenceSoftmax,
+    accumulation_dtype,
+    reference_gradients,
+)
 
-_CHUNK_ELEMENTS = 2**25  # float32 logits of one chunk: 128 MiB
+TokenLoss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """logprobs[i] = log_softmax(hidden[i] W^T / temperature)[targets[i]] and the entropy of that softmax. No gradient.
+    """logprobs[i] = log_softmax(s[i])[targets[i]] and the entropy of softmax(s[i]), s = cap(hidden W^T + bias) / T.
 
-    The arithmetic is that of `linear_token_loss`, so both give the same bits.
+    cap(z) = softcap * tanh(z / softcap). Both results are differentiable to hidden, weight and bias.
+    With a frozen head d logprob / d hidden is computed in the forward pass and scaled in the backward pass: two
+    matmuls. A gradient through the entropy, or to weight or bias, computes the logits a second time.
+    With and without gradient the results have the same bits, and they are those of `linear_token_loss`.
+    A row that gets gradient 0 receives gradient 0, whatever it holds: masked rows may be inf or nan.
 
     Args:
-        hidden: [N, D], float32 or bfloat16.
+        hidden: [N, D], float32, bfloat16 or float64.
         weight: [V, D], same dtype.
-        targets: int64 [N].
-        temperature: > 0.
+        targets: int64 [N], 0 <= target < V.
+        temperature: > 0; a number or one per row, float32 [N].
+        softcap: > 0, or None.
+        bias: [V], or None.
 
     Returns:
-        logprobs float32 [N] and entropy float32 [N], nats.
+        logprobs [N] and entropy [N] in nats; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or ranges that do not fit.
     """
-    logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    entropy = torch.empty_like(logprobs)
-    with torch.no_grad():
-        for rows in _chunks(len(hidden), weight.shape[0]):
-            logprobs[rows], entropy[rows], _ = _softmax_chunk(hidden[rows], weight, targets[rows], temperature)
-    return logprobs, entropy
+    _check(hidden, weight, targets, temperature, softcap, bias)
+    is_recorded = torch.is_grad_enabled()
+    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, is_recorded)  # type: ignore
 
 
 def linear_token_loss(
@@ -47,50 +65,104 @@ def linear_token_loss(
     token_loss: TokenLoss,
     columns: Mapping[str, Tensor],
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """A sum of per-token losses with gradient to `hidden`, in two matmuls: the weight is frozen.
+    """A sum of per-token losses with gradient to `hidden`, in two matmuls where the head is frozen.
 
-    The loss is evaluated inside each chunk while its logits are alive; d loss / d hidden is computed there and then,
-    and the backward pass only scales it.
+    The loss is evaluated inside each chunk; d loss / d hidden is computed there and then, rounded once, and the
+    backward pass only scales it. A head that needs gradient goes through `linear_logprobs` in one piece.
 
     Args:
-        hidden: [N, D], float32 or bfloat16; gets the gradient.
-        weight: [V, D], same dtype, frozen.
-        targets: int64 [N].
+        hidden, weight, targets, temperature, softcap, bias: as in `linear_logprobs`.
         token_loss: any PyTorch function (logprobs [n], entropy [n], columns of [n]) -> (loss [], metrics of []).
-            Both logprobs and entropy carry gradient. Losses and metrics of the chunks are summed.
-        columns: per-token tensors [N], handed to `token_loss` chunk by chunk.
-        temperature: > 0.
+            Both logprobs and entropy carry gradient. It is called once a chunk, never with n = 0; losses and metrics
+            of the chunks are summed, metrics whose name ends in `_max` combined by their maximum. It must mask before
+            `exp`: a masked row may hold -inf or nan.
+        columns: per-token tensors [N, ...], handed to `token_loss` chunk by chunk; they get no gradient.
 
     Returns:
-        The loss [], the summed metrics, and the detached logprobs float32 [N].
+        The loss [], the metrics of all rows, and the detached logprobs [N].
+
+    Raises:
+        ValueError: as `linear_logprobs`; a column whose length is not N.
     """
-    return_values = _LinearTokenLoss.apply(hidden, weight, targets, token_loss, columns, temperature)
-    loss, logprobs, names, *sums = return_values  # type: ignore[misc]
-    return loss, dict(zip(names, sums, strict=True)), logprobs
+    _check(hidden, weight, targets, temperature, softcap, bias)
+    for name, column in columns.items():
+        if len(column) != len(hidden):
+            raise ValueError(f"column {name!r} has {len(column)} rows, expected {len(hidden)}")
+    is_recorded = torch.is_grad_enabled()
+    if is_recorded and (weight.requires_grad or (bias is not None and bias.requires_grad)) and len(hidden):
+        logprobs, entropy = linear_logprobs(
+            hidden, weight, targets, temperature=temperature, softcap=softcap, bias=bias
+        )
+        loss, metrics = token_loss(logprobs, entropy, columns)
+        return loss, {name: value.detach() for name, value in metrics.items()}, logprobs.detach()
+    head = Head(weight, bias, temperature, softcap)
+    loss, logprobs, names, *values = _LinearTokenLoss.apply(hidden, head, targets, token_loss, columns, is_recorded)  # type: ignore
+    return loss, dict(zip(names, values, strict=True)), logprobs
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        temperature: float | Tensor, softcap: float | None, is_recorded: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        head = Head(weight, bias, temperature, softcap)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with_direction = is_recorded and needs_hidden and not (needs_weight or needs_bias)
+        logprobs, entropy = _new_results(hidden)
+        direction = torch.empty_like(hidden) if with_direction else None  # d logprob / d hidden
+        softmax = _softmax(hidden, head)
+        for rows in softmax.chunks:
+            logprobs[rows], entropy[rows] = softmax.forward(
+                hidden[rows], targets[rows], rows, with_gradient=with_direction
+            )
+            if direction is not None:
+                softmax.hidden_gradient(torch.ones_like(logprobs[rows]), None, direction[rows])
+        ctx.head = (temperature, softcap)
+        ctx.save_for_backward(hidden, weight, bias, targets, direction)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, direction = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        if direction is not None and grad_entropy is None:
+            assert grad_logprobs is not None
+            return _scale_rows(direction, grad_logprobs), *(None,) * 6
+        gradients = _gradients(
+            hidden, Head(weight, bias, *ctx.head), targets, grad_logprobs, grad_entropy, ctx.needs_input_grad[:3]
+        )
+        return *gradients, *(None,) * 4
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_loss: TokenLoss,
-                columns: Mapping[str, Tensor], temperature: float) -> tuple[Any, ...]:  # fmt: skip
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, token_loss: TokenLoss,
+        columns: Mapping[str, Tensor], is_recorded: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        with_gradient = is_recorded and ctx.needs_input_grad[0]
+        logprobs, _ = _new_results(hidden)
+        loss = logprobs.new_zeros(())
         metrics: dict[str, Tensor] = {}
-        grad_hidden = torch.empty_like(hidden)
-        for rows in _chunks(len(hidden), weight.shape[0]):
-            chunk, entropy, probs = _softmax_chunk(hidden[rows], weight, targets[rows], temperature)
-            logprobs[rows] = chunk
-            leaf, entropy_leaf = chunk.clone().requires_grad_(), entropy.requires_grad_()
-            with torch.enable_grad():
-                chunk_loss, chunk_metrics = token_loss(leaf, entropy_leaf, {k: v[rows] for k, v in columns.items()})
-            grads = torch.autograd.grad(chunk_loss, (leaf, entropy_leaf), allow_unused=True)
-            loss += chunk_loss.detach()
-            for name, value in chunk_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value.detach()  # type: ignore[operator]
-            _to_logit_gradient(probs, targets[rows], entropy.detach(), *grads)
-            torch.mm(probs.div_(temperature).to(weight.dtype), weight, out=grad_hidden[rows])
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        softmax = _softmax(hidden, head)
+        for rows in softmax.chunks:
+            part, entropy = softmax.forward(hidden[rows], targets[rows], rows, with_gradient=with_gradient)
+            logprobs[rows] = part
+            chunk_columns = {name: column[rows] for name, column in columns.items()}
+            value, chunk_metrics, grads = _evaluate(token_loss, part, entropy, chunk_columns, with_gradient)
+            loss += value
+            _merge(metrics, chunk_metrics)
+            if grad_hidden is not None:
+                softmax.hidden_gradient(*grads, grad_hidden[rows])
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(logprobs, *metrics.values())
         return loss, logprobs, tuple(metrics), *metrics.values()
@@ -98,36 +170,76 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), *(None,) * 5
 
 
-def _softmax_chunk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs [n], entropy [n] and probabilities [n, V], all float32."""
-    scores = (hidden @ weight.T).float()  # [n, V]
-    if temperature != 1.0:
-        scores /= temperature
-    target_scores = scores.gather(1, targets[:, None])[:, 0]
-    log_total = torch.logsumexp(scores, dim=-1)  # [n]
-    probs = torch.softmax(scores, dim=-1)
-    mean_score = torch.linalg.vecdot(probs, scores)
-    return target_scores - log_total, log_total - mean_score, probs
+def _evaluate(
+    token_loss: TokenLoss, logprobs: Tensor, entropy: Tensor, columns: Mapping[str, Tensor], with_gradient: bool
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """The chunk's loss and metrics, detached, and d loss / d (logprobs, entropy), None where the loss has none."""
+    leaves = (logprobs.detach().requires_grad_(with_gradient), entropy.detach().requires_grad_(with_gradient))
+    with torch.set_grad_enabled(with_gradient):
+        loss, metrics = token_loss(*leaves, columns)
+    grads: tuple[Tensor | None, ...] = (None, None)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), {name: value.detach() for name, value in metrics.items()}, (grads[0], grads[1])
 
 
-def _to_logit_gradient(
-    probs: Tensor, targets: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-) -> None:
-    """In place: probs [n, V] become d loss / d scaled logits = g (onehot - p) - g_entropy p (log p + entropy)."""
-    if grad_entropy is not None:
-        raise NotImplementedError("entropy gradient")
-    if grad_logprobs is None:
-        probs.zero_()
-        return
-    probs *= -grad_logprobs[:, None]
-    probs.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+def _merge(metrics: dict[str, Tensor], chunk: Mapping[str, Tensor]) -> None:
+    """Add the chunk's metrics; those named *_max by their maximum."""
+    for name, value in chunk.items():
+        if name not in metrics:
+            metrics[name] = value.clone()
+        elif name.endswith("_max"):
+            torch.maximum(metrics[name], value, out=metrics[name])
+        else:
+            metrics[name] += value
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+def _scale_rows(direction: Tensor, weights: Tensor) -> Tensor:
+    """direction [N, D] times weights [N]; exactly 0 where the weight is 0."""
+    scaled = direction * weights[:, None]  # in the accumulation dtype
+    return scaled.masked_fill_(weights[:, None] == 0, 0.0).to(direction.dtype)
+
+
+def _softmax(hidden: Tensor, head: Head) -> Any:
+    if use_triton(hidden.device):
+        from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
+
+        return TritonSoftmax(hidden, head)
+    return ReferenceSoftmax(hidden, head)
+
+
+def _gradients(hidden: Tensor, head: Head, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if use_triton(hidden.device):
+        from rlbench_kernels.linear_logprobs_triton import triton_gradients
+
+        return triton_gradients(hidden, head, *args)
+    return reference_gradients(hidden, head, *args)
+
+
+def _new_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = hidden.new_empty(len(hidden), dtype=accumulation_dtype(hidden.dtype))
+    return logprobs, torch.empty_like(logprobs)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None,
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [N, D] and weight [V, D] expected, got {[*hidden.shape]} and {[*weight.shape]}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight need one floating dtype, got {hidden.dtype} and {weight.dtype}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets: int64 [{len(hidden)}] expected, got {targets.dtype} {[*targets.shape]}")
+    if isinstance(temperature, Tensor):
+        if temperature.shape != hidden.shape[:1]:
+            raise ValueError(f"temperature: a number or [{len(hidden)}] expected, got {[*temperature.shape]}")
+    elif temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: [{len(weight)}] expected, got {[*bias.shape]}")

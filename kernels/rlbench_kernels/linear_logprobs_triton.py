@@ -1,0 +1,272 @@
+"""`linear_logprobs` on CUDA: library matmuls over vocabulary tiles, one Triton kernel a tile, float32 logits.
+
+A tile's float32 logits are read once. The kernel updates each row's softmax sums and overwrites the logits by
+e = exp(score - reference), 0 at the target, in the input dtype; a second matmul adds e W to a float32
+accumulator [n, D].
+The reference is the maximum of the first tile and moves only when a later score is more than 40 above it, so the
+accumulator is almost never scaled. The target's term is added in float32 at the end.
+
+Shapes: N rows, n rows of one chunk, D hidden, V vocabulary.
+Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867; accumulation as in FlashAttention, arXiv 2205.14135.
+"""
+
+# pyright does not know kernel launches, nor out_dtype of addmm
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlbench_kernels.linear_logprobs_reference import Head
+
+_MAX_ROWS = 4096
+_MAX_TILE = 8192  # 4096 rows of float32: 128 MiB; the fastest of 4096 to 16384 on an H100 (D=4096, V=128256)
+_LAZY = tl.constexpr(40.0)
+
+
+@triton.jit
+def _load_scores(
+    logits, bias, column, mask, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
+):
+    """Scores and softcap slopes of one row of a tile; -inf and 1 outside of the mask."""
+    z = tl.load(logits, mask=mask, other=float("-inf"))
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        tanh = 2.0 / (1.0 + tl.exp(-2.0 * z / softcap)) - 1.0
+        slope = 1.0 - tanh * tanh
+        z = tl.where(mask, softcap * tanh, float("-inf"))
+    return z * inverse_temperature, slope
+
+
+@triton.jit
+def _fold_tile(
+    logits, narrow, bias, targets, inverse_temperatures, state, accumulator, start, width, stride, rows,
+    D: tl.constexpr, softcap,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr, WRITE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Row program: fold one tile into state [4, n] = (reference, sum e, sum e (s - reference), target score)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    scores, slope = _load_scores(
+        logits + row * stride + column, bias, start + column, mask, tl.load(inverse_temperatures + row), softcap,
+        HAS_BIAS, HAS_CAP,
+    )  # fmt: skip
+    is_target = start + column == tl.load(targets + row)
+    highest = tl.max(scores, 0)
+    target_score = tl.sum(tl.where(is_target & mask, scores, 0.0), 0)
+    if IS_FIRST:
+        reference = highest
+        factor = 1.0
+        total = 0.0
+        weighted = 0.0
+    else:
+        old = tl.load(state + row)
+        total = tl.load(state + rows + row)
+        weighted = tl.load(state + 2 * rows + row)
+        target_score += tl.load(state + 3 * rows + row)
+        reference = tl.where(highest > old + _LAZY, highest, old)
+        factor = tl.exp(old - reference)
+        weighted = factor * (weighted + tl.where(factor == 1.0, 0.0, old - reference) * total)
+        total *= factor
+    gap = scores - reference
+    e = tl.where(is_target | (column >= width), 0.0, tl.exp(gap))
+    total += tl.sum(e, 0)
+    weighted += tl.sum(tl.where(mask & (e > 0.0), e * gap, e), 0)
+    tl.store(state + row, reference)
+    tl.store(state + rows + row, total)
+    tl.store(state + 2 * rows + row, weighted)
+    tl.store(state + 3 * rows + row, target_score)
+    if WRITE:
+        tl.debug_barrier()
+        tl.store(narrow + row * stride * NARROW + column, (e * slope).to(narrow.dtype.element_ty), mask=mask)
+        if not IS_FIRST:
+            if factor != 1.0:
+                for first in range(0, D, BLOCK_D):
+                    d = first + tl.arange(0, BLOCK_D)
+                    value = tl.load(accumulator + row * D + d, mask=d < D, other=0.0)
+                    tl.store(accumulator + row * D + d, value * factor, mask=d < D)
+
+
+@triton.jit
+def _hidden_gradient(
+    out, accumulator, weight, targets, inverse_temperatures, state, grads, rows, D: tl.constexpr, softcap,
+    BLOCK_D: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Row program: out = grad / T ((1 - p_target) slope W[target] - accumulator / total); 0 where grad is 0."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    grad, inverse_temperature = tl.load(grads + row), tl.load(inverse_temperatures + row)
+    others, target_score = tl.load(state + rows + row), tl.load(state + 3 * rows + row)
+    total = others + tl.exp(target_score - tl.load(state + row))
+    slope = 1.0
+    if HAS_CAP:
+        tanh = target_score / (inverse_temperature * softcap)
+        slope = 1.0 - tanh * tanh
+    mean = tl.load(accumulator + row * D + d, mask=d < D, other=0.0) / total
+    target = tl.load(weight + tl.load(targets + row) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = grad * inverse_temperature * (others / total * slope * target - mean)
+    tl.store(out + row * D + d, tl.where(grad == 0.0, 0.0, value).to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _logit_gradient(
+    logits, narrow, bias, targets, inverse_temperatures, log_totals, entropies, grads, grads_entropy, start, width,
+    stride, softcap, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Row program: a tile's logits become g (onehot - p) - g_entropy p (log p + entropy), times slope / T."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    inverse_temperature = tl.load(inverse_temperatures + row)
+    scores, slope = _load_scores(
+        logits + row * stride + column, bias, start + column, mask, inverse_temperature, softcap, HAS_BIAS, HAS_CAP
+    )
+    g, g_entropy = tl.load(grads + row), tl.load(grads_entropy + row)
+    log_p = scores - tl.load(log_totals + row)
+    p = tl.exp(log_p)
+    value = -p * (g + g_entropy * (log_p + tl.load(entropies + row)))
+    value = tl.where(p > 0.0, value, 0.0) + tl.where(start + column == tl.load(targets + row), g, 0.0)
+    value = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, value * slope * inverse_temperature)
+    tl.debug_barrier()
+    tl.store(narrow + row * stride * NARROW + column, value.to(narrow.dtype.element_ty), mask=mask)
+
+
+class TritonSoftmax:
+    """As `ReferenceSoftmax`, on CUDA; hidden float32 or bfloat16 or float16. No host synchronisation."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        vocabulary = head.weight.shape[0]
+        num_tiles = -(-vocabulary // _MAX_TILE)
+        self.width = min(vocabulary, -(-vocabulary // num_tiles // 128) * 128)
+        size = max(1, min(len(hidden), _MAX_ROWS))
+        self.head = head
+        self.chunks = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+        self.tiles = [(s, min(s + self.width, vocabulary)) for s in range(0, vocabulary, self.width)]
+        self._stride = -(-self.width // 8) * 8
+        self._logits = hidden.new_empty((size, self._stride), dtype=torch.float32)
+        self._narrow = self._logits.view(hidden.dtype)
+        self._accumulator: Tensor | None = None
+        self._block = {"BLOCK": triton.next_power_of_2(self.width), "num_warps": 16 if self.width > 4096 else 4}
+
+    def forward(self, hidden: Tensor, targets: Tensor, rows: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        """logprobs [n] and entropy [n], float32."""
+        n, depth = hidden.shape
+        self._hidden, self._targets = hidden, targets.contiguous()
+        self._inverse = self._inverse_temperature(rows, n)
+        self._state = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
+        if with_gradient and self._accumulator is None:
+            self._accumulator = hidden.new_empty((len(self._logits), depth), dtype=torch.float32)
+        accumulator = self._accumulator if with_gradient else None
+        for start, end in self.tiles:
+            self._tile_logits(start, end)
+            _fold_tile[(n,)](
+                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._state, accumulator,
+                start, end - start, self._stride, n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
+                IS_FIRST=start == 0, WRITE=with_gradient, **self._flags(), **self._block,
+            )  # fmt: skip
+            if accumulator is not None:
+                self._multiply(start, end, accumulator[:n])
+        reference, others, weighted, target_score = self._state
+        gap = target_score - reference
+        e = gap.exp()
+        total = others + e
+        entropy = total.log() - (weighted + torch.where(e > 0, e * gap, e)) / total
+        self._log_total, self._entropy = reference + total.log(), entropy
+        # the target stays out of the sum: exact also where its probability is nearly 1
+        return torch.where(others == 0, others, -torch.logaddexp(others.log() - gap, torch.zeros_like(gap))), entropy
+
+    def hidden_gradient(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor) -> None:
+        """As `ReferenceSoftmax.hidden_gradient`; a gradient of the entropy computes the logits again."""
+        n, depth = out.shape
+        if grad_entropy is not None:
+            self.all_gradients(grad_logprobs, grad_entropy, out, None, None)
+        elif grad_logprobs is None:
+            out.zero_()
+        else:
+            _hidden_gradient[(n, triton.cdiv(depth, 1024))](
+                out, self._accumulator, self.head.weight, self._targets, self._inverse, self._state,
+                grad_logprobs.contiguous(), n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
+                HAS_CAP=self.head.softcap is not None,
+            )  # fmt: skip
+
+    def all_gradients(
+        self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor | None,
+        grad_weight: Tensor | None, grad_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write out [n, D]; add to grad_weight [V, D] and grad_bias [V], both float32. After `forward`."""
+        n, depth = self._hidden.shape
+        zeros = torch.zeros_like(self._entropy)
+        g, g_entropy = (zeros if x is None else x.contiguous() for x in (grad_logprobs, grad_entropy))
+        inputs = self._hidden
+        if grad_weight is not None:
+            inputs = inputs.masked_fill(((g == 0) & (g_entropy == 0))[:, None], 0.0)
+        accumulator = None if out is None else inputs.new_empty((n, depth), dtype=torch.float32)
+        for start, end in self.tiles:
+            self._tile_logits(start, end)
+            _logit_gradient[(n,)](
+                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._log_total,
+                self._entropy, g, g_entropy, start, end - start, self._stride, self.head.softcap or 0.0,
+                **self._flags(), **self._block,
+            )  # fmt: skip
+            if accumulator is not None:
+                self._multiply(start, end, accumulator)
+            part = self._narrow[:n, : end - start]
+            if grad_weight is not None:
+                _mm(part.T, inputs, grad_weight[start:end], is_added=True)
+            if grad_bias is not None:
+                grad_bias[start:end] += part.sum(0, dtype=torch.float32)
+        if out is not None:
+            out.copy_(accumulator)
+
+    def _tile_logits(self, start: int, end: int) -> None:
+        _mm(self._hidden, self.head.weight[start:end].T, self._logits[: len(self._hidden), : end - start])
+
+    def _multiply(self, start: int, end: int, accumulator: Tensor) -> None:
+        values = self._narrow[: len(accumulator), : end - start]
+        _mm(values, self.head.weight[start:end], accumulator, is_added=start > 0)
+
+    def _inverse_temperature(self, rows: slice, n: int) -> Tensor:
+        temperature = self.head.rows(rows).temperature
+        if isinstance(temperature, Tensor):
+            return temperature.float().reciprocal().contiguous()
+        return torch.full((n,), 1.0 / temperature, dtype=torch.float32, device=self._logits.device)
+
+    def _flags(self) -> dict[str, bool | int]:
+        ratio = self._logits.element_size() // self._narrow.element_size()
+        return {"HAS_BIAS": self.head.bias is not None, "HAS_CAP": self.head.softcap is not None, "NARROW": ratio}
+
+
+def triton_gradients(
+    hidden: Tensor, head: Head, targets: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `reference_gradients`; the head's gradients are summed in float32."""
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(head.weight, dtype=torch.float32) if wanted[1] else None
+    grad_bias = torch.zeros(len(head.weight), dtype=torch.float32, device=hidden.device) if wanted[2] else None
+    softmax = TritonSoftmax(hidden, head)
+    for rows in softmax.chunks:
+        softmax.forward(hidden[rows], targets[rows], rows, with_gradient=False)
+        g, g_entropy = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropy))
+        softmax.all_gradients(g, g_entropy, None if grad_hidden is None else grad_hidden[rows], grad_weight, grad_bias)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(head.weight.dtype),
+        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
+    )
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor, *, is_added: bool = False) -> None:
+    """out = left right, or out += left right; out float32."""
+    kwargs = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if is_added:
+        torch.addmm(out, left, right, out=out, **kwargs)
+    else:
+        torch.mm(left, right, out=out, **kwargs)
