@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import RunConfig
-from rlbench.data.prompts import PromptSet, make_prompts, select_rows
+from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
 from rlbench.records import SamplingParams
@@ -141,10 +141,25 @@ def greedy_sampling(inputs: Inputs) -> SamplingParams:
 def _engine(inputs: Inputs, base: PreTrainedModel) -> Engine:
     config = inputs.config
     if config.engine.kind == "vllm":
-        raise ValueError("engine.kind is vllm, which this version cannot share a base with yet; expected engine=hf")
+        from rlbench.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            str(inputs.model.folder),
+            dtype=config.model.dtype,
+            max_model_len=longest_sequence(inputs),
+            max_num_seqs=config.engine.max_num_seqs or 64,
+            lora_rank=config.lora.rank,
+            kv_cache_gib=config.engine.kv_cache_gib,
+        )
     from rlbench.engine.hf_engine import HfEngine
 
     return HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64)
+
+
+def longest_sequence(inputs: Inputs) -> int:
+    """Tokens of the longest prompt plus the longest completion."""
+    prompts = [*inputs.train.prompts, *(inputs.evaluation.prompts if inputs.evaluation else ())]
+    return longest_prompt_tokens(prompts) + inputs.config.sampling.max_tokens
 
 
 def _check_model_exists(config: RunConfig) -> None:

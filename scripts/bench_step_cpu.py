@@ -49,7 +49,7 @@ def make_samples() -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     samples = []
     for group, row in zip(range(NUM_GROUPS), load_rows(config, "train").dataset, strict=False):
-        _, prompt = render(chat_messages(row["question"], config), tokenizer)
+        _, prompt = render(chat_messages(dict(row)["question"], config), tokenizer)
         for _ in range(GROUP_SIZE):
             token_ids = torch.randint(10, 40_000, (COMPLETION_TOKENS,), generator=generator).tolist()
             advantage = float(torch.randn((), generator=generator))

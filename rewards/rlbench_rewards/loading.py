@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rlbench_rewards.contract import Reward, RewardError, RewardOutput, RewardSample
 
@@ -37,7 +37,7 @@ def load_reward(name: str, path: str, kwargs: Mapping[str, Any], allowed_prefixe
         reward = _call(key, path, target, kwargs)
         if not callable(reward):
             raise ValueError(f"{key}.path is {path}, whose instances cannot be called; expected a class with __call__")
-        return reward
+        return cast(Reward, reward)
     if not callable(target):
         raise ValueError(f"{key}.path is {path}, a {type(target).__name__}; expected a class or a function")
     return _function_reward(key, path, target, kwargs)

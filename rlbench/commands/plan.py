@@ -36,6 +36,8 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
              "algorithm.prompts_per_step", "algorithm.group_size", "sampling.max_tokens",
              "training.tokens_per_microbatch", "evaluation.num_prompts", "optim.lr")  # fmt: skip
     rows += [row("Sizes", key) for key in sizes]
+    if config.engine.kind == "vllm":
+        rows.append(PlanRow("Sizes", "base weights", "two copies", "vLLM holds its own; engine=hf shares one"))
     kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
     rows += [
         PlanRow("Sizes", "algorithm.kl_coef", kl),

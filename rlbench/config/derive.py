@@ -88,7 +88,7 @@ def _dtype(facts: HardwareFacts) -> tuple[str, str]:
 
 def _engine(config: RunConfig, facts: HardwareFacts) -> tuple[str, str]:
     if config.hardware.profile == "cpu":
-        return "hf", "the faster one on a CPU (scripts/results/generation.json)"
+        return "hf", "the faster one on a CPU (scripts/results/generation_cpu.json)"
     if facts.has_vllm:
         return "vllm", "the faster one on a GPU"
     return "hf", "vllm is not installed"

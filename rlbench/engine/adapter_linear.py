@@ -57,7 +57,7 @@ class AdapterLinear(nn.Module):
         return y
 
 
-def _fuse(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _fuse(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor with the parameters' rows one after the other; the parameters become views of it."""
     if len(parameters) == 1:
         return parameters[0].data

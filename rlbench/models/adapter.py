@@ -54,6 +54,5 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> No
         lora_b, (num_out, num_in), rank = adapter.lora_b[name], shapes[name], lora_a.shape[0]
         expected = [(rank, num_in), (num_out, rank)]
         if [tuple(lora_a.shape), tuple(lora_b.shape)] != expected:
-            raise ValueError(
-                f"adapter of {name}: A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}, expected {expected}"
-            )
+            got = [tuple(lora_a.shape), tuple(lora_b.shape)]
+            raise ValueError(f"adapter of {name}: A and B have shapes {got}, expected {expected}")

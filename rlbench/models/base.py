@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def load_base(path: str, *, dtype: torch.dtype, device: str | torch.device) -> P
         ValueError: if the folder holds no model that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
     return model.to(device=device).requires_grad_(False).eval()

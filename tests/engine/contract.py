@@ -341,7 +341,7 @@ def an_adapter_that_does_not_fit_is_refused_and_changes_nothing(subject: Subject
     version = subject.sync(subject.make_adapter(12))
     fingerprint = subject.engine.adapter_fingerprint
     good = subject.make_adapter(13)
-    name, unknown = sorted(good.lora_a)[-1], "model.layers.77.mlp.down_proj"
+    name = sorted(good.lora_a)[-1]
     a, b = good.lora_a[name], good.lora_b[name]
 
     def broken(lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> Adapter:
@@ -351,7 +351,7 @@ def an_adapter_that_does_not_fit_is_refused_and_changes_nothing(subject: Subject
         (
             "model.layers.77.mlp.down_proj",
             broken({"model.layers.77.mlp.down_proj": a}, {"model.layers.77.mlp.down_proj": b}),
-        ),  # fmt: skip  # noqa: E501
+        ),  # fmt: skip
         (name, broken({name: a[:, :-1]}, {})),
         (name, broken({}, {name: b[:-1]})),
         (name, broken({name: a[:-1]}, {})),
