@@ -158,6 +158,9 @@ def main() -> None:
 def measure(adapter: str, num_rounds: int) -> list[dict[str, Any]]:
     cases = [(impl, dtype) for impl in RUNNERS for dtype in ("bfloat16", "float32")]
     started = [Worker(f"{impl} {dtype} {adapter}", [impl, dtype, adapter]) for impl, dtype in cases]
+    for worker in started:
+        if not worker.is_ready:
+            print(f"left out: {worker.name}: {worker.last_error}", flush=True)
     workers = [worker for worker in started if worker.is_ready]
     run_interleaved(workers, num_rounds)
     rows = []

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,20 +32,32 @@ class Worker:
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
         self.name = name
         self.rounds: list[dict[str, float]] = []
+        self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, sys.argv[0], "--worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
         )
         self.is_ready = self._readline() == _READY
 
+    @property
+    def last_error(self) -> str:
+        """The last line that the process wrote to stderr."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "nothing on stderr")
+
     def run_round(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        self.rounds.append(json.loads(self._readline()))
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+            self.rounds.append(json.loads(self._readline()))
+        except (BrokenPipeError, json.JSONDecodeError):
+            code = self._process.wait(timeout=60)
+            sys.exit(f"{self.name} ended with exit code {code}: {self.last_error}")
 
     def median(self, metric: str) -> float:
         return median(r[metric] for r in self.rounds)

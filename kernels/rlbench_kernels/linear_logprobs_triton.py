@@ -42,14 +42,18 @@ def _load_scores(
     return z * inverse_temperature, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["with_gradient"])
 def _fold_tile(
     logits, narrow, bias, targets, inverse_temperatures, state, accumulator, start, width, stride, rows,
     D: tl.constexpr, softcap,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr, WRITE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, NARROW: tl.constexpr,
+    with_gradient,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Row program: fold one tile into state [4, n] = (reference, sum e, sum e (s - reference), target score)."""
+    """Row program: fold one tile into state [4, n] = (reference, sum e, sum e (s - reference), target score).
+
+    `with_gradient` is 0 or 1 at run time: one compiled kernel for both gives the same bits with and without it.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -82,7 +86,7 @@ def _fold_tile(
     tl.store(state + rows + row, total)
     tl.store(state + 2 * rows + row, weighted)
     tl.store(state + 3 * rows + row, target_score)
-    if WRITE:
+    if with_gradient:
         tl.debug_barrier()
         tl.store(narrow + row * stride * NARROW + column, (e * slope).to(narrow.dtype.element_ty), mask=mask)
         if not IS_FIRST:
@@ -168,8 +172,8 @@ class TritonSoftmax:
             self._tile_logits(start, end)
             _fold_tile[(n,)](
                 self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._state, accumulator,
-                start, end - start, self._stride, n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
-                IS_FIRST=start == 0, WRITE=with_gradient, **self._flags(), **self._block,
+                start, end - start, self._stride, n, depth, self.head.softcap or 0.0, int(with_gradient),
+                BLOCK_D=1024, IS_FIRST=start == 0, **self._flags(), **self._block,
             )  # fmt: skip
             if accumulator is not None:
                 self._multiply(start, end, accumulator[:n])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlbench.models.quiet import no_progress_bars
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -24,7 +26,8 @@ def load_base(path: str, *, dtype: torch.dtype, device: str | torch.device) -> P
         ValueError: if the folder holds no model that transformers can load.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        with no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
     return model.to(device=device).requires_grad_(False).eval()

@@ -133,15 +133,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from rlbench.models.quiet import no_progress_bars
+
     where = {"gguf_file": gguf.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model.path: {gguf} does not load as a GGUF model ({error})") from error
     # A config that remembers the quantization would make transformers look for it in the safetensors.
     model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
