@@ -1,0 +1,166 @@
+"""`logprobs` on CUDA: each row is cut into blocks, every block a program; a small kernel joins their sums.
+
+A block holds its logits in registers: one read, one exponential each. The cut depends on V alone, so a row gives the
+same bits in any batch.
+
+Shapes: N rows, V vocabulary, BLOCKS blocks of a row.
+Source: joining the sums, Milakov and Gimelshein, arXiv 1805.02867.
+"""
+
+# pyright does not know kernel launches
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 8192
+_JOINED_ROWS = 32
+_MINUS_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _load_scores(logits, inverse_temperatures, stride, vocabulary, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """A block's scores, -inf outside of the row; its row and columns."""
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(logits + row * stride + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    return z * tl.load(inverse_temperatures + row), row, column
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum_blocks(
+    sums, logits, targets, inverse_temperatures, stride, vocabulary, num_rows, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums [3, BLOCKS, N] = (highest, sum e, sum e (s - highest)), e = exp(s - highest), 0 at the target."""
+    scores, row, column = _load_scores(logits, inverse_temperatures, stride, vocabulary, BLOCKS, BLOCK)
+    highest = tl.max(scores, 0)
+    gap = scores - tl.where(highest == _MINUS_INF, 0.0, highest)
+    e = tl.where(column == tl.load(targets + row), 0.0, tl.exp(gap))
+    place = (tl.program_id(0) % BLOCKS).to(tl.int64) * num_rows + row
+    size = num_rows.to(tl.int64) * BLOCKS
+    tl.store(sums + place, highest)
+    tl.store(sums + size + place, tl.sum(e, 0))
+    tl.store(sums + 2 * size + place, tl.sum(tl.where(e > 0.0, e * gap, e), 0))
+
+
+@triton.jit
+def _log1p_of_exp(x):
+    """log(1 + exp(x)) with small relative error."""
+    e = tl.exp(-tl.abs(x))
+    series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.03, series, tl.log(1.0 + e))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _join_blocks(
+    values, entropies, log_totals, sums, logits, targets, inverse_temperatures, stride, num_rows,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """logprob, entropy and log of the softmax's denominator, each [N]."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    mask = row < num_rows
+    size = num_rows.to(tl.int64) * BLOCKS
+    target = tl.load(targets + row, mask=mask, other=0)
+    score = tl.load(logits + row * stride + target, mask=mask, other=0.0).to(tl.float32)
+    score *= tl.load(inverse_temperatures + row, mask=mask, other=1.0)
+    reference = score
+    for block in range(BLOCKS):
+        place = row + num_rows.to(tl.int64) * block
+        reference = tl.maximum(reference, tl.load(sums + place, mask=mask, other=float("-inf")))
+    others = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    for block in range(BLOCKS):
+        place = row + num_rows.to(tl.int64) * block
+        shift = tl.load(sums + place, mask=mask, other=0.0) - reference
+        factor = tl.exp(shift)
+        total = tl.load(sums + size + place, mask=mask, other=0.0) * factor
+        others += total
+        weighted += tl.load(sums + 2 * size + place, mask=mask, other=0.0) * factor
+        weighted += tl.where(total > 0.0, total * shift, 0.0)
+    gap = score - reference
+    e = tl.exp(gap)
+    total = others + e
+    weighted += tl.where(e > 0.0, e * gap, 0.0)
+    log_total = tl.log(total)
+    tl.store(values + row, -_log1p_of_exp(tl.log(others) - gap), mask=mask)
+    tl.store(entropies + row, log_total - weighted / total, mask=mask)
+    tl.store(log_totals + row, reference + log_total, mask=mask)
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0 with small relative error."""
+    near = -x * (1.0 + x * (0.5 + x * (0.16666667 + x * 0.041666667)))
+    return tl.where(x > -0.03, near, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _logit_gradients(
+    out, logits, targets, inverse_temperatures, values, entropies, log_totals, grads, grads_entropy, stride,
+    vocabulary, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = (g (onehot - p) - g_entropy p (log p + entropy)) / temperature; 0 where both weights are."""
+    scores, row, column = _load_scores(logits, inverse_temperatures, stride, vocabulary, BLOCKS, BLOCK)
+    g, g_entropy = tl.load(grads + row), tl.load(grads_entropy + row)
+    value, entropy = tl.load(values + row), tl.load(entropies + row)
+    is_target = column == tl.load(targets + row)
+    log_p = tl.where(is_target, value, scores - tl.load(log_totals + row))
+    p = tl.exp(log_p)
+    direct = tl.where(is_target, g * _one_minus_exp(value), -g * p)
+    result = direct - tl.where(p > 0.0, g_entropy * p * (log_p + entropy), 0.0)
+    result = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, result * tl.load(inverse_temperatures + row))
+    target = out + row * vocabulary + column
+    tl.store(target, result.to(out.dtype.element_ty), mask=column < vocabulary)
+
+
+def launch_logprobs(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and log of the softmax's denominator, float32 [N]."""
+    num_rows, vocabulary = logits.shape
+    logits, inverse, options = _prepare(logits, temperature)
+    targets = targets.contiguous()
+    blocks = options["BLOCKS"]
+    sums = torch.empty((3, blocks, num_rows), dtype=torch.float32, device=logits.device)
+    values, entropy, log_total = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    with torch.cuda.device_of(logits):
+        _sum_blocks[(num_rows * blocks,)](
+            sums, logits, targets, inverse, logits.stride(0), vocabulary, num_rows, **options
+        )
+        _join_blocks[(triton.cdiv(num_rows, _JOINED_ROWS),)](
+            values, entropy, log_total, sums, logits, targets, inverse, logits.stride(0), num_rows, BLOCKS=blocks,
+            ROWS=_JOINED_ROWS, num_warps=1,
+        )  # fmt: skip
+    return values, entropy, log_total
+
+
+def launch_logprob_gradients(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, values: Tensor, entropy: Tensor, log_total: Tensor,
+    grad: Tensor, grad_entropy: Tensor,
+) -> Tensor:  # fmt: skip
+    """d logits [N, V], contiguous."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    num_rows, vocabulary = logits.shape
+    logits, inverse, options = _prepare(logits, temperature)
+    with torch.cuda.device_of(logits):
+        _logit_gradients[(num_rows * options["BLOCKS"],)](
+            out, logits, targets.contiguous(), inverse, values, entropy, log_total, grad.contiguous(),
+            grad_entropy.contiguous(), logits.stride(0), vocabulary, **options,
+        )  # fmt: skip
+    return out
+
+
+def _prepare(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Logits with adjacent columns, 1 / temperature [N], and the cut of a row."""
+    num_rows, vocabulary = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if isinstance(temperature, Tensor):
+        inverse = temperature.float().reciprocal().contiguous()
+    else:
+        inverse = torch.full((num_rows,), 1.0 / temperature, dtype=torch.float32, device=logits.device)
+    block = min(_BLOCK, triton.next_power_of_2(vocabulary))
+    options = {"BLOCKS": triton.cdiv(vocabulary, block), "BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    return logits, inverse, options

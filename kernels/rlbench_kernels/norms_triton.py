@@ -1,0 +1,150 @@
+"""`norms` on CUDA: one kernel a direction, whole rows in registers, several rows a program where D is small.
+
+The gradient of the weight is summed per program, in float32, then over the programs: no atomics, same bits each run.
+
+Shapes: rows of D features; a tile is ROWS x BLOCK.
+"""
+
+# pyright does not know kernel launches
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 2048  # elements of a program whose rows are shorter
+_PROGRAMS_PER_SM = 4  # that sum the weight's gradient
+
+
+@triton.jit
+def _row_offsets(row, inner, outer_stride, inner_stride):
+    """Of rows numbered over [outer, inner]."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit(do_not_specialize=["num_rows", "inner"])
+def _norm(
+    out, new_residual, x, residual, weight, num_rows, inner, outer_stride, inner_stride, eps, offset,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Row program: out = n(x) (weight + offset); with a residual, x + residual takes the place of x."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    is_column = column < D
+    mask = (row < num_rows)[:, None] & is_column
+    place = row.to(tl.int64)[:, None] * D + column
+    source = _row_offsets(row, inner, outer_stride, inner_stride)[:, None] + column
+    value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(new_residual + place, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+    w = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
+    normed = value * tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+    if HAS_OFFSET:
+        normed = normed * (w + offset)
+    else:
+        normed = normed.to(x.dtype.element_ty).to(tl.float32) * w
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "inner", "grad_inner"])
+def _norm_gradients(
+    grad_x, grad_weight, x, weight, grad, grad_residual, num_rows, inner, outer_stride, inner_stride, grad_inner,
+    grad_outer_stride, grad_inner_stride, eps, offset, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """grad_x of every tile; each program's share of grad_weight [programs, D], float32."""
+    column = tl.arange(0, BLOCK)[None, :]
+    is_column = column < D
+    w = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32) + offset
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < num_rows)[:, None] & is_column
+        place = row.to(tl.int64)[:, None] * D + column
+        source = _row_offsets(row, inner, outer_stride, inner_stride)[:, None] + column
+        grad_source = _row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride)[:, None] + column
+        value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + grad_source, mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+        normed = value * inverse
+        if HAS_WEIGHT:
+            total += tl.where(mask, g * normed, 0.0)  # a row beyond the end has inverse inf where eps is 0
+        g *= w
+        result = (g - normed * (tl.sum(g * normed, 1) / D)[:, None]) * inverse
+        if HAS_RESIDUAL:
+            result += tl.load(grad_residual + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=mask)
+    if HAS_WEIGHT:
+        target = grad_weight + tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK)
+        tl.store(target, tl.sum(total, 0), mask=tl.arange(0, BLOCK) < D)
+
+
+def launch_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """The normed values, and x + residual where there is a residual; x [..., D]."""
+    size = len(weight)
+    dtype = x.dtype if offset else torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    new_residual = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows, options = x.numel() // size, _tile(size)
+    source, *layout = _layout(x)
+    with torch.cuda.device_of(x):
+        _norm[(triton.cdiv(num_rows, options["ROWS"]),)](
+            out, new_residual, source, None if residual is None else residual.contiguous(), weight.contiguous(),
+            num_rows, *layout, eps, offset, D=size, HAS_RESIDUAL=residual is not None, HAS_OFFSET=offset != 0.0,
+            **options,
+        )  # fmt: skip
+    return out, new_residual
+
+
+def launch_norm_gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, grad_residual: Tensor | None, eps: float, offset: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """d x, with `grad_residual` added, and d weight where it is needed."""
+    size = len(weight)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows, options = x.numel() // size, _tile(size)
+    num_programs = triton.cdiv(num_rows, options["ROWS"])
+    parts = None
+    if needs_weight:
+        num_programs = min(num_programs, _PROGRAMS_PER_SM * _num_sms(x.device))
+        parts = torch.empty((num_programs, size), dtype=torch.float32, device=x.device)
+    source, *layout = _layout(x)
+    grad, *grad_layout = _layout(grad)
+    with torch.cuda.device_of(x):
+        _norm_gradients[(num_programs,)](
+            grad_x, parts, source, weight.contiguous(), grad,
+            None if grad_residual is None else grad_residual.contiguous(), num_rows, *layout, *grad_layout, eps,
+            offset, D=size, HAS_RESIDUAL=grad_residual is not None, HAS_WEIGHT=needs_weight, **options,
+        )  # fmt: skip
+    return grad_x, None if parts is None else parts.sum(0).to(weight.dtype)
+
+
+def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x as [outer, inner, D] with adjacent features: the tensor, inner, and both strides. A view where possible."""
+    x = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    # an only row's stride would change with the number of tokens, and with it the compiled kernel
+    return x, x.shape[1], x.stride(0) if len(x) > 1 else 0, x.stride(1)
+
+
+def _tile(size: int) -> dict[str, int]:
+    """16 elements a thread, more only in rows above 8192."""
+    block = triton.next_power_of_2(size)
+    rows = max(1, _TILE // block)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
