@@ -1,5 +1,27 @@
 """Fused operations; each has a PyTorch reference."""
 
+from rlbench_kernels.gated_activation import geglu, swiglu
 from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
+from rlbench_kernels.logprobs import logprobs
+from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
+from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from rlbench_kernels.norms import add_rms_norm, rms_norm
+from rlbench_kernels.rope import apply_rope
 
-__all__ = ["linear_logprobs", "linear_token_loss"]
+__all__ = [
+    "Lora",
+    "Nf4Weight",
+    "add_rms_norm",
+    "apply_rope",
+    "dequantize_nf4",
+    "geglu",
+    "linear_logprobs",
+    "linear_token_loss",
+    "logprobs",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "quantize_nf4",
+    "rms_norm",
+    "swiglu",
+]

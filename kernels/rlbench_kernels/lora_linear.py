@@ -1,0 +1,255 @@
+"""Linear layers with LoRA over frozen matrices, dense or NF4: one autograd function a layer, query-key-value or MLP.
+
+Gradients go to the input and the adapters alone. An NF4 matrix is made dense once a direction and never kept; saved
+for the backward pass are the input, the MLP's gate and up, and the low-rank products.
+
+Shapes: N tokens, D in features, O out features, I intermediate features, R LoRA rank.
+Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
+from rlbench_kernels.lora_matmuls import (
+    FORMS,
+    Adapters,
+    Base,
+    Projections,
+    a_gradients,
+    b_gradient,
+    cast_adapters,
+    input_gradient,
+    low_gradient,
+    project,
+)
+from rlbench_kernels.nf4 import Nf4Weight
+
+
+class Lora(NamedTuple):
+    """x A^T (scaling B)^T, of any floating dtype: it is cast to the input's, the scaling multiplied in before."""
+
+    a: Tensor  # [R, D]
+    b: Tensor  # [O, R]
+    scaling: float
+
+
+def lora_linear(
+    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None = None,
+    *, form: str = "auto",
+) -> Tensor:  # fmt: skip
+    """y = x W^T + bias + (x A^T) (scaling B)^T with W and bias frozen.
+
+    Args:
+        x: [..., D].
+        base: W [O, D] in x's dtype, or in NF4.
+        lora_a, lora_b: [R, D] and [O, R], any floating dtype; their gradients have it too.
+        scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
+        bias: [O] in x's dtype, or None.
+        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "extended" for NF4 matrices of more rows
+            than columns and "accumulate" otherwise.
+
+    Returns:
+        [..., O] in x's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a base that asks for a gradient.
+    """
+    return lora_qkv(x, [base], [Lora(lora_a, lora_b, scaling)], [bias], form=form)[0]
+
+
+def lora_qkv(
+    x: Tensor, bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None] | None = None,
+    *, form: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Projections of one input, each as `lora_linear`, in one autograd function; None is a layer without adapter.
+
+    In the form "extended" the results are column slices of one [..., sum O]: not to be modified in place.
+
+    Args:
+        x: [..., D].
+        bases, loras, biases: one a projection; as in `lora_linear`.
+
+    Returns:
+        [..., O] of each projection.
+
+    Raises:
+        ValueError: as `lora_linear`.
+    """
+    biases = [None] * len(bases) if biases is None else biases
+    _check(x, bases, loras, biases)
+    frozen = _projections(bases, loras, biases, form, has_room=False)
+    results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, *_tensors(loras))
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)  # pyright: ignore[reportOptionalIterable]
+
+
+def lora_mlp(
+    x: Tensor, gate: Base, up: Base, down: Base, loras: Sequence[Lora | None], activation: str = "silu",
+    *, form: str = "auto",
+) -> Tensor:  # fmt: skip
+    """y = down(act(gate(x)) * up(x)), each projection as `lora_linear`, in one autograd function.
+
+    Saves x, gate(x) and up(x); the product is computed again in the backward pass.
+
+    Args:
+        x: [..., D].
+        gate, up: [I, D]. down: [O, I].
+        loras: of gate, up and down; None is a layer without adapter.
+        activation: "silu" or "gelu_tanh".
+        form: as in `lora_linear`; "auto" takes "extended" where all of gate and up, or down, are NF4.
+
+    Returns:
+        [..., O] in x's dtype.
+
+    Raises:
+        ValueError: as `lora_linear`; an unknown activation.
+    """
+    if activation not in GATES:
+        raise ValueError(f"activation {activation!r}: expected one of {', '.join(GATES)}")
+    if len(loras) != 3:
+        raise ValueError(f"loras: of gate, up and down expected, got {len(loras)}")
+    if gate.shape[0] != up.shape[0]:
+        raise ValueError(f"gate and up have {gate.shape[0]} and {up.shape[0]} rows, expected the same number")
+    _check(x, [gate, up], loras[:2], [None, None])
+    _check(x, [down], loras[2:], [None], depth=gate.shape[0])
+    inner = _projections([gate, up], loras[:2], [None, None], form, has_room=True)
+    outer = _projections([down], loras[2:], [None], form, has_room=True)
+    y = _LoraMlp.apply(x.reshape(-1, x.shape[-1]), inner, outer, activation, *_tensors(loras))
+    return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class _LoraProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, frozen: Projections, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        adapters = cast_adapters(tensors, frozen.scalings, rows.shape[1], rows)
+        results, low = project(rows, adapters, frozen)
+        ctx.save_for_backward(rows, low, adapters.a, *adapters.b)
+        ctx.frozen, ctx.dtypes = frozen, _dtypes(tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        rows, low, a, *b = ctx.saved_tensors
+        adapters, wanted = Adapters(a, tuple(b)), ctx.needs_input_grad
+        low_grad = low_gradient(grads, adapters)
+        grad_rows = input_gradient(grads, low_grad, adapters, ctx.frozen) if wanted[0] else None
+        return (
+            grad_rows,
+            None,
+            *_adapter_gradients(grads, low_grad, rows, low, adapters, ctx.frozen, ctx.dtypes, wanted[2:]),
+        )
+
+
+class _LoraMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, inner: Projections, outer: Projections, activation: str, *tensors: Tensor | None
+    ) -> Tensor:
+        size = inner.sizes[0]
+        adapters = cast_adapters(tensors[:4], inner.scalings, rows.shape[1], rows)
+        last = cast_adapters(tensors[4:], outer.scalings, size, rows)
+        both = rows.new_empty((len(rows), 2 * size))  # gate and up side by side
+        _, low = project(rows, adapters, inner, out=both)
+        room = rows.new_empty((len(rows), size + (last.width if outer.form == "extended" else 0)))
+        hidden = apply_gate(both, activation, out=room[:, :size])
+        (y,), last_low = project(hidden, last, outer, room=room)
+        ctx.save_for_backward(rows, both, low, last_low, adapters.a, last.a, *adapters.b, *last.b)
+        ctx.inner, ctx.outer, ctx.activation, ctx.dtypes = inner, outer, activation, _dtypes(tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, both, low, last_low, a, last_a, *b = ctx.saved_tensors
+        inner, outer, wanted = ctx.inner, ctx.outer, ctx.needs_input_grad
+        adapters, last = Adapters(a, tuple(b[:2])), Adapters(last_a, tuple(b[2:]))
+        last_low_grad = low_gradient([grad], last)
+        grad_hidden = input_gradient([grad], last_low_grad, last, outer)
+        # dgate and dup side by side, with room for d low
+        room = rows.new_empty((len(rows), both.shape[1] + adapters.width))
+        grad_both = room[:, : both.shape[1]]
+        hidden = gate_gradients(both, grad_hidden, ctx.activation, out=grad_both)
+        grads = grad_both.split(inner.sizes, 1)
+        last_gradients = _adapter_gradients(
+            [grad], last_low_grad, hidden, last_low, last, outer, ctx.dtypes[2:], wanted[8:]
+        )
+        low_grad = low_gradient(grads, adapters, out=room[:, both.shape[1] :])
+        grad_rows = input_gradient(grads, low_grad, adapters, inner, room=room) if wanted[0] else None
+        gradients = _adapter_gradients(
+            grads, low_grad, rows, low, adapters, inner, ctx.dtypes[:2], wanted[4:8]
+        )  # fmt: skip
+        return grad_rows, None, None, None, *gradients, *last_gradients
+
+
+def _adapter_gradients(
+    grads: Sequence[Tensor | None], low_grad: Tensor, rows: Tensor, low: Tensor, adapters: Adapters,
+    frozen: Projections, dtypes: Sequence[torch.dtype], wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """(dA_1, dB_1, dA_2, dB_2, ..), None where not wanted."""
+    grads_a = a_gradients(low_grad, rows, adapters, dtypes) if any(wanted[::2]) else []
+    gradients: list[Tensor | None] = []
+    for i, (grad, columns) in enumerate(zip(grads, adapters.columns, strict=True)):
+        grad_a = grad_b = None
+        if grad is not None and wanted[2 * i]:
+            grad_a = grads_a[i]
+        if grad is not None and wanted[2 * i + 1]:
+            grad_b = b_gradient(grad, low[:, columns], frozen.scalings[i], dtypes[i])
+        gradients += [grad_a, grad_b]
+    return gradients
+
+
+def _projections(
+    bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None], form: str, *, has_room: bool
+) -> Projections:
+    """The frozen part; "auto" decided. `has_room`: the buffers of "extended" cost no copies of activations."""
+    if form not in (*FORMS, "auto"):
+        raise ValueError(f"form {form!r}: expected one of auto, {', '.join(FORMS)}")
+    if form == "auto":
+        is_nf4 = all(isinstance(base, Nf4Weight) for base in bases)
+        is_wide = sum(base.shape[0] for base in bases) > bases[0].shape[1]
+        form = "extended" if is_nf4 and (has_room or is_wide) and any(loras) else "accumulate"
+    scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
+    return Projections(tuple(bases), tuple(biases), scalings, form)
+
+
+def _tensors(loras: Sequence[Lora | None]) -> list[Tensor | None]:
+    return [tensor for lora in loras for tensor in ((None, None) if lora is None else (lora.a, lora.b))]
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype]:
+    """The dtype of each adapter's gradients."""
+    return [torch.float32 if a is None else a.dtype for a in tensors[::2]]
+
+
+def _check(
+    x: Tensor, bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None],
+    depth: int | None = None,
+) -> None:  # fmt: skip
+    depth = x.shape[-1] if depth is None else depth
+    if not bases or not len(bases) == len(loras) == len(biases):
+        raise ValueError(f"{len(bases)} bases, {len(loras)} loras, {len(biases)} biases: expected one number above 0")
+    for i, (base, lora, bias) in enumerate(zip(bases, loras, biases, strict=True)):
+        if len(base.shape) != 2 or base.shape[1] != depth:
+            raise ValueError(f"base {i}: [O, {depth}] expected, got {[*base.shape]}")
+        if isinstance(base, Tensor) and (base.dtype != x.dtype or base.requires_grad):
+            raise ValueError(f"base {i}: frozen and {x.dtype} expected, got {base.dtype} {base.requires_grad=}")
+        if lora is not None and (
+            lora.a.ndim != 2 or lora.a.shape[1] != depth or lora.b.shape != (base.shape[0], len(lora.a))
+            or lora.a.dtype != lora.b.dtype
+        ):  # fmt: skip
+            raise ValueError(
+                f"lora {i}: A [R, {depth}] and B [{base.shape[0]}, R] of one dtype expected, got {[*lora.a.shape]} "
+                f"{lora.a.dtype} and {[*lora.b.shape]} {lora.b.dtype}"
+            )
+        if bias is not None and (bias.shape != base.shape[:1] or bias.dtype != x.dtype or bias.requires_grad):
+            raise ValueError(f"bias {i}: frozen {x.dtype} [{base.shape[0]}] expected, got {bias.dtype} {bias.shape}")

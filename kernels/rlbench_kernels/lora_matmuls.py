@@ -1,0 +1,245 @@
+"""The matmuls of `lora_linear`: projections of one input over frozen matrices, each with a low-rank addition.
+
+y_i = x W_i^T + bias_i + (x A_i^T) (s_i B_i)^T. The low-rank products of all projections come from one matmul with the
+stacked A. Three forms of the rest, with the same meaning:
+
+- "two_pass": y_i = x W_i^T, then y_i += low_i B_i^T, which reads and writes y_i once more;
+- "accumulate": y_i = low_i B_i^T, then y_i += x W_i^T: the second access to y_i lies in the large matmul's epilogue;
+- "extended": one matmul [x | low] [W | s B]^T over all projections, B block-diagonal, in buffers made for it. It
+  copies x, unless x was written into such a buffer, and W, which for an NF4 matrix is its dequantisation.
+
+Backward alike: "extended" is [dy_1 | dy_2 .. | dlow] [W_1; W_2; ..; A].
+
+Shapes: N tokens, D in features, O_i out features, R_i ranks, O and R their sums over the projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4
+
+Base = Tensor | Nf4Weight
+FORMS = ("two_pass", "accumulate", "extended")
+_ALIGNMENT = 16  # trailing columns: rows of 16-bit buffers stay multiples of 32 bytes; Triton vectorises for 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projections:
+    """The frozen part of some projections of one input."""
+
+    bases: tuple[Base, ...]  # each [O_i, D]
+    biases: tuple[Tensor | None, ...]  # each [O_i]
+    scalings: tuple[float, ...]
+    form: str
+
+    @property
+    def sizes(self) -> list[int]:
+        return [base.shape[0] for base in self.bases]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapters:
+    """Adapters of some projections in the compute dtype."""
+
+    a: Tensor  # [R, D], stacked
+    b: tuple[Tensor | None, ...]  # each [O_i, R_i], times the scaling; None without adapter
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where each projection's ranks lie among R."""
+        ends = [0]
+        for b in self.b:
+            ends.append(ends[-1] + (0 if b is None else b.shape[1]))
+        return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+
+    @property
+    def width(self) -> int:
+        """R, rounded up to aligned trailing columns."""
+        return -(-len(self.a) // _ALIGNMENT) * _ALIGNMENT
+
+
+def cast_adapters(
+    tensors: Sequence[Tensor | None], scalings: Sequence[float], depth: int, like: Tensor
+) -> Adapters:  # fmt: skip
+    """(A_1, B_1, A_2, B_2, ..) in the dtype of `like`; the scaling is multiplied in before the cast."""
+    present = [a.to(like.dtype) for a in tensors[::2] if a is not None]
+    if not present:
+        stacked = like.new_empty((0, depth))
+    else:
+        stacked = present[0] if len(present) == 1 else torch.cat(present)
+    scaled = [
+        None if b is None else (b * scaling).to(like.dtype) for b, scaling in zip(tensors[1::2], scalings, strict=True)
+    ]
+    return Adapters(stacked, tuple(scaled))
+
+
+def project(
+    rows: Tensor, adapters: Adapters, frozen: Projections, *, out: Tensor | None = None, room: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The projections y_i [N, O_i] of rows [N, D], and low [N, R] for the backward pass.
+
+    Args:
+        out: [N, O] to write y_1, y_2, .. side by side into, or None for new tensors.
+        room: a buffer [N, D + width] whose first columns are `rows`, or None. "extended" fills the others.
+    """
+    low = rows @ adapters.a.T
+    if frozen.form == "extended":
+        if room is None:
+            room = _with_room(rows, adapters.width)
+        _fill(room[:, rows.shape[1] :], low)
+        y = _multiply(room, _extended_weight(rows, adapters, frozen).T, _joined_bias(rows, frozen), out)
+        return ([y] if len(frozen.bases) == 1 else list(y.split(frozen.sizes, 1))), low
+    outs = [None] * len(frozen.bases) if out is None else out.split(frozen.sizes, 1)
+    results = []
+    for base, bias, b, columns, y in zip(
+        frozen.bases, frozen.biases, adapters.b, adapters.columns, outs, strict=True
+    ):  # fmt: skip
+        factors = [(rows, _dense(base, rows).T)]
+        if b is not None:
+            factors.insert(0 if frozen.form == "accumulate" else 1, (low[:, columns], b.T))
+        y = _multiply(*factors[0], bias, y)
+        for left, right in factors[1:]:
+            y.addmm_(left, right)
+        results.append(y)
+    return results, low
+
+
+def low_gradient(grads: Sequence[Tensor | None], adapters: Adapters, out: Tensor | None = None) -> Tensor:
+    """d low [N, R] = dy_i (s_i B_i), side by side; written to the first R columns of `out`, the others zeroed."""
+    first = next(grad for grad in grads if grad is not None)
+    rank = len(adapters.a)
+    if out is None:
+        out = first.new_empty((len(first), rank))
+    out[:, rank:].zero_()
+    for grad, b, columns in zip(grads, adapters.b, adapters.columns, strict=True):
+        if b is not None and grad is not None:
+            torch.mm(grad, b, out=out[:, columns])
+        elif b is not None:
+            out[:, columns].zero_()
+    return out[:, :rank]
+
+
+def input_gradient(
+    grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections,
+    room: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """d rows [N, D] from dy_i [N, O_i] and d low [N, R].
+
+    Args:
+        room: a buffer [N, O + width] that holds all of dy, d low and zeros, for "extended"; None has it made.
+    """
+    if frozen.form == "extended":
+        if room is None:
+            room = _stacked_gradients(grads, low_grad, adapters, frozen)
+        return room @ _stacked_weight(low_grad, adapters, frozen)
+    factors = [(grad, base) for grad, base in zip(grads, frozen.bases, strict=True) if grad is not None]
+    result: Tensor | None = None
+    if frozen.form == "accumulate" and len(adapters.a):
+        result = low_grad @ adapters.a
+    for grad, base in factors:
+        dense = _dense(base, grad)
+        result = grad @ dense if result is None else result.addmm_(grad, dense)
+    assert result is not None
+    if frozen.form == "two_pass" and len(adapters.a):
+        result.addmm_(low_grad, adapters.a)
+    return result
+
+
+def a_gradients(low_grad: Tensor, rows: Tensor, adapters: Adapters, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """d A_i [R_i, D] = (d low)^T rows in one matmul; an empty tensor for a projection without adapter."""
+    stacked = _mm_in(low_grad.T, rows, torch.promote_types(rows.dtype, torch.float32))
+    return [stacked[columns].to(dtype) for columns, dtype in zip(adapters.columns, dtypes, strict=True)]
+
+
+def b_gradient(grad: Tensor, low: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """d B_i [O_i, R_i] = s_i dy_i^T low_i."""
+    return (_mm_in(grad.T, low, torch.promote_types(grad.dtype, torch.float32)) * scaling).to(dtype)
+
+
+def _with_room(rows: Tensor, width: int) -> Tensor:
+    """[N, D + width] that begins with `rows`."""
+    room = rows.new_empty((len(rows), rows.shape[1] + width))
+    room[:, : rows.shape[1]] = rows
+    return room
+
+
+def _fill(columns: Tensor, values: Tensor) -> None:
+    columns[:, : values.shape[1]] = values
+    columns[:, values.shape[1] :].zero_()
+
+
+def _extended_weight(rows: Tensor, adapters: Adapters, frozen: Projections) -> Tensor:
+    """[O, D + width]: W_i, and s_i B_i in its own columns, zeros elsewhere."""
+    depth = rows.shape[1]
+    weight = rows.new_empty((sum(frozen.sizes), depth + adapters.width))
+    weight[:, depth:].zero_()
+    parts = weight.split(frozen.sizes)
+    for part, base, b, columns in zip(parts, frozen.bases, adapters.b, adapters.columns, strict=True):
+        _write_dense(base, part[:, :depth])
+        if b is not None:
+            part[:, depth + columns.start : depth + columns.stop] = b
+    return weight
+
+
+def _stacked_weight(like: Tensor, adapters: Adapters, frozen: Projections) -> Tensor:
+    """[O + width, D]: W_1, W_2, .., A, zeros."""
+    sizes = frozen.sizes
+    weight = like.new_empty((sum(sizes) + adapters.width, adapters.a.shape[1]))
+    for part, base in zip(weight.split([*sizes, adapters.width]), frozen.bases, strict=False):
+        _write_dense(base, part)
+    _fill(weight[sum(sizes) :].T, adapters.a.T)
+    return weight
+
+
+def _stacked_gradients(
+    grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections
+) -> Tensor:
+    sizes = frozen.sizes
+    room = low_grad.new_empty((len(low_grad), sum(sizes) + adapters.width))
+    for part, grad in zip(room.split([*sizes, adapters.width], 1), grads, strict=False):
+        if grad is None:
+            part.zero_()
+        else:
+            part.copy_(grad)
+    _fill(room[:, sum(sizes) :], low_grad)
+    return room
+
+
+def _joined_bias(rows: Tensor, frozen: Projections) -> Tensor | None:
+    if all(bias is None for bias in frozen.biases):
+        return None
+    pairs = zip(frozen.biases, frozen.sizes, strict=True)
+    return torch.cat([rows.new_zeros(size) if bias is None else bias for bias, size in pairs])
+
+
+def _multiply(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """left right + bias, in `out` or a new tensor."""
+    if out is None:
+        return left @ right if bias is None else torch.addmm(bias, left, right)
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
+
+
+def _mm_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right, accumulated and returned in `dtype` where the library can (16-bit factors on CUDA)."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+    return (left @ right).to(dtype)
+
+
+def _dense(base: Base, like: Tensor) -> Tensor:
+    """[O_i, D] in the dtype of `like`; a dense base as it is."""
+    if isinstance(base, Nf4Weight):
+        return dequantize_nf4(base, like.new_empty(base.shape))
+    return base
+
+
+def _write_dense(base: Base, out: Tensor) -> None:
+    if isinstance(base, Nf4Weight):
+        dequantize_nf4(base, out)
+    else:
+        out.copy_(base)

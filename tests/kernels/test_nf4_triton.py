@@ -1,0 +1,226 @@
+"""The Triton dequantisation and the LoRA functions on it: on the GPU, and small sizes under Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlbench_kernels import Lora, Nf4Weight, dequantize_nf4, lora_mlp, lora_qkv, quantize_nf4
+from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
+from rlbench_kernels.lora_matmuls import FORMS
+from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
+from tests.kernels.test_lora_linear import (
+    DEPTH,
+    INNER,
+    adapter,
+    base,
+    check,
+    error,
+    exact_mlp,
+    exact_projection,
+    leaves_of,
+    random,
+    to,
+)
+from tests.kernels.test_nf4 import DTYPES, bits, matrix
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+gpu = pytest.mark.gpu
+needs_device = pytest.mark.skipif(
+    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
+needs_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
+
+
+def move(weight, device):
+    """The same weight on a device."""
+    nested = weight.nested
+    if nested is not None:
+        tensors = (t.to(device) for t in (nested.absmax, nested.code, nested.offset))
+        nested = NestedAbsmax(*tensors, nested.blocksize, nested.first_block)
+    return Nf4Weight(
+        weight.packed.to(device), weight.absmax.to(device), weight.shape, weight.dtype, weight.blocksize, nested
+    )
+
+
+def nested_weight(shape, dtype, *, blocksize=64, nested_blocksize=4):
+    """Random bytes under double quantisation, without bitsandbytes."""
+    generator = torch.Generator().manual_seed(0)
+    numel = shape[0] * shape[1]
+    blocks = numel // blocksize
+    packed = torch.randint(256, (numel // 2,), generator=generator, dtype=torch.uint8)
+    absmax = torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8)
+    inner = torch.rand(-(-blocks // nested_blocksize), generator=generator) * 0.1
+    code = torch.randn(256, generator=generator).sort().values
+    nested = NestedAbsmax(inner, code, torch.tensor(0.0713), nested_blocksize)
+    return Nf4Weight(packed, absmax, shape, dtype, blocksize, nested)
+
+
+def expected_dense(weight):
+    """The reference on CPU; Triton's interpreter truncates float32 to bfloat16, so it is held to the truncation."""
+    if IS_INTERPRETED and weight.dtype == torch.bfloat16:
+        exact = reference_dequantize(weight, torch.empty(weight.shape))
+        return (exact.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    return reference_dequantize(weight, torch.empty(weight.shape, dtype=weight.dtype))
+
+
+@gpu
+@needs_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (70, 128), (33, 320)])
+def test_same_bits_as_the_reference(shape, dtype):
+    for weight in (quantize_nf4(matrix(shape, dtype)), nested_weight(shape, dtype)):
+        expected = expected_dense(weight)
+        placed = move(weight, DEVICE)
+        assert torch.equal(bits(dequantize_nf4(placed).cpu()), bits(expected))
+        buffer = torch.full((shape[0], shape[1] + 16), torch.nan, dtype=dtype, device=DEVICE)
+        dequantize_nf4(placed, buffer[:, : shape[1]])
+        assert torch.equal(bits(buffer[:, : shape[1]].cpu()), bits(expected)) and buffer[:, shape[1] :].isnan().all()
+
+
+@gpu
+@needs_device
+def test_row_slices_of_a_double_quantised_weight():
+    weight = nested_weight((37, 192), torch.bfloat16)
+    expected = expected_dense(weight)
+    placed = move(weight, DEVICE)
+    for start, stop in ((0, 37), (1, 2), (5, 36), (36, 37), (9, 9)):
+        assert torch.equal(bits(dequantize_nf4(placed.rows(start, stop)).cpu()), bits(expected[start:stop]))
+
+
+@gpu
+@needs_device
+def test_blocks_of_other_sizes_and_those_that_end_inside_a_row():
+    for shape, blocksize in (((6, 32), 32), ((3, 256), 256), ((2, 8192), 4096), ((4, 96), 64), ((5, 100), 64)):
+        weight = quantize_nf4(matrix(shape, torch.float32), blocksize)
+        expected = reference_dequantize(weight, torch.empty(shape))
+        assert torch.equal(dequantize_nf4(move(weight, DEVICE)).cpu(), expected)
+        wide = torch.empty((shape[0], shape[1] + 8), device=DEVICE)[:, : shape[1]]
+        assert torch.equal(dequantize_nf4(move(weight, DEVICE), wide).cpu(), expected)
+
+
+@gpu
+@needs_device
+def test_one_launch_for_double_quantisation_too(monkeypatch):
+    from rlbench_kernels import nf4, nf4_triton
+
+    calls = []
+    real = nf4_triton.launch_dequantize
+    monkeypatch.setattr(nf4_triton, "launch_dequantize", lambda *args: (calls.append(1), real(*args)))
+    monkeypatch.setattr(nf4, "reference_dequantize", None)
+    dequantize_nf4(move(nested_weight((4, 128), torch.bfloat16), DEVICE))
+    assert calls == [1]
+
+
+@gpu
+@needs_device
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_over_nf4_matches_float64(form):
+    qkv = [move(base(o, DEPTH, is_nf4=True, dtype=None, seed=o), DEVICE) for o in (96, 32, 32)]
+    mlp = [
+        move(base(*size, is_nf4=True, dtype=None), DEVICE) for size in ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
+    ]
+    compare(qkv, mlp, 7, torch.float32, form, tolerance=1e-5)
+
+
+@gpu
+@needs_device
+@pytest.mark.parametrize("activation", GATES)
+def test_gating_matches_float64_in_strided_rows(activation):
+    both, grad = (random(5, 2 * 1100, dtype=torch.float32, scale=4.0, seed=i).to(DEVICE) for i in range(2))
+    grad = grad[:, :1100].contiguous()
+    exact_parts = [part.double().requires_grad_() for part in both.chunk(2, 1)]
+    exact = GATES[activation][0](exact_parts[0]) * exact_parts[1]
+    exact_grads = torch.cat(torch.autograd.grad(exact, exact_parts, grad.double()), 1)
+    room = torch.full((5, 1100 + 16), torch.nan, device=DEVICE)
+    assert error(apply_gate(both, activation, room[:, :1100]), exact) < 2e-6 and room[:, 1100:].isnan().all()
+    room = torch.full((5, 2200 + 16), torch.nan, device=DEVICE)
+    assert error(gate_gradients(both, grad, activation, room[:, :2200]), exact) < 2e-6
+    assert error(room[:, :2200], exact_grads) < 2e-6 and room[:, 2200:].isnan().all()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("form", [*FORMS, "auto"])
+def test_lora_in_bfloat16_matches_float64_on_the_gpu(form, is_nf4):
+    shapes = ((768, 512), (256, 512), (256, 512), (1408, 512), (1408, 512), (512, 1408))
+    weights = [base(*shape, is_nf4=is_nf4, dtype=torch.bfloat16, seed=i) for i, shape in enumerate(shapes)]
+    weights = [move(w, DEVICE) if is_nf4 else w.to(DEVICE) for w in weights]
+    for n in (1, 1000):
+        compare(weights[:3], weights[3:], n, torch.bfloat16, form, tolerance=1.5e-2, rank=16)
+
+
+def compare(qkv, mlp, n, dtype, form, tolerance, rank=5):
+    """Values and gradients of both functions against float64 on the same device."""
+    depth = qkv[0].shape[1]
+    for is_mlp, weights in ((False, qkv), (True, mlp)):
+        exact_loras = [place(adapter(*weight.shape, rank, seed=i)) for i, weight in enumerate(weights)]
+        loras = [to(lora, torch.float32) for lora in exact_loras]
+        exact_x = random(n, depth).to(dtype).double().to(DEVICE).requires_grad_()
+        x = exact_x.detach().to(dtype).requires_grad_()
+        if is_mlp:
+            results = [lora_mlp(x, *weights, loras, form=form)]
+            exact = [exact_mlp(exact_x, [dense(w) for w in weights], exact_loras)]
+        else:
+            results = lora_qkv(x, weights, loras, form=form)
+            exact = [exact_projection(exact_x, dense(w), lora) for w, lora in zip(weights, exact_loras, strict=True)]
+        check(results, exact, leaves_of(x, loras), leaves_of(exact_x, exact_loras), tolerance)
+
+
+def place(lora):
+    return Lora(*(t.detach().to(DEVICE).requires_grad_() for t in lora[:2]), lora.scaling)
+
+
+def dense(weight):
+    if isinstance(weight, torch.Tensor):
+        return weight
+    return reference_dequantize(weight, torch.empty(weight.shape, device=weight.device))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1024, 4096), (4097, 2560)])
+def test_same_bits_as_bitsandbytes_on_the_gpu(shape, dtype, is_double):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype).cuda()
+    packed, state = quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=is_double)
+    expected = dequantize_4bit(packed, state)
+    weight = Nf4Weight.from_quant_state(packed, state)
+    assert torch.equal(bits(dequantize_nf4(weight)), bits(expected))
+    assert torch.equal(bits(dequantize_nf4(weight.rows(100, 612))), bits(expected[100:612]))
+    wide = torch.empty(shape[0], shape[1] + 16, dtype=dtype, device="cuda")[:, : shape[1]]
+    assert torch.equal(bits(dequantize_nf4(weight, wide)), bits(expected))
+    if is_double:
+        return
+    mine = quantize_nf4(tensor)
+    assert torch.equal(mine.absmax, state.absmax)
+    # bitsandbytes' CUDA reciprocal is approximate: quotients on a midpoint may take the neighbouring code
+    nibbles = [torch.stack([p.view(-1) >> 4, p.view(-1) & 15]).short() for p in (mine.packed, packed)]
+    steps = (nibbles[0] - nibbles[1]).abs()
+    assert steps.max() <= 1 and (steps != 0).float().mean() < 1e-4
+
+
+@pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_under_the_interpreter():
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "RLBENCH_KERNELS": "triton"}
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "--confcutdir", str(here.parent), str(here)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
