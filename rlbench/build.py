@@ -96,7 +96,6 @@ def build(inputs: Inputs) -> Parts:
     """
     import torch
 
-    from rlbench.models.base import load_base
     from rlbench.models.policy import Policy
     from rlbench.training.optim import make_optimizer
 
@@ -106,12 +105,12 @@ def build(inputs: Inputs) -> Parts:
         device = "cuda" if config.hardware.profile == "gpu" else "cpu"
         if device == "cpu":
             torch.set_num_threads(config.hardware.num_threads or 1)
-        base = load_base(str(inputs.model.folder), dtype=getattr(torch, config.model.dtype), device=device)
+        base, engine = _base_and_engine(inputs, device)
         policy = Policy(base, config.lora, seed=config.seed)
         return Parts(
             base=base,
             policy=policy,
-            engine=_engine(inputs, base),
+            engine=engine,
             optimizer=make_optimizer(policy.parameters(), config.optim),
             scorer=scorer,
         )
@@ -138,22 +137,35 @@ def greedy_sampling(inputs: Inputs) -> SamplingParams:
     )
 
 
-def _engine(inputs: Inputs, base: PreTrainedModel) -> Engine:
+def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engine]:
+    """The engine, and the trainer's base: the engine's own tensors where they can be shared, else loaded apart."""
+    import torch
+
+    from rlbench.models.base import load_base
+
     config = inputs.config
+    folder, dtype = str(inputs.model.folder), getattr(torch, config.model.dtype)
     if config.engine.kind == "vllm":
         from rlbench.engine.vllm_engine import VllmEngine
+        from rlbench.models.shared_base import bind_base
 
-        return VllmEngine(
-            str(inputs.model.folder),
+        engine = VllmEngine(
+            folder,
+            device=device,
             dtype=config.model.dtype,
+            quantization=config.model.quantization,
             max_model_len=longest_sequence(inputs),
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=config.lora.rank,
-            kv_cache_gib=config.engine.kv_cache_gib,
+            kv_cache_gib=config.engine.kv_cache_gib or 1.0,
         )
+        if config.engine.share:
+            return bind_base(folder, engine.base_weights(), dtype=dtype), engine
+        return load_base(folder, dtype=dtype, device=device), engine
     from rlbench.engine.hf_engine import HfEngine
 
-    return HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64)
+    base = load_base(folder, dtype=dtype, device=device)
+    return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64)
 
 
 def longest_sequence(inputs: Inputs) -> int:

@@ -24,6 +24,7 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
         row("Model", "model.path"),
         PlanRow("Model", "found", str(inputs.model.folder), inputs.model.description),
         row("Model", "model.dtype"),
+        row("Model", "model.quantization"),
         PlanRow("Model", "lora", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}"),
     ]
     rows += _data_rows(inputs)
@@ -36,8 +37,9 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
              "algorithm.prompts_per_step", "algorithm.group_size", "sampling.max_tokens",
              "training.tokens_per_microbatch", "evaluation.num_prompts", "optim.lr")  # fmt: skip
     rows += [row("Sizes", key) for key in sizes]
+    rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
-        rows.append(PlanRow("Sizes", "base weights", "two copies", "vLLM holds its own; engine=hf shares one"))
+        rows.append(row("Sizes", "engine.kv_cache_gib"))
     kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
     rows += [
         PlanRow("Sizes", "algorithm.kl_coef", kl),

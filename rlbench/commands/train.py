@@ -64,6 +64,7 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
 
 def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> int:
     from rlbench.checks.policy_identity import PolicyIdentityError
+    from rlbench.engine.interface import EngineCorruptedError
     from rlbench.loops.rl import NonFiniteError, RlLoop
     from rlbench.loops.stopping import StopRequest
     from rlbench.rollouts.credit import RewardFailure
@@ -71,7 +72,13 @@ def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: 
     tracker = _tracker(inputs, checkpoint, run_folder, console)
     stop = StopRequest(console.warning)
     loop = RlLoop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
-    failures = {NonFiniteError: 3, TrackingError: 4, RewardFailure: 5, PolicyIdentityError: 6}
+    failures: dict[type[Exception], int] = {
+        NonFiniteError: 3,
+        TrackingError: 4,
+        RewardFailure: 5,
+        PolicyIdentityError: 6,
+        EngineCorruptedError: 6,
+    }
     start = time.monotonic()
     try:
         if checkpoint is not None:

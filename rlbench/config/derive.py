@@ -16,7 +16,7 @@ class HardwareFacts:
     num_cores: int  # that this process may use
     memory_gib: float  # free for us: host memory on a CPU, device memory on a GPU
     matmul_gflops: dict[str, float]  # by dtype, on `device`
-    has_vllm: bool
+    vllm_problem: str  # why vLLM cannot be used on `device`; empty if it can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +73,12 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         fill(key, value, reason)
     fill("model.dtype", *_dtype(facts))
     fill("engine.kind", *_engine(config, facts))
-    if config.engine.kind == "vllm" and not facts.has_vllm:
-        raise ValueError("engine.kind is vllm, but vllm is not installed; expected engine=hf, or install the package")
+    if config.engine.kind == "vllm" and facts.vllm_problem:
+        raise ValueError(facts.vllm_problem)
+    fill("engine.share", *_share(config))
+    if config.engine.kind == "vllm":
+        fill("engine.kv_cache_gib", *_kv_cache_gib(config, facts))
+    _check_base(config)
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
     return derived
 
@@ -88,7 +92,36 @@ def _dtype(facts: HardwareFacts) -> tuple[str, str]:
 
 def _engine(config: RunConfig, facts: HardwareFacts) -> tuple[str, str]:
     if config.hardware.profile == "cpu":
-        return "hf", "the faster one on a CPU (scripts/results/generation_cpu.json)"
-    if facts.has_vllm:
-        return "vllm", "the faster one on a GPU"
-    return "hf", "vllm is not installed"
+        return "hf", "on a CPU with an adapter as fast as vLLM, from one base (scripts/results/generation_cpu.json)"
+    if facts.vllm_problem:
+        return "hf", f"vLLM cannot be used: {facts.vllm_problem}"
+    return "vllm", "the faster one on a GPU"
+
+
+def _share(config: RunConfig) -> tuple[bool, str]:
+    if config.engine.kind == "hf":
+        return True, "engine=hf computes with the trainer's own tensors"
+    if config.hardware.profile == "cpu":
+        return False, "vLLM on a CPU repacks the weights, so it needs a copy of its own"
+    return True, "the trainer computes with vLLM's own tensors"
+
+
+def _kv_cache_gib(config: RunConfig, facts: HardwareFacts) -> tuple[float, str]:
+    if config.hardware.profile == "cpu":
+        return 1.0, "cpu profile"
+    return round(0.4 * facts.memory_gib, 1), "40% of the free device memory; given back while training"
+
+
+def _check_base(config: RunConfig) -> None:
+    engine, profile = config.engine, config.hardware.profile
+    if engine.kind == "hf" and not engine.share:
+        raise ValueError("engine.share is false, but engine=hf always shares the base; expected engine.share=true")
+    if engine.kind == "vllm" and engine.share and profile == "cpu":
+        raise ValueError(
+            "engine.share is true, but vLLM on a CPU repacks the weights; expected engine.share=false or engine=hf"
+        )
+    if config.model.quantization != "none" and not (engine.kind == "vllm" and engine.share):
+        raise ValueError(
+            f"model.quantization is {config.model.quantization}, which needs engine=vllm with engine.share=true on a "
+            f"GPU; found engine={engine.kind}, engine.share={str(engine.share).lower()}, hardware={profile}"
+        )

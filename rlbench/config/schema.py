@@ -28,10 +28,12 @@ class HardwareConfig:
 class ModelConfig:
     path: str | None = None  # hub id, local folder, or GGUF file
     dtype: str = AUTO  # auto (measured) | bfloat16 | float32
+    quantization: str = "none"  # none | nf4: the base in 4 bits (bitsandbytes), quantised while it is loaded
     cache_dir: str = "~/.cache/rlbench"  # where converted GGUF files are kept
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, [AUTO, "bfloat16", "float32"])
+        check_choice("model.quantization", self.quantization, ["none", "nf4"])
 
 
 @dataclass
@@ -165,7 +167,8 @@ class SamplingConfig:
 class EngineConfig:
     kind: str = AUTO  # auto (the faster one that is installed) | hf | vllm
     max_num_seqs: int | None = None  # most sequences decoded together
-    kv_cache_gib: float = 1.0  # vllm: memory for keys and values
+    kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
+    share: bool | None = None  # one copy of the base for engine and trainer
 
     def __post_init__(self) -> None:
         check_choice("engine.kind", self.kind, [AUTO, "hf", "vllm"])

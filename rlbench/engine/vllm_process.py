@@ -28,6 +28,7 @@ _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about servers: LD_PRELOAD, chat templates, tokenizers
     "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers over the network
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it draws without a sample's own seed
 }
 
 

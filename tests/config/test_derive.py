@@ -1,0 +1,74 @@
+"""What the hardware decides, and that a user's own value always wins."""
+
+import pytest
+
+from rlbench.config.derive import HardwareFacts, derive
+from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, RunConfig
+
+
+def facts(device="cpu", problem="vllm is not installed"):
+    return HardwareFacts(
+        device=device,
+        device_name="a GPU" if device == "cuda" else "no GPU",
+        num_cores=2,
+        memory_gib=75.0 if device == "cuda" else 20.0,
+        matmul_gflops={"bfloat16": 400.0, "float32": 150.0},
+        vllm_problem=problem,
+    )
+
+
+def derived(config: RunConfig, **kwargs) -> dict[str, object]:
+    return {d.key: d.value for d in derive(config, facts(**kwargs))}
+
+
+def test_a_cpu_takes_our_engine_on_one_shared_base_in_the_faster_dtype():
+    config = RunConfig()
+
+    found = derived(config)
+
+    assert (config.hardware.profile, config.engine.kind, config.engine.share) == ("cpu", "hf", True)
+    assert config.model.dtype == "bfloat16"
+    assert "engine.kv_cache_gib" not in found
+
+
+def test_a_gpu_with_a_tested_vllm_shares_vllms_weights():
+    config = RunConfig(model=ModelConfig(quantization="nf4"))
+
+    found = derived(config, device="cuda", problem="")
+
+    assert (config.engine.kind, config.engine.share) == ("vllm", True)
+    assert found["engine.kv_cache_gib"] == 30.0
+
+
+def test_a_gpu_without_a_usable_vllm_falls_back_and_says_why():
+    reasons = {d.key: d.reason for d in derive(RunConfig(), facts("cuda", "vllm 0.99 is not tested"))}
+
+    assert "vllm 0.99 is not tested" in reasons["engine.kind"]
+
+
+def test_what_the_user_set_is_not_derived():
+    config = RunConfig(engine=EngineConfig(kind="hf", max_num_seqs=3), model=ModelConfig(path="x", dtype="float32"))
+
+    found = derived(config, device="cuda", problem="")
+
+    assert not {"engine.kind", "engine.max_num_seqs", "model.path", "model.dtype"} & set(found)
+    assert (config.engine.kind, config.engine.max_num_seqs, config.model.dtype) == ("hf", 3, "float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (RunConfig(hardware=HardwareConfig(profile="gpu")), {}, "hardware.profile is gpu, but torch sees no CUDA"),
+        (RunConfig(engine=EngineConfig(kind="vllm")), {}, "vllm is not installed"),
+        (RunConfig(engine=EngineConfig(kind="hf", share=False)), {}, "engine=hf always shares"),
+        (RunConfig(engine=EngineConfig(kind="vllm", share=True)), {"problem": ""}, "vLLM on a CPU repacks the weights"),
+        (
+            RunConfig(model=ModelConfig(quantization="nf4")),
+            {},
+            "model.quantization is nf4, which needs engine=vllm with engine.share=true on a GPU; found engine=hf",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        derive(config, facts(**options))
