@@ -204,11 +204,12 @@ def _scale_rows(direction: Tensor, weights: Tensor) -> Tensor:
 
 
 def _softmax(hidden: Tensor, head: Head) -> Any:
-    if use_triton(hidden.device):
-        from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
+    if not use_triton(hidden.device):
+        return ReferenceSoftmax(hidden, head)
+    from rlbench_kernels.linear_logprobs_fused_triton import FusedSoftmax, can_fuse
+    from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
 
-        return TritonSoftmax(hidden, head)
-    return ReferenceSoftmax(hidden, head)
+    return FusedSoftmax(hidden, head) if can_fuse(hidden, head.weight) else TritonSoftmax(hidden, head)
 
 
 def _gradients(hidden: Tensor, head: Head, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

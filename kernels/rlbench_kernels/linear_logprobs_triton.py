@@ -14,6 +14,8 @@ Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867; accumulation a
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
@@ -145,39 +147,44 @@ def _logit_gradient(
 class TritonSoftmax:
     """As `ReferenceSoftmax`, on CUDA; hidden float32 or bfloat16 or float16. No host synchronisation."""
 
-    def __init__(self, hidden: Tensor, head: Head) -> None:
+    def __init__(self, hidden: Tensor, head: Head, max_rows: int = 0) -> None:
+        """
+        Args:
+            hidden: [N, D].
+            head: of V tokens.
+            max_rows: of one chunk; 0 takes as many as are fast here.
+        """
         vocabulary = head.weight.shape[0]
         num_tiles = -(-vocabulary // _MAX_TILE)
         self.width = min(vocabulary, -(-vocabulary // num_tiles // 128) * 128)
-        size = max(1, min(len(hidden), _MAX_ROWS))
+        self.max_rows = max(1, min(len(hidden), max_rows or _MAX_ROWS))
         self.head = head
-        self.chunks = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+        self.chunks = [slice(i, min(i + self.max_rows, len(hidden))) for i in range(0, len(hidden), self.max_rows)]
         self.tiles = [(s, min(s + self.width, vocabulary)) for s in range(0, vocabulary, self.width)]
         self._stride = -(-self.width // 8) * 8
-        self._logits = hidden.new_empty((size, self._stride), dtype=torch.float32)
-        self._narrow = self._logits.view(hidden.dtype)
-        self._accumulator: Tensor | None = None
         self._block = {"BLOCK": triton.next_power_of_2(self.width), "num_warps": 16 if self.width > 4096 else 4}
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        """A tile's logits, float32 [n, tile]."""
+        return self._hidden.new_empty((self.max_rows, self._stride), dtype=torch.float32)
+
+    @cached_property
+    def _narrow(self) -> Tensor:
+        """The same memory in the input dtype."""
+        return self._logits.view(self._hidden.dtype)
+
+    @cached_property
+    def accumulator(self) -> Tensor:
+        """Sum of e W over the vocabulary, float32 [n, D]."""
+        return self._hidden.new_empty((self.max_rows, self._hidden.shape[1]), dtype=torch.float32)
 
     def forward(self, hidden: Tensor, targets: Tensor, rows: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """logprobs [n] and entropy [n], float32."""
-        n, depth = hidden.shape
         self._hidden, self._targets = hidden, targets.contiguous()
-        self._inverse = self._inverse_temperature(rows, n)
-        self._state = torch.empty((4, n), dtype=torch.float32, device=hidden.device)
-        if with_gradient and self._accumulator is None:
-            self._accumulator = hidden.new_empty((len(self._logits), depth), dtype=torch.float32)
-        accumulator = self._accumulator if with_gradient else None
-        for start, end in self.tiles:
-            self._tile_logits(start, end)
-            _fold_tile[(n,)](
-                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._state,
-                self._state if accumulator is None else accumulator,  # a pointer to compile with; not read
-                start, end - start, self._stride, n, depth, self.head.softcap or 0.0, int(with_gradient),
-                BLOCK_D=1024, IS_FIRST=start == 0, **self._flags(), **self._block,
-            )  # fmt: skip
-            if accumulator is not None:
-                self._multiply(start, end, accumulator[:n])
+        self._inverse = self._inverse_temperature(rows, len(hidden))
+        self._state = torch.empty((4, len(hidden)), dtype=torch.float32, device=hidden.device)
+        self._fold(with_gradient)
         reference, others, weighted, target_score = self._state
         gap = target_score - reference
         e = gap.exp()
@@ -186,6 +193,22 @@ class TritonSoftmax:
         self._log_total, self._entropy = reference + total.log(), entropy
         # the target stays out of the sum: exact also where its probability is nearly 1
         return torch.where(others == 0, others, -torch.logaddexp(others.log() - gap, torch.zeros_like(gap))), entropy
+
+    def _fold(self, with_gradient: bool) -> None:
+        """Fill state [4, n] = (reference, sum e, sum e (score - reference), target score), and the accumulator."""
+        n, depth = self._hidden.shape
+        accumulator = self.accumulator if with_gradient else None
+        for start, end in self.tiles:
+            self._tile_logits(start, end)
+            _fold_tile[(n,)](
+                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._state,
+                self._state if accumulator is None else accumulator,  # a pointer to compile with; not read
+                start, end - start, self._stride, n, depth, self.head.softcap or 0.0, int(with_gradient),
+                BLOCK_D=1024, IS_FIRST=start == 0, **self._flags_of_head(), **self._block,
+            )  # fmt: skip
+            if accumulator is not None:
+                values = self._narrow[:n, : end - start]
+                multiply(values, self.head.weight[start:end], accumulator[:n], is_added=start > 0)
 
     def hidden_gradient(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor) -> None:
         """As `ReferenceSoftmax.hidden_gradient`; a gradient of the entropy computes the logits again."""
@@ -196,7 +219,7 @@ class TritonSoftmax:
             out.zero_()
         else:
             _hidden_gradient[(n, triton.cdiv(depth, 1024))](
-                out, self._accumulator, self.head.weight, self._targets, self._inverse, self._state,
+                out, self.accumulator, self.head.weight, self._targets, self._inverse, self._state,
                 grad_logprobs.contiguous(), n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
                 HAS_CAP=self.head.softcap is not None,
             )  # fmt: skip
@@ -218,32 +241,28 @@ class TritonSoftmax:
             _logit_gradient[(n,)](
                 self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._log_total,
                 self._entropy, g, g_entropy, start, end - start, self._stride, self.head.softcap or 0.0,
-                **self._flags(), **self._block,
+                **self._flags_of_head(), **self._block,
             )  # fmt: skip
-            if accumulator is not None:
-                self._multiply(start, end, accumulator)
             part = self._narrow[:n, : end - start]
+            if accumulator is not None:
+                multiply(part, self.head.weight[start:end], accumulator, is_added=start > 0)
             if grad_weight is not None:
-                _mm(part.T, inputs, grad_weight[start:end], is_added=True)
+                multiply(part.T, inputs, grad_weight[start:end], is_added=True)
             if grad_bias is not None:
                 grad_bias[start:end] += part.sum(0, dtype=torch.float32)
         if out is not None:
             out.copy_(accumulator)
 
     def _tile_logits(self, start: int, end: int) -> None:
-        _mm(self._hidden, self.head.weight[start:end].T, self._logits[: len(self._hidden), : end - start])
-
-    def _multiply(self, start: int, end: int, accumulator: Tensor) -> None:
-        values = self._narrow[: len(accumulator), : end - start]
-        _mm(values, self.head.weight[start:end], accumulator, is_added=start > 0)
+        multiply(self._hidden, self.head.weight[start:end].T, self._logits[: len(self._hidden), : end - start])
 
     def _inverse_temperature(self, rows: slice, n: int) -> Tensor:
         temperature = self.head.rows(rows).temperature
         if isinstance(temperature, Tensor):
             return temperature.float().reciprocal().contiguous()
-        return torch.full((n,), 1.0 / temperature, dtype=torch.float32, device=self._logits.device)
+        return torch.full((n,), 1.0 / temperature, dtype=torch.float32, device=self._hidden.device)
 
-    def _flags(self) -> dict[str, bool | int]:
+    def _flags_of_head(self) -> dict[str, bool | int]:
         ratio = self._logits.element_size() // self._narrow.element_size()
         return {"HAS_BIAS": self.head.bias is not None, "HAS_CAP": self.head.softcap is not None, "NARROW": ratio}
 
@@ -268,7 +287,7 @@ def triton_gradients(
     )
 
 
-def _mm(left: Tensor, right: Tensor, out: Tensor, *, is_added: bool = False) -> None:
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, is_added: bool = False) -> None:
     """out = left right, or out += left right; out float32."""
     kwargs = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
     if is_added:

@@ -1,20 +1,14 @@
 """The Triton versions of norms, rope, gated activations and logprobs: on the GPU, and small under the interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from rlbench_kernels import add_rms_norm, apply_rope, geglu, logprobs, rms_norm, swiglu
+from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 from tests.kernels.test_logprobs import expected as exact_logprobs
 from tests.kernels.test_norms import error, exact_norm
 from tests.kernels.test_rope import angles
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # relative Frobenius error of one rounding to the dtype and of float32 sums; the interpreter truncates to bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3 if IS_INTERPRETED else 3e-3}
@@ -341,11 +335,6 @@ def test_no_compilation_per_number_of_tokens_on_the_gpu():
     assert num_compiled() == before
 
 
-@pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@on_cpu
 def test_kernels_under_the_interpreter():
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "RLBENCH_KERNELS": "triton"}
-    here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "--confcutdir", str(here.parent), str(here)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(__file__)

@@ -1,10 +1,6 @@
 """The Triton dequantisation and the LoRA functions on it: on the GPU, and small sizes under Triton's interpreter."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from rlbench_kernels import Lora, Nf4Weight, dequantize_nf4, lora_mlp, lora_qkv,
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import FORMS
 from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
+from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 from tests.kernels.test_lora_linear import (
     DEPTH,
     INNER,
@@ -28,7 +25,6 @@ from tests.kernels.test_lora_linear import (
 )
 from tests.kernels.test_nf4 import DTYPES, bits, matrix
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 gpu = pytest.mark.gpu
@@ -216,11 +212,6 @@ def test_same_bits_as_bitsandbytes_on_the_gpu(shape, dtype, is_double):
     assert steps.max() <= 1 and (steps != 0).float().mean() < 1e-4
 
 
-@pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@on_cpu
 def test_kernels_under_the_interpreter():
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "RLBENCH_KERNELS": "triton"}
-    here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "--confcutdir", str(here.parent), str(here)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_interpreted(__file__)
