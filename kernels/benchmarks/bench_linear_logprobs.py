@@ -1,29 +1,65 @@
-"""Logprob + entropy + clipped-surrogate backward to hidden, frozen head, bf16: rlbench against its peers.
+"""Logprobs and entropy of target tokens from hidden states, frozen head, bf16: rlbench against its peers.
 
-usage: python kernels/benchmarks/bench_linear_logprobs.py --out kernels/benchmarks/results/DEVICE.json
-Each implementation runs in a sub-process: first its error against float64 on 256 rows, then the times.
+usage: python kernels/benchmarks/bench_linear_logprobs.py --out kernels/benchmarks/results/linear_logprobs_DEVICE.json
+`forward_backward` ends in a clipped surrogate's gradient to hidden; Liger has a mean cross-entropy only.
+Logits are flat (random weights), llm (Zipf candidates, 1 to 2 nats) or sharp (0.1 nats). Errors to float64: 256 rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from harness import Prepared, extra_memory, main, relative_error
 from torch import Tensor
 
-COMMAND = "python kernels/benchmarks/bench_linear_logprobs.py"
 SHAPES = {"Llama-3.1-8B": (4096, 128256), "Qwen2.5-7B": (3584, 152064)}
-ROWS = (8192, 16384)
-ENV = {"unsloth_zoo": {"UNSLOTH_IS_PRESENT": "1"}}
-IMPLS = ("two_matmuls", "rlbench", "unsloth_zoo", "trl", "liger", "compile", "cce")
+CASES = [f"{name} N={rows} llm" for name in SHAPES for rows in (8192, 16384)] + [
+    "Llama-3.1-8B N=8192 flat", "Llama-3.1-8B N=8192 sharp",
+]  # fmt: skip
+PROVIDERS = ("two_matmuls", "rlbench", "rlbench_logprobs", "unsloth_zoo", "trl", "liger", "cce", "compile", "float32")
+os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [N, D], bfloat16, with gradient
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [N]
+    advantages: Tensor  # [N]
+
+
+def make_inputs(case: str) -> Inputs:
+    name, rows, regime = case.split()
+    depth, vocabulary = SHAPES[name]
+    num_rows = int(rows.removeprefix("N="))
+    torch.manual_seed(0)
+    weight = (torch.randn(vocabulary, depth, device="cuda") * 0.02).bfloat16()
+    targets = torch.randint(vocabulary, (num_rows,), device="cuda")
+    advantages = torch.randn(num_rows, device="cuda")
+    if regime == "flat":
+        hidden = torch.randn(num_rows, depth, device="cuda")
+    else:
+        hidden, targets = peaked_hidden(weight, num_rows, is_sharp=regime == "sharp")
+    return Inputs(hidden.bfloat16().requires_grad_(), weight, targets, advantages)
+
+
+def peaked_hidden(weight: Tensor, num_rows: int, *, is_sharp: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states whose logits are high at 64 candidates, falling with the logarithm of their rank, and targets."""
+    num_candidates = 64
+    top, slope = (20.0, 5.5) if is_sharp else (17.0, 2.0)
+    rank = torch.arange(1, num_candidates + 1, device="cuda")
+    scores = top - slope * rank.log()
+    zipf = 1.0 / torch.arange(1, len(weight) + 1, device="cuda")
+    parts, chosen = [], []
+    for _ in range(0, num_rows, 512):
+        candidates = torch.multinomial(zipf.expand(512, -1), num_candidates)  # [512, 64], likelier tokens first
+        rows = weight[candidates].float()  # [512, 64, D]
+        parts.append(torch.einsum("k,nkd->nd", scores / rows[0, 0].square().sum(), rows))
+        pick = torch.multinomial(scores.softmax(0).expand(512, -1), 1)
+        chosen.append(candidates.gather(1, pick)[:, 0])
+    return torch.cat(parts)[:num_rows], torch.cat(chosen)[:num_rows]
 
 
 def surrogate(logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -31,10 +67,61 @@ def surrogate(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
 
 
-def rlbench(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Callable[..., object], Callable[..., object]]:
+def prepare(provider: str, case: str) -> Prepared:
+    inputs = make_inputs(case)
+    train, forward = CALLS[provider](inputs) if provider in CALLS else per_token(LOGPROBS[provider](inputs), inputs)
+
+    def step() -> object:
+        inputs.hidden.grad = None
+        return train()
+
+    def no_grad() -> object:
+        with torch.no_grad():
+            return forward()
+
+    values: dict[str, tuple[float, str]] = {}
+    found = step()
+    if isinstance(found, Tensor):
+        values = errors(inputs, found)
+        assert max(value for value, _ in values.values()) < 0.05, f"wrong: {values}"
+    step()
+    inputs.hidden.grad = None
+    values["extra_memory"] = extra_memory(train)
+    no_grad()
+    return Prepared({"forward_backward": step, "no_grad": no_grad}, values)
+
+
+def errors(inputs: Inputs, logprobs: Tensor) -> dict[str, tuple[float, str]]:
+    hidden = inputs.hidden.detach()[:256].double().requires_grad_()
+    exact = torch.log_softmax(hidden @ inputs.weight.double().T, -1).gather(1, inputs.targets[:256, None])[:, 0]
+    surrogate(exact, inputs.advantages[:256]).backward()
+    assert hidden.grad is not None and inputs.hidden.grad is not None
+    return {
+        "error/logprobs": relative_error(logprobs[:256], exact.detach()),
+        "error/hidden_gradient": relative_error(inputs.hidden.grad[:256], hidden.grad),
+    }
+
+
+def two_matmuls(inputs: Inputs) -> tuple[Callable, Callable]:
+    """The floor: logits and hidden gradient alone, in chunks of 4096 rows."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight
+    logits, out = hidden.new_empty((4096, len(weight))), torch.empty_like(hidden)
+
+    def run(with_gradient: bool) -> None:
+        for i in range(0, len(hidden), 4096):
+            torch.mm(hidden[i : i + 4096], weight.T, out=logits)
+            if with_gradient:
+                torch.mm(logits, weight, out=out[i : i + 4096])
+
+    return lambda: run(True), lambda: run(False)
+
+
+def rlbench(inputs: Inputs) -> tuple[Callable, Callable]:
     from rlbench_kernels import linear_logprobs, linear_token_loss
 
-    def train(advantages: Tensor) -> Tensor:
+    hidden, weight, targets, advantages = inputs
+
+    def train() -> Tensor:
         loss, _, logprobs = linear_token_loss(
             hidden, weight, targets, lambda p, h, c: (surrogate(p, c["a"]), {"e": h.sum()}), {"a": advantages}
         )
@@ -44,196 +131,86 @@ def rlbench(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Callable[.
     return train, lambda: linear_logprobs(hidden, weight, targets)
 
 
-def per_token(function: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Callable, Callable]]:
-    """train and no-gradient calls of a function hidden -> logprobs [N]."""
+def liger(inputs: Inputs) -> tuple[Callable, Callable]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    def make(hidden: Tensor) -> tuple[Callable, Callable]:
-        def train(advantages: Tensor) -> Tensor:
-            logprobs = function(hidden)
-            surrogate(logprobs, advantages).backward()
-            return logprobs.detach()
-
-        return train, lambda: function(hidden)
-
-    return make
+    op = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    hidden, weight, targets, _ = inputs
+    return (lambda: op(weight, hidden, targets).backward()), (lambda: op(weight, hidden, targets))
 
 
-def build(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Callable, Callable]:
-    if name == "rlbench":
-        return rlbench(hidden, weight, targets)
-    if name == "two_matmuls":
-        return two_matmuls(hidden, weight)
-    if name == "trl":
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Op
+def per_token(function: Callable[[Tensor], Tensor], inputs: Inputs) -> tuple[Callable, Callable]:
+    """Calls of a function hidden -> logprobs [N]."""
 
-        apply = lambda h: Op.apply(h, weight, None, targets, 1.0, 16384, None, 1.0, ("entropy",))[0]  # noqa: E731
-    elif name == "unsloth_zoo":
-        from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+    def train() -> Tensor:
+        logprobs = function(inputs.hidden)
+        surrogate(logprobs, inputs.advantages).backward()
+        return logprobs.detach()
 
-        apply = lambda h: _first(fused_linear_logprobs(h, weight, targets, return_entropy=True))  # noqa: E731
-    elif name == "cce":
-        from cut_cross_entropy import linear_cross_entropy
-
-        apply = lambda h: -linear_cross_entropy(h, weight, targets, reduction="none")  # noqa: E731
-    elif name == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        op = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        return (lambda a: op(weight, hidden, targets).backward()), (lambda: op(weight, hidden, targets))
-    else:
-        apply = compiled(weight, targets)
-    return per_token(apply)(hidden)
+    return train, lambda: function(inputs.hidden)
 
 
-def _first(result: object) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]  # type: ignore[index]
+def rlbench_logprobs(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from rlbench_kernels import linear_logprobs
+
+    return lambda h: linear_logprobs(h, inputs.weight, inputs.targets)[0]
 
 
-def compiled(weight: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """torch.compile of float32 softmax over chunks of 1024 rows, recomputed in the backward pass."""
+def trl(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Op
+
+    return lambda h: Op.apply(h, inputs.weight, None, inputs.targets, 1.0, 16384, None, 1.0, ("entropy",))[0]
+
+
+def unsloth_zoo(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+
+    def function(hidden: Tensor) -> Tensor:
+        result = fused_linear_logprobs(
+            hidden, inputs.weight, inputs.targets, return_entropy=True, entropy_requires_grad=False
+        )
+        return result if isinstance(result, Tensor) else result[0]
+
+    return function
+
+
+def cce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h: -linear_cross_entropy(h, inputs.weight, inputs.targets, reduction="none")  # type: ignore
+
+
+def softmax_part(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logprobs and entropy through float32 logits."""
+    log_probs = torch.log_softmax((hidden @ weight.T).float(), -1)
+    entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
+    return log_probs.gather(1, targets[:, None])[:, 0], entropy
+
+
+def compiled(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    """torch.compile over chunks of 1024 rows, recomputed in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
-    @torch.compile
-    def part(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (hidden @ weight.T).float()
-        log_probs = torch.log_softmax(scores, -1)
-        entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-        return log_probs.gather(1, chosen[:, None])[:, 0], entropy
+    part = torch.compile(softmax_part)
 
     def apply(hidden: Tensor) -> Tensor:
-        parts = zip(hidden.split(1024), targets.split(1024), strict=True)
-        return torch.cat([checkpoint(part, h, t, use_reentrant=False)[0] for h, t in parts])  # type: ignore[index]
+        chunks = zip(hidden.split(1024), inputs.targets.split(1024), strict=True)
+        return torch.cat([checkpoint(part, h, inputs.weight, t, use_reentrant=False)[0] for h, t in chunks])  # type: ignore
 
     return apply
 
 
-def two_matmuls(hidden: Tensor, weight: Tensor) -> tuple[Callable, Callable]:
-    logits = hidden.new_empty((4096, len(weight)))
-    out, plain = torch.empty_like(hidden), hidden.detach()
-
-    def train(_: Tensor) -> None:
-        for i in range(0, len(plain), 4096):
-            torch.mm(plain[i : i + 4096], weight.T, out=logits)
-            torch.mm(logits, weight, out=out[i : i + 4096])
-
-    def forward() -> None:
-        for i in range(0, len(plain), 4096):
-            torch.mm(plain[i : i + 4096], weight.T, out=logits)
-
-    return train, forward
+def float32(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    if len(inputs.hidden) > 8192:
+        raise ValueError("full float32 logits and their gradient need more memory than is free beside the others")
+    return lambda h: softmax_part(h, inputs.weight, inputs.targets)[0]
 
 
-def median_ms(call: Callable[[], object], repeats: int = 12) -> float:
-    times = []
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    for index in range(repeats + 3):
-        flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if index >= 3:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def errors(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, logprobs: Tensor) -> dict[str, float]:
-    """Relative Frobenius errors to float64 of the first 256 rows."""
-    exact_hidden = hidden.detach()[:256].double().requires_grad_()
-    exact = torch.log_softmax(exact_hidden @ weight.double().T, -1).gather(1, targets[:256, None])[:, 0]
-    surrogate(exact, advantages[:256]).backward()
-    assert hidden.grad is not None and exact_hidden.grad is not None
-    pairs = {"logprobs": (logprobs[:256], exact.detach()), "hidden_gradient": (hidden.grad[:256], exact_hidden.grad)}
-    return {k: float((a.double() - b).norm() / b.norm()) for k, (a, b) in pairs.items()}
-
-
-def measure(name: str, case: str, rows: int) -> list[dict]:
-    depth, vocabulary = SHAPES[case]
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, depth, device="cuda").bfloat16().requires_grad_()
-    weight = (torch.randn(vocabulary, depth, device="cuda") * 0.02).bfloat16()
-    targets, advantages = torch.randint(vocabulary, (rows,), device="cuda"), torch.randn(rows, device="cuda")
-    train, forward = build(name, hidden, weight, targets)
-    results: dict[str, tuple[float, str]] = {}
-    logprobs = train(advantages)
-    if isinstance(logprobs, Tensor):
-        found = errors(hidden, weight, targets, advantages, logprobs)
-        assert max(found.values()) < 0.05, f"{name} is wrong: {found}"
-        results |= {f"error/{k}": (v, "relative") for k, v in found.items()}
-
-    def step() -> None:
-        hidden.grad = None
-        train(advantages)
-
-    step()
-    hidden.grad = None
-    torch.cuda.synchronize()
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    train(advantages)
-    results["extra_memory"] = ((torch.cuda.max_memory_allocated() - resident) / 2**20, "MiB")
-    results["forward_backward"] = (median_ms(step), "ms")
-    with torch.no_grad():
-        results["no_grad"] = (median_ms(forward), "ms")
-    label = f"{case} N={rows}"
-    return [{"case": label, "impl": name, "metric": k, "value": v, "unit": u} for k, (v, u) in results.items()]
-
-
-def calibrate() -> dict[str, float]:
-    left, right = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_()
-    target = torch.empty_like(source)
-    product, copy = median_ms(lambda: left @ right), median_ms(lambda: target.copy_(source))
-    return {"matmul_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * 2**31 / copy / 1e9}
-
-
-def child(name: str) -> None:
-    for case in SHAPES:
-        for rows in ROWS:
-            for row in measure(name, case, rows):
-                print("ROW " + json.dumps(row), flush=True)
-            torch.cuda.empty_cache()
-
-
-def run_child(name: str, timeout_s: float) -> list[dict]:
-    command = [sys.executable, __file__, "--impl", name]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=os.environ | ENV.get(name, {})
-        )
-        output, note = done.stdout, done.stderr[-400:] if done.returncode else ""
-    except subprocess.TimeoutExpired as expired:
-        output, note = (expired.stdout or b"").decode(), "timed out"
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    print(name, note, *(f"\n  {r['case']} {r['metric']} {r['value']:.5g} {r['unit']}" for r in rows), flush=True)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--impl", choices=IMPLS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--impls", default=",".join(IMPLS))
-    parser.add_argument("--timeout-s", type=float, default=90)
-    args = parser.parse_args()
-    if args.impl:
-        return child(args.impl)
-    rows: list[dict] = []
-    calibration = calibrate()
-    torch.cuda.empty_cache()
-    for name in args.impls.split(","):
-        rows += run_child(name, args.timeout_s)
-        result = {
-            "command": f"{COMMAND} --impls {args.impls} --timeout-s {args.timeout_s}",
-            "device": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "triton": version("triton")}, "commit": args.commit,
-            "calibration": calibration, "rows": rows,
-        }  # fmt: skip
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-
+CALLS = {"two_matmuls": two_matmuls, "rlbench": rlbench, "liger": liger}
+LOGPROBS = {
+    "rlbench_logprobs": rlbench_logprobs, "trl": trl, "unsloth_zoo": unsloth_zoo, "cce": cce, "compile": compiled,
+    "float32": float32,
+}  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, PROVIDERS, CASES, prepare)

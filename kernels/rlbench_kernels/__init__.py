@@ -6,11 +6,13 @@ from rlbench_kernels.logprobs import logprobs
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from rlbench_kernels.norms import add_rms_norm, rms_norm
+from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 from rlbench_kernels.rope import apply_rope
 
 __all__ = [
     "Lora",
     "Nf4Weight",
+    "SharedPromptLayout",
     "add_rms_norm",
     "apply_rope",
     "dequantize_nf4",
@@ -21,6 +23,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "packed_attention",
     "quantize_nf4",
     "rms_norm",
     "swiglu",

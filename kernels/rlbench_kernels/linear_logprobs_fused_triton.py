@@ -12,6 +12,7 @@ Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867.
 
 # pyright does not know kernel launches
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from functools import cache

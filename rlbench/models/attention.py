@@ -9,6 +9,7 @@ Shapes: T packed tokens, B sequences, L padded length, H query heads, K key-valu
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlbench.data.packing import PackedLayout
+from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention, packed_attention_backend
 
 ATTENTION_NAME = "rlbench"
 _UNSUPPORTED = ("softcap", "sliding_window", "s_aux")
@@ -85,20 +87,40 @@ class PackedAttention:
     """Attention over one packed microbatch in which the completions of a group share their prompt.
 
     A prompt token attends causally within its prompt. A completion token attends to its group's whole prompt and
-    causally to its own completion. Prompt keys and values exist once; only views of them are gathered per completion.
+    causally to its own completion. Prompt keys and values exist once. On CUDA in 16 bits by flash attention
+    (`rlbench_kernels.packed_attention`), elsewhere by padded batches, for which they are gathered per completion.
     """
 
     def __init__(self, layout: PackedLayout, dtype: torch.dtype) -> None:
-        self._layout = layout
-        completion_mask = layout.completion_mask()  # [B, C, P + C]
-        self._mask = torch.zeros(completion_mask.shape, dtype=dtype, device=completion_mask.device)
-        self._mask.masked_fill_(~completion_mask, float("-inf"))
+        """
+        Args:
+            layout: of the microbatch.
+            dtype: of queries, keys and values.
+        """
+        self._layout, self._dtype = layout, dtype
         self._row_masks: dict[int, Tensor] = {}
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """[B, C, P + C]: 0 where a completion token attends, -inf elsewhere."""
+        completion_mask = self._layout.completion_mask()
+        mask = torch.zeros(completion_mask.shape, dtype=self._dtype, device=completion_mask.device)
+        return mask.masked_fill_(~completion_mask, float("-inf"))
+
+    @cached_property
+    def _shared_layout(self) -> SharedPromptLayout:
+        layout = self._layout
+        groups: list[tuple[int, list[int]]] = [(length, []) for length in layout.prompt_lengths.tolist()]
+        for group, length in zip(layout.group_of_completion.tolist(), layout.completion_lengths.tolist(), strict=True):
+            groups[group][1].append(length)
+        return SharedPromptLayout.from_lengths(groups, layout.prompt_rows.device)
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[1, H, T, d], [1, K, T, d], [1, K, T, d] -> [1, T, H, d]."""
         del layer_index
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H or K, d]
+        if packed_attention_backend(query) == "flash":
+            return packed_attention(query, key, value, self._shared_layout, scale=scaling).unsqueeze(0)
         of_prompts = self._attend_prompts(query, key, value, scaling)  # [P_all, H, d]
         of_completions = self._attend_completions(query, key, value, scaling)  # [C_all, H, d]
         output = torch.cat([of_prompts, of_completions])[self._layout.unpad_index]  # [T, H, d]

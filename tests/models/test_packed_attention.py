@@ -5,7 +5,7 @@ import torch
 
 from rlbench.config.schema import LoraConfig
 from rlbench.data.packing import pack
-from rlbench.models.attention import use_rlbench_attention
+from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import share_base
 from rlbench.models.policy import Policy
 from tests.data.test_packing import make_sample
@@ -81,3 +81,17 @@ def test_an_attention_feature_that_is_not_computed_is_refused(tiny_base):
 
     with pytest.raises(ValueError, match="sliding_window=8, which rlbench's packed attention does not compute"):
         use_rlbench_attention(tree)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flash_attention_on_the_gpu_is_the_padded_attention():
+    (batch,) = pack(SAMPLES, tokens_per_microbatch=1000, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, 4, len(batch.token_ids), 64), *[(1, 2, len(batch.token_ids), 64)] * 2]
+    heads = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes]
+
+    exact = PackedAttention(batch.layout, torch.float32).attend(0, *(x.float() for x in heads), 0.125)
+    found = PackedAttention(batch.layout, torch.bfloat16).attend(0, *heads, 0.125)
+
+    torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2)

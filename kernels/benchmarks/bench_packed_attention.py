@@ -1,0 +1,102 @@
+"""Training attention over packed groups in bf16: one shared prompt a group against a prompt per completion.
+
+usage: python kernels/benchmarks/bench_packed_attention.py --out kernels/benchmarks/results/packed_attention_DEVICE.json
+Llama-3.1-8B heads, 4 groups: prompts of 512 tokens, 16 completions of 100 to 800. `unshared` is torch's variable-length
+flash attention over prompt + completion, 16 prompts a group; `ideal_ms` is its time times the share of the score
+matrix that sharing leaves. `sdpa_padded` pads every completion to the longest.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Prepared, extra_memory, main, relative_error
+
+from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
+
+HEADS, KV_HEADS, DIM, PROMPT, NUM_GROUPS, GROUP_SIZE = 32, 8, 128, 512, 4, 16
+CASES = ["prompt 512, 16 completions of 100 to 800", "prompt 200, 8 completions of 50 to 1000"]
+PROVIDERS = ("rlbench", "unshared", "sdpa_padded")
+
+
+def groups_of(case: str) -> list[tuple[int, list[int]]]:
+    words = case.replace(",", "").split()
+    prompt, size, low, high = int(words[1]), int(words[2]), int(words[5]), int(words[7])
+    generator = torch.Generator().manual_seed(0)
+    return [(prompt, torch.randint(low, high + 1, (size,), generator=generator).tolist()) for _ in range(NUM_GROUPS)]
+
+
+def inputs(num_tokens: int) -> Any:
+    """q, k and v."""
+    shapes = [(num_tokens, HEADS, DIM), (num_tokens, KV_HEADS, DIM), (num_tokens, KV_HEADS, DIM)]
+    return [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+
+
+def prepare(provider: str, case: str) -> Prepared:
+    groups = groups_of(case)
+    torch.manual_seed(0)
+    scale = DIM**-0.5
+    if provider == "rlbench":
+        leaves = inputs(sum(p + sum(c) for p, c in groups))
+        layout = SharedPromptLayout.from_lengths(groups, "cuda")
+        call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
+    elif provider == "unshared":
+        lengths = [p + n for p, completions in groups for n in completions]
+        leaves = inputs(sum(lengths))
+        layout = SharedPromptLayout.from_lengths([(n, []) for n in lengths], "cuda")
+        call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
+    else:
+        longest = max(p + max(c) for p, c in groups)
+        count = sum(len(c) for _, c in groups)
+        leaves = [x.view(count, longest, -1, DIM).transpose(1, 2).detach().requires_grad_()
+                  for x in inputs(count * longest)]  # fmt: skip
+        call = lambda: F.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)  # noqa: E731
+    upstream = torch.randn_like(call())
+
+    def step() -> object:
+        return torch.autograd.grad(call(), leaves, upstream)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return call()
+
+    values = {"extra_memory": extra_memory(step), "tokens": (float(sum(p + sum(c) for p, c in groups)), "1")}
+    values["score_frac"] = (score_share(groups), "of unshared")
+    if provider == "rlbench":
+        values |= gradient_errors(groups)
+    return Prepared({"forward": forward, "forward_backward": step}, values)
+
+
+def score_share(groups: list[tuple[int, list[int]]]) -> float:
+    """Entries of the score matrix with shared prompts, over those without."""
+    shared = sum(p * p / 2 + sum(n * p + n * n / 2 for n in c) for p, c in groups)
+    return shared / sum((p + n) ** 2 / 2 for p, c in groups for n in c)
+
+
+def gradient_errors(groups: list[tuple[int, list[int]]]) -> dict[str, tuple[float, str]]:
+    """The first group: gradients with the shared prompt against those with a prompt per completion, in float32."""
+    prompt, completions = groups[0]
+    leaves = inputs(prompt + sum(completions))
+    layout = SharedPromptLayout.from_lengths([groups[0]], "cuda")
+    out = packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=DIM**-0.5)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, upstream)
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    starts = [prompt, *accumulate(completions, initial=prompt)][1:]
+    loss = torch.zeros((), device="cuda")
+    for start, length in zip(starts, completions, strict=False):
+        rows = torch.cat([torch.arange(prompt), torch.arange(start, start + length)]).cuda()
+        q, k, v = (x[rows].transpose(0, 1)[None] for x in wide)
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        loss = loss + (plain[prompt:] * upstream[rows[prompt:]].float()).sum()
+        if start == prompt:
+            loss = loss + (plain[:prompt] * upstream[:prompt].float()).sum()
+    exact = torch.autograd.grad(loss, wide)
+    return {f"error/d{n}": relative_error(a, b) for n, a, b in zip("qkv", grads, exact, strict=True)}
+
+
+if __name__ == "__main__":
+    main(__doc__, PROVIDERS, CASES, prepare)

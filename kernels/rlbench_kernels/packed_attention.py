@@ -1,0 +1,216 @@
+"""Causal attention over a packed row of groups, each a prompt and completions that all attend to it.
+
+A prompt token attends causally within its prompt; a completion token to its group's whole prompt and causally to its
+own completion. The prompt's keys and values exist once.
+
+On CUDA in 16 bits this is two calls of torch's flash attention: A, causal within every prompt and completion, and B,
+from a group's completions to its prompt. With lse the log of a row's softmax denominator,
+lse = logaddexp(lse_A, lse_B) and out = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B. The backward kernel needs of
+the forward pass only out and lse; given the joined ones, A and B yield each their part of the gradients.
+
+Shapes: T packed tokens, C completion tokens, P prompt tokens, Hq query heads, Hk key heads, d features of a head.
+Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; joining parts, Milakov and Gimelshein, arXiv:1805.02867.
+"""
+
+# pyright: reportPrivateImportUsage=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPromptLayout:
+    """Where prompts and completions lie in the packed row: group after group, the prompt first.
+
+    Example:
+        >>> layout = SharedPromptLayout.from_lengths([(3, [2, 1])], torch.device("cpu"))
+        >>> layout.sequence_starts.tolist(), layout.completion_rows.tolist()
+        ([0, 3, 5, 6], [3, 4, 5])
+    """
+
+    sequence_starts: Tensor  # int32 [prompts and completions + 1], bounds of each in the packed row
+    completion_rows: Tensor  # int64 [C]
+    completion_starts: Tensor  # int32 [groups + 1], bounds of each group's rows in `completion_rows`
+    prompt_rows: Tensor  # int64 [P]
+    prompt_starts: Tensor  # int32 [groups + 1]
+    max_sequence: int
+    max_completions: int  # tokens of all completions of one group
+    max_prompt: int
+
+    @classmethod
+    def from_lengths(
+        cls, groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str
+    ) -> SharedPromptLayout:
+        """
+        Args:
+            groups: (prompt length, completion lengths) of each group in packed order; a completion may be empty.
+            device: of the tensors.
+
+        Raises:
+            ValueError: no group, or an empty prompt.
+        """
+        if not groups or any(prompt < 1 for prompt, _ in groups):
+            raise ValueError(f"at least one group and prompts of at least one token expected, got {list(groups)[:3]}")
+        lengths = [n for prompt, completions in groups for n in (prompt, *completions) if n]
+        prompts, of_completions = [prompt for prompt, _ in groups], [sum(c) for _, c in groups]
+        is_completion = torch.repeat_interleave(
+            torch.tensor([False, True]).repeat(len(groups)),
+            torch.tensor([n for pair in zip(prompts, of_completions, strict=True) for n in pair]),
+        )
+
+        def starts(values: Sequence[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(values)], dtype=torch.int32, device=device)
+
+        return cls(
+            sequence_starts=starts(lengths),
+            completion_rows=is_completion.nonzero()[:, 0].to(device),
+            completion_starts=starts(of_completions),
+            prompt_rows=(~is_completion).nonzero()[:, 0].to(device),
+            prompt_starts=starts(prompts),
+            max_sequence=max(lengths),
+            max_completions=max(of_completions),
+            max_prompt=max(prompts),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_rows) + len(self.completion_rows)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over the keys that each row may see.
+
+    Args:
+        q: [T, Hq, d].
+        k, v: [T, Hk, d], Hq a multiple of Hk; rotary embeddings already applied.
+        layout: see `SharedPromptLayout`; a group's completions are positioned right after its prompt.
+        scale: of the scores, usually d ** -0.5.
+
+    Returns:
+        [T, Hq, d] in q's dtype, differentiable to q, k and v. On CUDA in 16 bits gradients differ in the last bit
+        from run to run unless `torch.use_deterministic_algorithms(True)` is set.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check(q, k, v, layout)
+    if packed_attention_backend(q) == "flash":
+        return _FlashAttention.apply(q, k, v, layout, scale)  # pyright: ignore[reportReturnType]
+    return reference_attention(q, k, v, layout, scale=scale)
+
+
+def packed_attention_backend(q: Tensor) -> str:
+    """ "flash" (torch's flash attention) where it is correct and fast, else "reference"."""
+    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return "flash" if is_supported and q.shape[2] % 8 == 0 and q.shape[2] <= _MAX_HEAD_DIM else "reference"
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
+    """As `packed_attention` by one masked attention a group: the meaning of the op."""
+    bounds = layout.sequence_starts.tolist()
+    prompts = layout.prompt_starts.tolist()
+    sizes = [b - a for a, b in zip(layout.completion_starts.tolist(), layout.completion_starts.tolist()[1:])]  # noqa: B905
+    parts, start = [], 0
+    for index, num_completion_tokens in enumerate(sizes):
+        prompt = prompts[index + 1] - prompts[index]
+        stop = start + prompt + num_completion_tokens
+        rows = torch.arange(start, stop, device=q.device)
+        sequence = torch.bucketize(rows, layout.sequence_starts, right=True)
+        is_visible = (sequence[:, None] == sequence[None, :]) | (rows < start + prompt)[None, :]
+        mask = is_visible & (rows[None, :] <= rows[:, None])
+        heads = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+        repeat = q.shape[1] // k.shape[1]
+        heads[1:] = [x.repeat_interleave(repeat, dim=1) for x in heads[1:]]
+        parts.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)[0].transpose(0, 1))
+        start = stop
+    assert bounds[-1] == start
+    return torch.cat(parts)
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float) -> Tensor:
+        out, lse, *state = _flash(
+            q, k, v, layout.sequence_starts, layout.sequence_starts, layout.max_sequence, layout.max_sequence,
+            is_causal=True, scale=scale,
+        )  # fmt: skip
+        state_of_prompts: list[Tensor] = []
+        rows = layout.completion_rows
+        if len(rows):
+            of_prompts, lse_of_prompts, *state_of_prompts = _flash(
+                q[rows], k[layout.prompt_rows], v[layout.prompt_rows], layout.completion_starts, layout.prompt_starts,
+                layout.max_completions, layout.max_prompt, is_causal=False, scale=scale,
+            )  # fmt: skip
+            out, lse = _join(out, lse, of_prompts, lse_of_prompts, rows)
+        ctx.save_for_backward(q, k, v, out, lse, *state, *state_of_prompts)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse, *states = ctx.saved_tensors
+        layout, scale, grad = ctx.layout, ctx.scale, grad.contiguous()
+        grads = _flash_gradients(
+            grad, q, k, v, out, lse, layout.sequence_starts, layout.sequence_starts, layout.max_sequence,
+            layout.max_sequence, states[:2], is_causal=True, scale=scale,
+        )  # fmt: skip
+        rows, prompts = layout.completion_rows, layout.prompt_rows
+        if len(rows):
+            parts = _flash_gradients(
+                grad[rows], q[rows], k[prompts], v[prompts], out[rows], lse[:, rows].contiguous(),
+                layout.completion_starts, layout.prompt_starts, layout.max_completions, layout.max_prompt, states[2:],
+                is_causal=False, scale=scale,
+            )  # fmt: skip
+            for total, part, place in zip(grads, parts, (rows, prompts, prompts), strict=True):
+                total.index_add_(0, place, part)
+        return *grads, None, None
+
+
+def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` [T, Hq, d] and `lse` [Hq, T] with another part of the softmax added in `rows`, in place."""
+    mine = lse[:, rows]
+    joined = torch.logaddexp(mine, other_lse)
+    weights = [(part - joined).exp().T[:, :, None] for part in (mine, other_lse)]  # [C, Hq, 1]
+    out.index_copy_(0, rows, (out[rows] * weights[0] + other * weights[1]).to(out.dtype))
+    lse.index_copy_(1, rows, joined)
+    return out, lse
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, *, is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [.., Hq, d], lse float32 [Hq, ..], and two tensors of random state that the backward op asks for."""
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_starts, k_starts, max_q, max_k, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse, state, unused
+
+
+def _flash_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_starts: Tensor, k_starts: Tensor,
+    max_q: int, max_k: int, state: Sequence[Tensor], *, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, 0.0, is_causal, *state, scale=scale
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        raise ValueError(f"q [T, Hq, d], k and v [T, Hk, d] expected, got {[*q.shape]}, {[*k.shape]} and {[*v.shape]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if layout.num_tokens != len(q):
+        raise ValueError(f"the layout has {layout.num_tokens} tokens, q has {len(q)}")

@@ -1,0 +1,99 @@
+"""Packed attention with shared prompts against one plain attention a sequence, values and gradients."""
+
+import pytest
+import torch
+
+from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention, packed_attention_backend
+
+GROUPS = [(5, [2, 0, 7]), (1, [1]), (8, [3, 3, 1, 4]), (3, []), (2, [0])]
+HAS_GPU = torch.cuda.is_available()
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+
+
+def inputs(groups, heads, kv_heads, dim, dtype=torch.float64, device="cpu"):
+    num_tokens = sum(p + sum(c) for p, c in groups)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_tokens, heads, dim), (num_tokens, kv_heads, dim), (num_tokens, kv_heads, dim)]
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def plain_attention(q, k, v, groups, scale):
+    """float64 [T, Hq, d]: each prompt, and each prompt with one completion, by an explicit softmax."""
+    q, k, v = q.double(), k.double(), v.double()
+    repeat = q.shape[1] // k.shape[1]
+    parts, start = [], 0
+    for prompt, completions in groups:
+        prompt_rows = list(range(start, start + prompt))
+        sequences = [(prompt_rows, 0)]
+        first = start + prompt
+        for length in completions:
+            sequences.append((prompt_rows + list(range(first, first + length)), prompt))
+            first += length
+        for rows, num_hidden in sequences:
+            mine, keys, values = q[rows], *(x[rows].repeat_interleave(repeat, 1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", mine, keys) * scale
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], device=q.device).triu(1).bool(), -torch.inf)
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)[num_hidden:])
+        start = first
+    return torch.cat(parts)
+
+
+def errors(groups, heads, kv_heads, dim, dtype, device="cpu"):
+    """Relative Frobenius errors of the result and the gradients of q, k and v."""
+    leaves = inputs(groups, heads, kv_heads, dim, dtype, device)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    found = packed_attention(*leaves, SharedPromptLayout.from_lengths(groups, device), scale=dim**-0.5)
+    exact = plain_attention(*exact_leaves, groups, dim**-0.5)
+    upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    grads = torch.autograd.grad(found, leaves, upstream.to(found.dtype))
+    exact_grads = torch.autograd.grad(exact, exact_leaves, upstream.to(found.dtype).double())
+    pairs = zip((found, *grads), (exact, *exact_grads), strict=True)
+    return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_the_reference_is_plain_attention(kv_heads):
+    assert max(errors(GROUPS, 6, kv_heads, 4, torch.float64)) < 1e-12
+
+
+def test_the_reference_runs_on_a_cpu():
+    assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16)) == "reference"
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_flash_attention_matches_float64(dim, kv_heads):
+    groups = [*GROUPS, (200, [300, 17, 1, 129]), (33, [64] * 5)]
+    q = torch.zeros(1, 8, dim, dtype=torch.bfloat16, device="cuda")
+    assert packed_attention_backend(q) == "flash"
+
+    assert max(errors(groups, 8, kv_heads, dim, torch.bfloat16, "cuda")) < 8e-3
+
+
+@gpu
+@needs_gpu
+def test_prompts_alone_need_no_second_call():
+    assert max(errors([(130, []), (1, [0])], 4, 4, 64, torch.bfloat16, "cuda")) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(4, 2, 8), (4, 2, 8), (3, 2, 8)], "expected, got"),
+        ([(4, 3, 8), (4, 2, 8), (4, 2, 8)], "no multiple"),
+        ([(5, 2, 8), (5, 2, 8), (5, 2, 8)], "layout has 4 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_named(shapes, message):
+    layout = SharedPromptLayout.from_lengths([(3, [1])], "cpu")
+
+    with pytest.raises(ValueError, match=message):
+        packed_attention(*(torch.zeros(s) for s in shapes), layout, scale=1.0)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompts of at least one token"):
+        SharedPromptLayout.from_lengths([(0, [2])], "cpu")
