@@ -116,6 +116,7 @@ def serve(provider: str, prepare: Prepare, pause_ms: float) -> None:
                     torch.cuda.empty_cache()
                     current = line.strip()
                     prepared = prepare(provider, current)
+                    torch.cuda.empty_cache()  # what the error check needed
                     values = dict(prepared.values) | {f"{k}/bytes": (v, "B") for k, v in prepared.num_bytes.items()}
                 times = {name: median_ms(call, pause_ms=pause_ms) for name, call in prepared.calls.items()}
                 answer({"values": values, "times": times})

@@ -79,16 +79,18 @@ def _fold_scores(
     z, values, bias, row0, column0, first, width, target, inverse, reference, softcap, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Write e of a block; its highest score, sum e and sum e (score - reference) of each row."""
+    """Write e of a block; for each row its highest gap, sum e, sum e gap, and the target's gap if it lies here."""
     column = column0 + tl.arange(0, BLOCK)
     safe = tl.minimum(column, width - 1)
     scores, slope = _to_scores(z, bias, (first + safe)[None, :], inverse[:, None], softcap, HAS_BIAS, HAS_CAP)
-    is_out = (column[None, :] == target[:, None]) | (column >= width)[None, :]
+    is_target = column[None, :] == target[:, None]
+    is_out = is_target | (column >= width)[None, :]
     gap = (scores - reference[:, None]) * _LOG2_E
+    of_target = tl.sum(tl.where(is_target, gap, 0.0), 1)
     gap = tl.where(is_out, _FLOOR, tl.maximum(gap, _FLOOR, propagate_nan=tl.PropagateNan.ALL))
     e = tl.exp2(gap)
     values.store([row0, column0], (e * slope).to(values.dtype))
-    return tl.max(gap, 1), tl.sum(e, 1), tl.sum(e * gap, 1)
+    return tl.max(gap, 1), tl.sum(e, 1), tl.sum(e * gap, 1), of_target
 
 
 @triton.jit(do_not_specialize=["rows", "first", "width", "is_redo"])
@@ -116,11 +118,11 @@ def _score_tiles(
         target = tl.load(targets + row, mask=is_row, other=-1) - first
         # two halves: fewer registers at a time
         left, right = tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)).permute(0, 2, 1).split()
-        highest, total, weighted = _fold_scores(
+        highest, total, weighted, of_target = _fold_scores(
             left, values, bias, block_m * BLOCK_M, block_n * BLOCK_N, first, width, target, inverse, reference,
             softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-        highest_2, total_2, weighted_2 = _fold_scores(
+        highest_2, total_2, weighted_2, of_target_2 = _fold_scores(
             right, values, bias, block_m * BLOCK_M, block_n * BLOCK_N + BLOCK_N // 2, first, width, target, inverse,
             reference, softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
@@ -129,6 +131,10 @@ def _score_tiles(
         tl.store(place, tl.maximum(highest, highest_2, propagate_nan=tl.PropagateNan.ALL), mask=is_row)
         tl.store(place + plane, total + total_2, mask=is_row)
         tl.store(place + 2 * plane, weighted + weighted_2, mask=is_row)
+        # from the same matmul as the other scores: rounding that is alike in both cancels in their difference
+        is_here = is_row & (target // BLOCK_N == block_n) & (target >= 0) & (target < width)
+        score = reference + (of_target + of_target_2) * _LN_2
+        tl.store(state + 3 * rows + row, score, mask=is_here & (score > _LOWEST))
 
 
 @triton.jit

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 8192
-_JOINED_ROWS = 32
+_JOINED_ROWS = 8
+_ELEMENTS_PER_THREAD = 32
 _MINUS_INF = tl.constexpr(float("-inf"))
 
 
@@ -58,37 +59,34 @@ def _log1p_of_exp(x):
 @triton.jit(do_not_specialize=["num_rows"])
 def _join_blocks(
     values, entropies, log_totals, sums, logits, targets, inverse_temperatures, stride, num_rows,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """logprob, entropy and log of the softmax's denominator, each [N]."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    mask = row < num_rows
+    is_row = row < num_rows
     size = num_rows.to(tl.int64) * BLOCKS
-    target = tl.load(targets + row, mask=mask, other=0)
-    score = tl.load(logits + row * stride + target, mask=mask, other=0.0).to(tl.float32)
-    score *= tl.load(inverse_temperatures + row, mask=mask, other=1.0)
-    reference = score
-    for block in range(BLOCKS):
-        place = row + num_rows.to(tl.int64) * block
-        reference = tl.maximum(reference, tl.load(sums + place, mask=mask, other=float("-inf")))
-    others = tl.zeros((ROWS,), tl.float32)
-    weighted = tl.zeros((ROWS,), tl.float32)
-    for block in range(BLOCKS):
-        place = row + num_rows.to(tl.int64) * block
-        shift = tl.load(sums + place, mask=mask, other=0.0) - reference
-        factor = tl.exp(shift)
-        total = tl.load(sums + size + place, mask=mask, other=0.0) * factor
-        others += total
-        weighted += tl.load(sums + 2 * size + place, mask=mask, other=0.0) * factor
-        weighted += tl.where(total > 0.0, total * shift, 0.0)
+    target = tl.load(targets + row, mask=is_row, other=0)
+    score = tl.load(logits + row * stride + target, mask=is_row, other=0.0).to(tl.float32)
+    score *= tl.load(inverse_temperatures + row, mask=is_row, other=1.0)
+    block = tl.arange(0, PADDED)[:, None]
+    place = sums + row[None, :] + num_rows.to(tl.int64) * block
+    mask = is_row[None, :] & (block < BLOCKS)
+    highest = tl.load(place, mask=mask, other=float("-inf"))  # [PADDED, ROWS]
+    reference = tl.maximum(score, tl.max(highest, 0))
+    shift = highest - reference[None, :]
+    factor = tl.exp(shift)
+    totals = tl.load(place + size, mask=mask, other=0.0) * factor
+    products = tl.load(place + 2 * size, mask=mask, other=0.0) * factor
+    others = tl.sum(totals, 0)
+    weighted = tl.sum(products + tl.where(totals > 0.0, totals * shift, 0.0), 0)
     gap = score - reference
     e = tl.exp(gap)
     total = others + e
     weighted += tl.where(e > 0.0, e * gap, 0.0)
     log_total = tl.log(total)
-    tl.store(values + row, -_log1p_of_exp(tl.log(others) - gap), mask=mask)
-    tl.store(entropies + row, log_total - weighted / total, mask=mask)
-    tl.store(log_totals + row, reference + log_total, mask=mask)
+    tl.store(values + row, -_log1p_of_exp(tl.log(others) - gap), mask=is_row)
+    tl.store(entropies + row, log_total - weighted / total, mask=is_row)
+    tl.store(log_totals + row, reference + log_total, mask=is_row)
 
 
 @triton.jit
@@ -131,7 +129,7 @@ def launch_logprobs(logits: Tensor, targets: Tensor, temperature: float | Tensor
         )
         _join_blocks[(triton.cdiv(num_rows, _JOINED_ROWS),)](
             values, entropy, log_total, sums, logits, targets, inverse, logits.stride(0), num_rows, BLOCKS=blocks,
-            ROWS=_JOINED_ROWS, num_warps=1,
+            PADDED=triton.next_power_of_2(blocks), ROWS=_JOINED_ROWS, num_warps=4,
         )  # fmt: skip
     return values, entropy, log_total
 
@@ -162,5 +160,9 @@ def _prepare(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tenso
     else:
         inverse = torch.full((num_rows,), 1.0 / temperature, dtype=torch.float32, device=logits.device)
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-    options = {"BLOCKS": triton.cdiv(vocabulary, block), "BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    options = {
+        "BLOCKS": triton.cdiv(vocabulary, block),
+        "BLOCK": block,
+        "num_warps": max(1, block // 32 // _ELEMENTS_PER_THREAD),
+    }
     return logits, inverse, options

@@ -52,8 +52,7 @@ def lora_linear(
         lora_a, lora_b: [R, D] and [O, R], any floating dtype; their gradients have it too.
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
-        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "extended" for NF4 matrices of more rows
-            than columns and "accumulate" otherwise.
+        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate".
 
     Returns:
         [..., O] in x's dtype.
@@ -216,8 +215,7 @@ def _projections(
         raise ValueError(f"form {form!r}: expected one of auto, {', '.join(FORMS)}")
     if form == "auto":
         is_nf4 = all(isinstance(base, Nf4Weight) for base in bases)
-        is_wide = sum(base.shape[0] for base in bases) > bases[0].shape[1]
-        form = "extended" if is_nf4 and (has_room or is_wide) and any(loras) else "accumulate"
+        form = "extended" if is_nf4 and has_room and any(loras) else "accumulate"
     scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
     return Projections(tuple(bases), tuple(biases), scalings, form)
 

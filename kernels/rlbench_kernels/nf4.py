@@ -146,7 +146,7 @@ def dequantize_nf4(weight: Nf4Weight, out: Tensor | None = None) -> Tensor:
         from rlbench_kernels.nf4_triton import can_launch, launch_dequantize
 
         if can_launch(weight, out):
-            launch_dequantize(weight, nf4_code(weight.device), out)
+            launch_dequantize(weight, _byte_codes(weight.device), out)
             return out
     return reference_dequantize(weight, out)
 

@@ -14,34 +14,34 @@ from torch import Tensor
 
 from rlbench_kernels.nf4 import Nf4Weight
 
-_ELEMENTS = 4096  # of one program
+_WORDS = 512  # of one program, eight elements each
+_LARGEST_BLOCK = 4096
 
 
 @triton.jit
 def _dequantize(
-    words, code, absmax, nested_absmax, nested_code, offset, out, first_block, num_blocks, blocks_per_row, row_stride,
-    BLOCKS: tl.constexpr, SIZE: tl.constexpr, NESTED_SIZE: tl.constexpr,
+    words, pairs, absmax, nested_absmax, nested_code, offset, out, first_block, num_words, words_per_row, row_stride,
+    WORDS: tl.constexpr, SIZE: tl.constexpr, NESTED_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCKS blocks of SIZE elements; NESTED_SIZE is 0 without double quantisation."""
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    is_block = block < num_blocks
-    scale = tl.load(absmax + block, mask=is_block, other=0)
+    """Program: WORDS words of blocks of SIZE elements; NESTED_SIZE is 0 without double quantisation."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    is_word = word < num_words
+    bits = tl.load(words + word, mask=is_word, other=0)
+    block = word // (SIZE // 8)
+    scale = tl.load(absmax + block, mask=is_word, other=0)
     if NESTED_SIZE > 0:
-        nested = tl.load(nested_absmax + (first_block + block) // NESTED_SIZE, mask=is_block, other=0.0)
+        nested = tl.load(nested_absmax + (first_block + block) // NESTED_SIZE, mask=is_word, other=0.0)
         # compiled without fused multiply-add: bitsandbytes rounds the product
         scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
-    word = tl.arange(0, SIZE // 8)
-    place = tl.arange(0, 8)
-    wide = block.to(tl.int64)
-    bits = tl.load(words + wide[:, None] * (SIZE // 8) + word[None, :], mask=is_block[:, None], other=0)
-    shift = place // 2 * 8 + (1 - place % 2) * 4  # bytes in order, high half first
-    nibble = (bits[:, :, None] >> shift[None, None, :]) & 15
-    value = tl.load(code + nibble) * scale[:, None, None]
-    row = block // blocks_per_row
-    start = row.to(tl.int64) * row_stride + (block - row * blocks_per_row).to(tl.int64) * SIZE
-    column = word[:, None] * 8 + place[None, :]
-    target = out + start[:, None, None] + column[None, :, :]
-    tl.store(target, value.to(out.dtype.element_ty), mask=is_block[:, None, None])
+    byte = (bits[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
+    pair = tl.load(pairs + byte)  # [WORDS, 4], the two float32 values of a byte
+    first = pair.to(tl.int32).to(tl.float32, bitcast=True) * scale[:, None]
+    second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale[:, None]
+    value = tl.join(first, second).reshape(WORDS, 8)
+    row = word // words_per_row
+    start = row.to(tl.int64) * row_stride + (word - row * words_per_row) * 8
+    target = out + start[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), mask=is_word[:, None])
 
 
 def can_launch(weight: Nf4Weight, out: Tensor) -> bool:
@@ -49,23 +49,23 @@ def can_launch(weight: Nf4Weight, out: Tensor) -> bool:
     whole = weight.shape[0] * weight.shape[1] if out.is_contiguous() else weight.shape[1]
     return (
         whole % weight.blocksize == 0
-        and 8 <= weight.blocksize <= _ELEMENTS
+        and 8 <= weight.blocksize <= _LARGEST_BLOCK
         and weight.packed.is_contiguous()
         and weight.packed.data_ptr() % 4 == 0
         and weight.absmax.is_contiguous()
     )
 
 
-def launch_dequantize(weight: Nf4Weight, code: Tensor, out: Tensor) -> None:
-    """Write the dense matrix [O, D] to out; after `can_launch`."""
-    nested, num_blocks = weight.nested, len(weight.absmax)
-    per_row = num_blocks if out.is_contiguous() else weight.shape[1] // weight.blocksize
-    blocks = _ELEMENTS // weight.blocksize
+def launch_dequantize(weight: Nf4Weight, byte_codes: Tensor, out: Tensor) -> None:
+    """Write the dense matrix [O, D] to out; after `can_launch`. `byte_codes`: float32 [256, 2]."""
+    nested = weight.nested
+    num_words = weight.shape[0] * weight.shape[1] // 8
+    per_row = num_words if out.is_contiguous() else weight.shape[1] // 8
     with torch.cuda.device_of(out):
-        _dequantize[(triton.cdiv(num_blocks, blocks),)](
-            weight.packed.view(torch.int32), code, weight.absmax,
+        _dequantize[(triton.cdiv(num_words, _WORDS),)](
+            weight.packed.view(torch.int32), byte_codes.view(torch.int64), weight.absmax,
             *((None, None, None, out, 0) if nested is None else
               (nested.absmax, nested.code, nested.offset, out, nested.first_block)),
-            num_blocks, per_row, out.stride(0), BLOCKS=blocks, SIZE=weight.blocksize,
+            num_words, per_row, out.stride(0), WORDS=_WORDS, SIZE=weight.blocksize,
             NESTED_SIZE=0 if nested is None else nested.blocksize, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlbench_kernels.launch import use_triton
+
 _MAX_HEAD_DIM = 256
 
 
@@ -39,10 +41,10 @@ class SharedPromptLayout:
     """
 
     sequence_starts: Tensor  # int32 [prompts and completions + 1], bounds of each in the packed row
-    completion_rows: Tensor  # int64 [C]
-    completion_starts: Tensor  # int32 [groups + 1], bounds of each group's rows in `completion_rows`
+    part_starts: Tensor  # int32 [2 groups + 1], bounds of each prompt and of all completions behind it
+    key_starts: Tensor  # int32 [2 groups + 1], bounds in `prompt_rows` of what those parts see: nothing, the prompt
     prompt_rows: Tensor  # int64 [P]
-    prompt_starts: Tensor  # int32 [groups + 1]
+    completion_rows: Tensor  # int64 [C]
     max_sequence: int
     max_completions: int  # tokens of all completions of one group
     max_prompt: int
@@ -73,10 +75,10 @@ class SharedPromptLayout:
 
         return cls(
             sequence_starts=starts(lengths),
-            completion_rows=is_completion.nonzero()[:, 0].to(device),
-            completion_starts=starts(of_completions),
+            part_starts=starts([n for pair in zip(prompts, of_completions, strict=True) for n in pair]),
+            key_starts=starts([n for prompt in prompts for n in (0, prompt)]),
             prompt_rows=(~is_completion).nonzero()[:, 0].to(device),
-            prompt_starts=starts(prompts),
+            completion_rows=is_completion.nonzero()[:, 0].to(device),
             max_sequence=max(lengths),
             max_completions=max(of_completions),
             max_prompt=max(prompts),
@@ -117,41 +119,31 @@ def packed_attention_backend(q: Tensor) -> str:
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
     """As `packed_attention` by one masked attention a group: the meaning of the op."""
-    bounds = layout.sequence_starts.tolist()
-    prompts = layout.prompt_starts.tolist()
-    sizes = [b - a for a, b in zip(layout.completion_starts.tolist(), layout.completion_starts.tolist()[1:])]  # noqa: B905
-    parts, start = [], 0
-    for index, num_completion_tokens in enumerate(sizes):
-        prompt = prompts[index + 1] - prompts[index]
-        stop = start + prompt + num_completion_tokens
+    starts = layout.part_starts.tolist()
+    parts = []
+    for start, middle, stop in zip(starts[::2], starts[1::2], starts[2::2], strict=False):
         rows = torch.arange(start, stop, device=q.device)
         sequence = torch.bucketize(rows, layout.sequence_starts, right=True)
-        is_visible = (sequence[:, None] == sequence[None, :]) | (rows < start + prompt)[None, :]
+        is_visible = (sequence[:, None] == sequence[None, :]) | (rows < middle)[None, :]
         mask = is_visible & (rows[None, :] <= rows[:, None])
         heads = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
         repeat = q.shape[1] // k.shape[1]
         heads[1:] = [x.repeat_interleave(repeat, dim=1) for x in heads[1:]]
         parts.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)[0].transpose(0, 1))
-        start = stop
-    assert bounds[-1] == start
     return torch.cat(parts)
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float) -> Tensor:
-        out, lse, *state = _flash(
-            q, k, v, layout.sequence_starts, layout.sequence_starts, layout.max_sequence, layout.max_sequence,
-            is_causal=True, scale=scale,
-        )  # fmt: skip
+        out, lse, *state = _flash(q, k, v, *_within(layout), is_causal=True, scale=scale)
         state_of_prompts: list[Tensor] = []
-        rows = layout.completion_rows
-        if len(rows):
-            of_prompts, lse_of_prompts, *state_of_prompts = _flash(
-                q[rows], k[layout.prompt_rows], v[layout.prompt_rows], layout.completion_starts, layout.prompt_starts,
-                layout.max_completions, layout.max_prompt, is_causal=False, scale=scale,
-            )  # fmt: skip
-            out, lse = _join(out, lse, of_prompts, lse_of_prompts, rows)
+        if len(layout.completion_rows):
+            keys, values = k[layout.prompt_rows], v[layout.prompt_rows]
+            of_prompts, prompt_lse, *state_of_prompts = _flash(
+                q, keys, values, *_to_prompts(layout), is_causal=False, scale=scale
+            )
+            join_parts(out, lse, of_prompts, prompt_lse, layout.completion_rows)
         ctx.save_for_backward(q, k, v, out, lse, *state, *state_of_prompts)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -162,29 +154,48 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, lse, *states = ctx.saved_tensors
         layout, scale, grad = ctx.layout, ctx.scale, grad.contiguous()
         grads = _flash_gradients(
-            grad, q, k, v, out, lse, layout.sequence_starts, layout.sequence_starts, layout.max_sequence,
-            layout.max_sequence, states[:2], is_causal=True, scale=scale,
+            grad, q, k, v, out, lse, *_within(layout), states[:2], is_causal=True, scale=scale
         )  # fmt: skip
-        rows, prompts = layout.completion_rows, layout.prompt_rows
-        if len(rows):
-            parts = _flash_gradients(
-                grad[rows], q[rows], k[prompts], v[prompts], out[rows], lse[:, rows].contiguous(),
-                layout.completion_starts, layout.prompt_starts, layout.max_completions, layout.max_prompt, states[2:],
-                is_causal=False, scale=scale,
+        prompts = layout.prompt_rows
+        if len(layout.completion_rows):
+            grad_q, *grads_of_prompts = _flash_gradients(
+                grad, q, k[prompts], v[prompts], out, lse, *_to_prompts(layout), states[2:], is_causal=False,
+                scale=scale,
             )  # fmt: skip
-            for total, part, place in zip(grads, parts, (rows, prompts, prompts), strict=True):
-                total.index_add_(0, place, part)
+            grads[0].add_(grad_q)
+            for total, part in zip(grads[1:], grads_of_prompts, strict=True):
+                total.index_add_(0, prompts, part)
         return *grads, None, None
 
 
-def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`out` [T, Hq, d] and `lse` [Hq, T] with another part of the softmax added in `rows`, in place."""
-    mine = lse[:, rows]
-    joined = torch.logaddexp(mine, other_lse)
-    weights = [(part - joined).exp().T[:, :, None] for part in (mine, other_lse)]  # [C, Hq, 1]
-    out.index_copy_(0, rows, (out[rows] * weights[0] + other * weights[1]).to(out.dtype))
+def join_parts(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows: Tensor) -> None:
+    """In `rows`, add another part of the softmax to `out` [T, Hq, d] and `lse` [Hq, T], in place.
+
+    Args:
+        out, other: [T, Hq, d], one dtype.
+        lse, other_lse: float32 [Hq, T].
+        rows: int64 [C]; other rows stay as they are.
+    """
+    if use_triton(out.device):
+        from rlbench_kernels.packed_attention_triton import launch_join
+
+        launch_join(out, lse, other, other_lse, rows)
+        return
+    mine, theirs = lse[:, rows], other_lse[:, rows]
+    joined = torch.logaddexp(mine, theirs)
+    weights = [(part - joined).exp().T[:, :, None] for part in (mine, theirs)]  # [C, Hq, 1]
+    out.index_copy_(0, rows, (out[rows] * weights[0] + other[rows] * weights[1]).to(out.dtype))
     lse.index_copy_(1, rows, joined)
-    return out, lse
+
+
+def _within(layout: SharedPromptLayout) -> tuple[Tensor, Tensor, int, int]:
+    """Bounds and longest lengths of queries and keys of call A."""
+    return layout.sequence_starts, layout.sequence_starts, layout.max_sequence, layout.max_sequence
+
+
+def _to_prompts(layout: SharedPromptLayout) -> tuple[Tensor, Tensor, int, int]:
+    """Of call B: every row is a query, so that none is gathered; prompt rows see no key."""
+    return layout.part_starts, layout.key_starts, max(layout.max_completions, layout.max_prompt), layout.max_prompt
 
 
 def _flash(

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention, packed_attention_backend
+from rlbench_kernels.packed_attention import (
+    SharedPromptLayout,
+    join_parts,
+    packed_attention,
+    packed_attention_backend,
+)
+from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 
 GROUPS = [(5, [2, 0, 7]), (1, [1]), (8, [3, 3, 1, 4]), (3, []), (2, [0])]
 HAS_GPU = torch.cuda.is_available()
@@ -77,6 +83,31 @@ def test_flash_attention_matches_float64(dim, kv_heads):
 @needs_gpu
 def test_prompts_alone_need_no_second_call():
     assert max(errors([(130, []), (1, [0])], 4, 4, 64, torch.bfloat16, "cuda")) < 8e-3
+
+
+@pytest.mark.parametrize("heads", [3, 64])
+def test_two_parts_of_a_softmax_join_to_the_whole(heads):
+    device = "cuda" if HAS_GPU and not IS_INTERPRETED else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(heads, 5, 11, generator=generator).to(device) * 5  # [H, T, keys]
+    values = torch.randn(heads, 11, 80, generator=generator).to(device)
+    whole = torch.einsum("htk,hkd->thd", scores.softmax(-1), values)
+    parts = [
+        (torch.einsum("htk,hkd->thd", s.softmax(-1), v).contiguous(), s.logsumexp(-1))
+        for s, v in ((scores[..., :4], values[:, :4]), (scores[..., 4:], values[:, 4:]))
+    ]
+    first, rows = parts[0][0].clone(), torch.tensor([0, 2, 3], device=device)
+
+    join_parts(*parts[0], *parts[1], rows)
+
+    torch.testing.assert_close(parts[0][0][rows], whole[rows])
+    torch.testing.assert_close(parts[0][1][:, rows], scores.logsumexp(-1)[:, rows])
+    assert torch.equal(parts[0][0][[1, 4]], first[[1, 4]])
+
+
+@on_cpu
+def test_the_join_under_the_interpreter():
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(
