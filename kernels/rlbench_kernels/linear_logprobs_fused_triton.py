@@ -30,6 +30,7 @@ from rlbench_kernels.linear_logprobs_triton import TritonSoftmax, multiply
 _ROWS = 2048  # of one chunk
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64
 _LAUNCH = {"num_warps": 8, "num_stages": 3}
+_TARGET_ROWS = 64
 _FOLD_ROWS, _FOLD_TILES = 16, 64
 _LIMIT = tl.constexpr(60.0)  # exp(60) V stays far below float32's and bfloat16's largest number
 _LOWEST = tl.constexpr(-1e30)
@@ -51,27 +52,36 @@ def _to_scores(z, bias, column, inverse, softcap, HAS_BIAS: tl.constexpr, HAS_CA
     return z * inverse, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _target_scores(
     hidden, weight, bias, targets, inverse_temperatures, state, flags, rows, softcap, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Row program: state [4, n] = (reference, 0, 0, target score); flags [n] = 0."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        total += h * tl.load(weight + target * D + d, mask=d < D, other=0.0).to(tl.float32)
+    """ROWS rows: state [4, n] = (reference, 0, 0, target score); flags [n] = 0.
+
+    The scores are the diagonal of a matmul: summed as `_score_tiles` sums them, so that what the matrix units round
+    off cancels in the difference to other scores.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < rows
+    target = tl.load(targets + row, mask=is_row, other=0)
+    z = tl.zeros((ROWS, ROWS), tl.float32)
+    for first in range(0, D, BLOCK_K):
+        d = first + tl.arange(0, BLOCK_K)
+        mask = is_row[:, None] & (d < D)[None, :]
+        a = tl.load(hidden + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        b = tl.load(weight + target[:, None] * D + d[None, :], mask=mask, other=0.0)
+        z = tl.dot(a, b.T, z, input_precision="ieee")
+    is_own = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
+    logit = tl.sum(tl.where(is_own, z, 0.0), 1)
     score, _ = _to_scores(
-        tl.sum(total, 0), bias, target, tl.load(inverse_temperatures + row), softcap, HAS_BIAS, HAS_CAP
+        logit, bias, target, tl.load(inverse_temperatures + row, mask=is_row, other=1.0), softcap, HAS_BIAS, HAS_CAP
     )
-    tl.store(state + row, tl.where(score < _LOWEST, _LOWEST, score))
-    tl.store(state + rows + row, 0.0)
-    tl.store(state + 2 * rows + row, 0.0)
-    tl.store(state + 3 * rows + row, score)
-    tl.store(flags + row, 0)
+    tl.store(state + row, tl.where(score < _LOWEST, _LOWEST, score), mask=is_row)
+    tl.store(state + rows + row, 0.0, mask=is_row)
+    tl.store(state + 2 * rows + row, 0.0, mask=is_row)
+    tl.store(state + 3 * rows + row, score, mask=is_row)
+    tl.store(flags + row, 0, mask=is_row)
 
 
 @triton.jit
@@ -79,18 +89,16 @@ def _fold_scores(
     z, values, bias, row0, column0, first, width, target, inverse, reference, softcap, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Write e of a block; for each row its highest gap, sum e, sum e gap, and the target's gap if it lies here."""
+    """Write e of a block; for each row its highest gap, sum e and sum e gap."""
     column = column0 + tl.arange(0, BLOCK)
     safe = tl.minimum(column, width - 1)
     scores, slope = _to_scores(z, bias, (first + safe)[None, :], inverse[:, None], softcap, HAS_BIAS, HAS_CAP)
-    is_target = column[None, :] == target[:, None]
-    is_out = is_target | (column >= width)[None, :]
+    is_out = (column[None, :] == target[:, None]) | (column >= width)[None, :]
     gap = (scores - reference[:, None]) * _LOG2_E
-    of_target = tl.sum(tl.where(is_target, gap, 0.0), 1)
     gap = tl.where(is_out, _FLOOR, tl.maximum(gap, _FLOOR, propagate_nan=tl.PropagateNan.ALL))
     e = tl.exp2(gap)
     values.store([row0, column0], (e * slope).to(values.dtype))
-    return tl.max(gap, 1), tl.sum(e, 1), tl.sum(e * gap, 1), of_target
+    return tl.max(gap, 1), tl.sum(e, 1), tl.sum(e * gap, 1)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "width", "is_redo"])
@@ -118,11 +126,11 @@ def _score_tiles(
         target = tl.load(targets + row, mask=is_row, other=-1) - first
         # two halves: fewer registers at a time
         left, right = tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)).permute(0, 2, 1).split()
-        highest, total, weighted, of_target = _fold_scores(
+        highest, total, weighted = _fold_scores(
             left, values, bias, block_m * BLOCK_M, block_n * BLOCK_N, first, width, target, inverse, reference,
             softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-        highest_2, total_2, weighted_2, of_target_2 = _fold_scores(
+        highest_2, total_2, weighted_2 = _fold_scores(
             right, values, bias, block_m * BLOCK_M, block_n * BLOCK_N + BLOCK_N // 2, first, width, target, inverse,
             reference, softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
@@ -131,10 +139,6 @@ def _score_tiles(
         tl.store(place, tl.maximum(highest, highest_2, propagate_nan=tl.PropagateNan.ALL), mask=is_row)
         tl.store(place + plane, total + total_2, mask=is_row)
         tl.store(place + 2 * plane, weighted + weighted_2, mask=is_row)
-        # from the same matmul as the other scores: rounding that is alike in both cancels in their difference
-        is_here = is_row & (target // BLOCK_N == block_n) & (target >= 0) & (target < width)
-        score = reference + (of_target + of_target_2) * _LN_2
-        tl.store(state + 3 * rows + row, score, mask=is_here & (score > _LOWEST))
 
 
 @triton.jit
@@ -211,9 +215,9 @@ class FusedSoftmax(TritonSoftmax):
         head, accumulator = self.head, self.accumulator if with_gradient else None
         options: dict[str, Any] = {"HAS_BIAS": head.bias is not None, "HAS_CAP": head.softcap is not None}
         cap = head.softcap or 0.0
-        _target_scores[(n,)](
+        _target_scores[(triton.cdiv(n, _TARGET_ROWS),)](
             self._hidden, head.weight, head.bias, self._targets, self._inverse, self._state, self._flags, n, cap,
-            D=depth, BLOCK_D=min(1024, triton.next_power_of_2(depth)), **options,
+            D=depth, ROWS=_TARGET_ROWS, BLOCK_K=_BLOCK_K, num_warps=4, **options,
         )  # fmt: skip
         hidden = TensorDescriptor.from_tensor(self._hidden, [_BLOCK_M, _BLOCK_K])
         values = self._value_buffer(n, with_gradient)

@@ -53,12 +53,16 @@ class _Logprobs(torch.autograd.Function):
         is_tensor = isinstance(temperature, Tensor)
         ctx.save_for_backward(logits, targets, *results, *([temperature] if is_tensor else []))
         ctx.temperature = None if is_tensor else temperature
+        ctx.set_materialize_grads(False)
         return results[0], results[1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None and grad_entropy is None:
+            return None, None, None
         logits, targets, values, entropy, log_total, *row_temperatures = ctx.saved_tensors
+        grad = torch.zeros_like(values) if grad is None else grad
         temperature = row_temperatures[0] if row_temperatures else ctx.temperature
         if _has_kernel(logits):
             from rlbench_kernels.logprobs_triton import launch_logprob_gradients
@@ -86,10 +90,11 @@ def _reference(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> 
 
 def _reference_gradients(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, values: Tensor, entropy: Tensor, log_total: Tensor,
-    grad: Tensor, grad_entropy: Tensor,
+    grad: Tensor, grad_entropy: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """d logits [N, V]: (g (onehot - p) - g_entropy p (log p + entropy)) / temperature."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_entropy = torch.zeros_like(grad) if grad_entropy is None else grad_entropy
     for rows in _chunks(logits):
         g, h, index = grad[rows, None], grad_entropy[rows, None], targets[rows, None]
         probs = _scores(logits, temperature, rows).sub_(log_total[rows, None]).exp_()

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 8192
-_JOINED_ROWS = 8
+# N = 8192, V = 128256 on an H100, of the copy bandwidth: forward 0.81 (blocks of 8192: 0.51), backward 0.88
+_BLOCK, _GRADIENT_BLOCK = 1024, 4096
 _ELEMENTS_PER_THREAD = 32
+_JOINED_ROWS = 8
 _MINUS_INF = tl.constexpr(float("-inf"))
 
 
@@ -99,18 +100,21 @@ def _one_minus_exp(x):
 @triton.jit
 def _logit_gradients(
     out, logits, targets, inverse_temperatures, values, entropies, log_totals, grads, grads_entropy, stride,
-    vocabulary, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    vocabulary, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """out = (g (onehot - p) - g_entropy p (log p + entropy)) / temperature; 0 where both weights are."""
     scores, row, column = _load_scores(logits, inverse_temperatures, stride, vocabulary, BLOCKS, BLOCK)
-    g, g_entropy = tl.load(grads + row), tl.load(grads_entropy + row)
-    value, entropy = tl.load(values + row), tl.load(entropies + row)
+    g, value = tl.load(grads + row), tl.load(values + row)
     is_target = column == tl.load(targets + row)
     log_p = tl.where(is_target, value, scores - tl.load(log_totals + row))
     p = tl.exp(log_p)
-    direct = tl.where(is_target, g * _one_minus_exp(value), -g * p)
-    result = direct - tl.where(p > 0.0, g_entropy * p * (log_p + entropy), 0.0)
-    result = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, result * tl.load(inverse_temperatures + row))
+    result = tl.where(is_target, g * _one_minus_exp(value), -g * p)
+    is_zero = g == 0.0
+    if HAS_ENTROPY:
+        g_entropy = tl.load(grads_entropy + row)
+        result -= tl.where(p > 0.0, g_entropy * p * (log_p + tl.load(entropies + row)), 0.0)
+        is_zero = is_zero & (g_entropy == 0.0)
+    result = tl.where(is_zero, 0.0, result * tl.load(inverse_temperatures + row))
     target = out + row * vocabulary + column
     tl.store(target, result.to(out.dtype.element_ty), mask=column < vocabulary)
 
@@ -118,7 +122,7 @@ def _logit_gradients(
 def launch_logprobs(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy and log of the softmax's denominator, float32 [N]."""
     num_rows, vocabulary = logits.shape
-    logits, inverse, options = _prepare(logits, temperature)
+    logits, inverse, options = _prepare(logits, temperature, _BLOCK)
     targets = targets.contiguous()
     blocks = options["BLOCKS"]
     sums = torch.empty((3, blocks, num_rows), dtype=torch.float32, device=logits.device)
@@ -136,21 +140,22 @@ def launch_logprobs(logits: Tensor, targets: Tensor, temperature: float | Tensor
 
 def launch_logprob_gradients(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, values: Tensor, entropy: Tensor, log_total: Tensor,
-    grad: Tensor, grad_entropy: Tensor,
+    grad: Tensor, grad_entropy: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """d logits [N, V], contiguous."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     num_rows, vocabulary = logits.shape
-    logits, inverse, options = _prepare(logits, temperature)
+    logits, inverse, options = _prepare(logits, temperature, _GRADIENT_BLOCK)
     with torch.cuda.device_of(logits):
         _logit_gradients[(num_rows * options["BLOCKS"],)](
             out, logits, targets.contiguous(), inverse, values, entropy, log_total, grad.contiguous(),
-            grad_entropy.contiguous(), logits.stride(0), vocabulary, **options,
+            None if grad_entropy is None else grad_entropy.contiguous(), logits.stride(0), vocabulary,
+            HAS_ENTROPY=grad_entropy is not None, **options,
         )  # fmt: skip
     return out
 
 
-def _prepare(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _prepare(logits: Tensor, temperature: float | Tensor, largest: int) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Logits with adjacent columns, 1 / temperature [N], and the cut of a row."""
     num_rows, vocabulary = logits.shape
     if logits.stride(1) != 1:
@@ -159,7 +164,7 @@ def _prepare(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tenso
         inverse = temperature.float().reciprocal().contiguous()
     else:
         inverse = torch.full((num_rows,), 1.0 / temperature, dtype=torch.float32, device=logits.device)
-    block = min(_BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(largest, triton.next_power_of_2(vocabulary))
     options = {
         "BLOCKS": triton.cdiv(vocabulary, block),
         "BLOCK": block,

@@ -52,7 +52,7 @@ def lora_linear(
         lora_a, lora_b: [R, D] and [O, R], any floating dtype; their gradients have it too.
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
-        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate".
+        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate" on a GPU, "two_pass" on a CPU.
 
     Returns:
         [..., O] in x's dtype.
@@ -101,7 +101,7 @@ def lora_mlp(
         gate, up: [I, D]. down: [O, I].
         loras: of gate, up and down; None is a layer without adapter.
         activation: "silu" or "gelu_tanh".
-        form: as in `lora_linear`; "auto" takes "extended" where all of gate and up, or down, are NF4.
+        form: as in `lora_linear`; on a GPU "auto" takes "extended" where all of gate and up, or down, are NF4.
 
     Returns:
         [..., O] in x's dtype.
@@ -216,6 +216,7 @@ def _projections(
     if form == "auto":
         is_nf4 = all(isinstance(base, Nf4Weight) for base in bases)
         form = "extended" if is_nf4 and has_room and any(loras) else "accumulate"
+        form = "two_pass" if bases[0].device.type == "cpu" else form
     scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
     return Projections(tuple(bases), tuple(biases), scalings, form)
 

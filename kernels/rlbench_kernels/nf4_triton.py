@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlbench_kernels.nf4 import Nf4Weight
 
-_WORDS = 512  # of one program, eight elements each
+_WORDS = 256  # of one program, eight elements each
 _LARGEST_BLOCK = 4096
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from rlbench.config.schema import LoraConfig
 from rlbench.models.adapter import Adapter
 from rlbench.models.nf4_linear import Nf4Linear
+from rlbench_kernels import lora_linear
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -91,56 +91,6 @@ class FusedLoraLinear(PeftLinear):
         assert isinstance(base, nn.Linear) and not self.merged
         if self.disable_adapters:
             return base(x)
-        weight = base if isinstance(base, Nf4Linear) else base.weight
+        weight = base.nf4 if isinstance(base, Nf4Linear) else base.weight
         lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
-        return lora_linear(x, weight, base.bias, lora_a, lora_b, self.scaling[_ADAPTER])  # type: ignore[arg-type]
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor | Nf4Linear, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    """y = x W^T + b + (x A^T) (scaling B)^T with W and b frozen, as one autograd function.
-
-    Args:
-        x: [..., in], any float dtype; the result has it too.
-        weight: [out, in], same dtype, no gradient; or the NF4 layer that holds it, dequantised once a direction.
-        bias: [out] or None, no gradient.
-        lora_a: float32 [R, in].
-        lora_b: float32 [out, R]. The scaling is folded in before the cast to x's dtype, as engines do.
-        scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
-
-    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
-    """
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)  # type: ignore[no-any-return]
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | Nf4Linear, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # [N, in]
-        low_a, low_b = a.to(x.dtype), (b * scaling).to(x.dtype)
-        low_rank = rows @ low_a.T  # [N, R]
-        y = F.linear(rows, _dense(weight), bias).addmm_(low_rank, low_b.T)  # [N, out]
-        ctx.save_for_backward(rows, low_a, low_b, low_rank)
-        ctx.weight = weight  # frozen, so not a saved tensor that autograd would have to watch
-        ctx.scaling = scaling
-        ctx.shape = x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, low_a, low_b, low_rank = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])  # [N, out]
-        grad_low = grad @ low_b  # [N, R], scaling included
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _dense(ctx.weight)).addmm_(grad_low, low_a).view(ctx.shape)
-        grad_a = (grad_low.T @ rows).float()
-        grad_b = (grad.T @ low_rank).float() * ctx.scaling
-        return grad_x, None, None, grad_a, grad_b, None
-
-
-def _dense(weight: Tensor | Nf4Linear) -> Tensor:
-    return weight.dense_weight() if isinstance(weight, Nf4Linear) else weight
+        return lora_linear(x, weight, lora_a, lora_b, self.scaling[_ADAPTER], base.bias)  # type: ignore[arg-type]

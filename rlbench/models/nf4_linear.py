@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlbench_kernels import Nf4Weight, dequantize_nf4
+
 
 class Nf4Linear(nn.Linear):
     """`y = x W^T + b` over NF4 bytes that belong to someone else (the engine, or a checkpoint).
@@ -34,6 +36,7 @@ class Nf4Linear(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.quant_state = quant_state
+        self.nf4 = Nf4Weight.from_quant_state(packed, quant_state)  # the same bytes, for the kernels
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Nf4Linear:
         copied = Nf4Linear(self.weight.data, self.quant_state, None if self.bias is None else self.bias.data)
@@ -43,9 +46,7 @@ class Nf4Linear(nn.Linear):
 
     def dense_weight(self) -> Tensor:
         """[out, in] in the quantisation's compute dtype, made anew at each call."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight.data, self.quant_state)
+        return dequantize_nf4(self.nf4)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense_weight(), self.bias)

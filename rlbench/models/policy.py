@@ -21,6 +21,7 @@ from rlbench.models.adapter import Adapter
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
+from rlbench.models.patch import describe, is_patch_useful, patch_model
 
 
 class Policy:
@@ -38,6 +39,9 @@ class Policy:
         self.model: PeftModel = add_lora(tree, lora, seed=seed)
         self._tree = tree
         self.head_weight = output_weight(tree)  # [V, D]
+        self.patched = ""  # which modules compute through kernels
+        if is_patch_useful(self.device):
+            self.patched = describe(patch_model(tree, tree.config.get_text_config().model_type))
 
     @property
     def device(self) -> torch.device:

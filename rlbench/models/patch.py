@@ -1,0 +1,187 @@
+"""Kernel-backed modules in place of those of a transformers model, by one table; reversible.
+
+A patched module keeps its parameters and its name; only its class changes, so state dicts, PEFT and checkpoints see no
+difference. Norms run as one kernel, the residual addition inside a layer with the norm behind it, q, k and v as one
+function over one base and three adapters, rotation of q and k in one launch, the MLP as one function.
+
+Shapes: T packed tokens, D hidden, H query heads, K key-value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from rlbench.models.attention import AttentionContext
+from rlbench.models.nf4_linear import Nf4Linear
+from rlbench_kernels import Lora, Nf4Weight, add_rms_norm, apply_rope, lora_linear, lora_mlp, lora_qkv, rms_norm
+
+_ADAPTER = "default"
+PATCHED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def patch_model(model: nn.Module, family: str) -> Counter[str]:
+    """Replace the modules of `model` that the table knows.
+
+    Args:
+        model: a module tree of its own (`share_base`), adapters already added.
+        family: `config.model_type`.
+
+    Returns:
+        How many modules of each class were replaced; empty for a family that has no table.
+    """
+    replaced: Counter[str] = Counter()
+    table = _table(family)
+    for module in model.modules():
+        kernel = table.get(type(module))
+        if kernel is not None and _can_replace(module, kernel):
+            replaced[type(module).__name__] += 1
+            module.__class__ = _combined(kernel, type(module))
+    return replaced
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Give every patched module its own class back."""
+    for module in model.modules():
+        if isinstance(module, KernelModule):
+            module.__class__ = type(module).__bases__[1]
+
+
+class KernelModule:
+    """Marks patched modules: their class derives from (a kernel class, the original class)."""
+
+
+class KernelNorm(KernelModule):
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class KernelMlp(KernelModule):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        bases, loras, _ = zip(*map(projection, (self.gate_proj, self.up_proj, self.down_proj)), strict=True)
+        return lora_mlp(x, *bases, loras)
+
+
+class KernelAttention(KernelModule):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    layer_idx: int
+    scaling: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: object = None,
+        *,
+        attention_context: AttentionContext,
+        **unused: object,
+    ) -> tuple[Tensor, None]:
+        """[1, T, D] -> [1, T, D]."""
+        del unused
+        assert attention_mask is None and past_key_values is None and len(hidden_states) == 1
+        bases, loras, biases = zip(*map(projection, (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+        results = lora_qkv(hidden_states[0], bases, loras, biases)  # [T, H d], [T, K d], [T, K d]
+        query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
+        cos, sin = (x[0] for x in position_embeddings)  # [T, d]
+        query, key = apply_rope(query, key, cos, sin)
+        heads = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H or K, T, d]
+        output = attention_context.attend(self.layer_idx, *heads, self.scaling)  # [1, T, H, d]
+        base, lora, bias = projection(self.o_proj)
+        output = output.reshape(*output.shape[:2], -1)
+        if lora is None:
+            return lora_qkv(output, [base], [None], [bias])[0], None
+        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias), None
+
+
+class KernelLayer(KernelModule):
+    input_layernorm: Callable[[Tensor], Tensor]
+    post_attention_layernorm: Any
+    self_attn: Callable[..., tuple[Tensor, Any]]
+    mlp: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **_used(kwargs))
+        norm = self.post_attention_layernorm
+        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        return residual + self.mlp(normed)
+
+
+def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight, Lora | None, Tensor | None]:
+    """Frozen matrix, adapter (None: there is none, or it is switched off) and bias of a linear layer."""
+    if not isinstance(layer, PeftLinear):
+        return _frozen(layer), None, layer.bias  # type: ignore[return-value]
+    base = layer.get_base_layer()
+    assert isinstance(base, nn.Linear) and not layer.merged
+    if layer.disable_adapters:
+        return _frozen(base), None, base.bias
+    lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
+    return _frozen(base), Lora(lora_a, lora_b, layer.scaling[_ADAPTER]), base.bias  # type: ignore[arg-type]
+
+
+def _frozen(layer: nn.Module) -> Tensor | Nf4Weight:
+    return layer.nf4 if isinstance(layer, Nf4Linear) else layer.weight  # type: ignore[return-value]
+
+
+def _used(kwargs: dict[str, object]) -> dict[str, object]:
+    """What attention reads; `position_ids` and cache flags are for other implementations."""
+    names = ("position_embeddings", "attention_mask", "past_key_values", "attention_context")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _table(family: str) -> dict[type, type]:
+    """Kernel class by the transformers class that it replaces."""
+    if family not in PATCHED_FAMILIES:
+        return {}
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    parts = {"RMSNorm": KernelNorm, "MLP": KernelMlp, "Attention": KernelAttention, "DecoderLayer": KernelLayer}
+    return {getattr(module, PATCHED_FAMILIES[family] + part): kernel for part, kernel in parts.items()}
+
+
+def _can_replace(module: Any, kernel: type) -> bool:
+    """MLPs with a bias or another activation stay as they are."""
+    if kernel is not KernelMlp:
+        return True
+    layers = [module.gate_proj, module.up_proj, module.down_proj]
+    return module.config.hidden_act == "silu" and all(layer.bias is None for layer in layers)
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _combined(kernel: type, original: type) -> type:
+    """A class whose forward is the kernel's and whose everything else is the original's."""
+    if (kernel, original) not in _CLASSES:
+        _CLASSES[kernel, original] = type(f"Kernel{original.__name__}", (kernel, original), {})
+    return _CLASSES[kernel, original]
+
+
+def describe(replaced: Counter[str]) -> str:
+    """One line for the user."""
+    if not replaced:
+        return "no modules replaced"
+    return ", ".join(f"{count} {name}" for name, count in replaced.items())
+
+
+def is_patch_useful(device: torch.device) -> bool:
+    """The kernels pay on a GPU; on a CPU their references compute what transformers computes."""
+    return device.type == "cuda"
