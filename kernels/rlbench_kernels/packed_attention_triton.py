@@ -17,8 +17,8 @@ _TILE = 4096  # elements that a program holds at a time
 
 @triton.jit
 def _join(
-    out, lse, other, other_lse, rows, stride, other_stride, lse_stride, other_lse_stride, H: tl.constexpr,
-    D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, lse, other, other_lse, rows, stride, head_stride, other_stride, other_head_stride, lse_stride,
+    other_lse_stride, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row program: out = exp(lse - l) out + exp(other_lse - l) other, lse = l = logaddexp(lse, other_lse)."""
     row = tl.load(rows + tl.program_id(0))
@@ -31,10 +31,11 @@ def _join(
         highest = tl.maximum(mine, theirs)
         joined = highest + tl.log(tl.exp(mine - highest) + tl.exp(theirs - highest))
         mask = is_head[:, None] & (d < D)
-        target = out + row * stride + head[:, None] * D + d
+        target = out + row * stride + head[:, None] * head_stride + d
         value = tl.load(target, mask=mask, other=0.0).to(tl.float32) * tl.exp(mine - joined)[:, None]
-        source = other + row * other_stride + head[:, None] * D + d
+        source = other + row * other_stride + head[:, None] * other_head_stride + d
         value += tl.load(source, mask=mask, other=0.0).to(tl.float32) * tl.exp(theirs - joined)[:, None]
+        tl.debug_barrier()  # several threads may have read what one of them now overwrites
         tl.store(target, value.to(out.dtype.element_ty), mask=mask)
         tl.store(lse + head * lse_stride + row, joined, mask=is_head)
 
@@ -42,11 +43,11 @@ def _join(
 def launch_join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows: Tensor) -> None:
     """See `packed_attention.join_parts`."""
     num_heads, dim = out.shape[1:]
-    assert all(x[0].is_contiguous() and x.ndim == 3 for x in (out, other)) and lse.stride(1) == other_lse.stride(1) == 1
+    assert out.stride(2) == other.stride(2) == lse.stride(1) == other_lse.stride(1) == 1
     block_d = triton.next_power_of_2(dim)
     block_h = min(triton.next_power_of_2(num_heads), max(1, _TILE // block_d))
     with torch.cuda.device_of(out):
         _join[(len(rows),)](
-            out, lse, other, other_lse, rows, out.stride(0), other.stride(0), lse.stride(0), other_lse.stride(0),
-            H=num_heads, D=dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+            out, lse, other, other_lse, rows, *out.stride()[:2], *other.stride()[:2], lse.stride(0),
+            other_lse.stride(0), H=num_heads, D=dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

@@ -94,6 +94,10 @@ class VllmEngine:
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
+        if device == "cuda":
+            # Sizes nothing, kv_cache_gib does; but vLLM refuses to start with less than this share of the memory free.
+            free, total = torch.cuda.mem_get_info()
+            options["gpu_memory_utilization"] = round(0.95 * free / total, 3)
         if quantization == "nf4":
             options["quantization"] = "bitsandbytes"
         with clean_start():

@@ -86,23 +86,31 @@ def test_prompts_alone_need_no_second_call():
 
 
 @pytest.mark.parametrize("heads", [3, 64])
-def test_two_parts_of_a_softmax_join_to_the_whole(heads):
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_two_parts_of_a_softmax_join_to_the_whole(heads, is_strided):
     device = "cuda" if HAS_GPU and not IS_INTERPRETED else "cpu"
+    num_rows = 5 if device == "cpu" else 3000
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(heads, 5, 11, generator=generator).to(device) * 5  # [H, T, keys]
+    scores = torch.randn(heads, num_rows, 11, generator=generator).to(device) * 5  # [H, T, keys]
     values = torch.randn(heads, 11, 80, generator=generator).to(device)
     whole = torch.einsum("htk,hkd->thd", scores.softmax(-1), values)
     parts = [
-        (torch.einsum("htk,hkd->thd", s.softmax(-1), v).contiguous(), s.logsumexp(-1))
+        (laid_out(torch.einsum("htk,hkd->thd", s.softmax(-1), v), is_strided), s.logsumexp(-1))
         for s, v in ((scores[..., :4], values[:, :4]), (scores[..., 4:], values[:, 4:]))
     ]
-    first, rows = parts[0][0].clone(), torch.tensor([0, 2, 3], device=device)
+    rows = torch.tensor([0, 2, *range(4, num_rows)], device=device)
+    first = parts[0][0].clone()
 
     join_parts(*parts[0], *parts[1], rows)
 
     torch.testing.assert_close(parts[0][0][rows], whole[rows])
     torch.testing.assert_close(parts[0][1][:, rows], scores.logsumexp(-1)[:, rows])
-    assert torch.equal(parts[0][0][[1, 4]], first[[1, 4]])
+    assert torch.equal(parts[0][0][[1, 3]], first[[1, 3]])
+
+
+def laid_out(x, is_strided):
+    """[T, H, d] in memory order, or with the heads outermost."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if is_strided else x.contiguous()
 
 
 @on_cpu
