@@ -28,7 +28,8 @@ class Assertions:
 
 
 class TestCode:
-    """Parsed test code: `code` is compiled, `free_names` are read but defined nowhere in it.
+    """Parsed test code: `code` is compiled, `free_names` are read but defined nowhere in it, and `module_names` are
+    those of them that only occur as in `math.pi`.
 
     Raises:
         SyntaxError: it is no Python.
@@ -38,6 +39,7 @@ class TestCode:
         tree = ast.parse(text)
         self.calls_check = any(_is_call_of(node, "check") for node in tree.body)
         self.free_names = _loaded_names(tree) - _stored_names(tree)
+        self.module_names = self.free_names - _bare_names(tree)
         counter = _Counter()
         tree = ast.fix_missing_locations(counter.visit(tree))
         self.required = frozenset(counter.required)
@@ -91,6 +93,12 @@ def _is_call_of(node: ast.stmt, name: str) -> bool:
 
 def _loaded_names(tree: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def _bare_names(tree: ast.AST) -> set[str]:
+    """Names that occur otherwise than before a dot."""
+    dotted = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in dotted}
 
 
 def _stored_names(tree: ast.Module) -> set[str]:

@@ -1,9 +1,10 @@
-"""How the zygote shuts itself and its jobs in. One class per kind of isolation, each with the same three steps.
+"""How the zygote shuts itself and its jobs in. One class per kind of isolation, each with the same steps.
 
 enter()    once, in the zygote, which is trusted: namespaces and a root of its own.
 fork()     a job's process; 0 in the child, as os.fork.
 confine()  in the job, before it hears of any model-written code: private scratch, no capabilities, no new privileges,
            system call filter. Nothing of it can be undone.
+kill()     the job and all it started; clean_up() what it left; leave() when the zygote ends.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class NamespacesJail:
 
     def clean_up(self, pid: int) -> None:
         """Nothing: the scratch was a mount of the job's own namespace."""
+
+    def leave(self) -> None:
+        """Nothing, for the same reason."""
 
 
 class BubblewrapJail(NamespacesJail):
@@ -139,6 +143,9 @@ class LandlockJail:
         except ChildProcessError:
             pass
         _remove_tree(self._scratch(pid))
+
+    def leave(self) -> None:
+        _remove_tree(self._profile["scratch_folder"])
 
     def _scratch(self, pid: int) -> str:
         return f"{self._profile['scratch_folder']}/{pid}"

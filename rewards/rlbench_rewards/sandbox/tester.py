@@ -84,7 +84,7 @@ def _outcome_of_code(test: TestCode, candidate: Candidate, setup: dict[str, Any]
     assertions = Assertions(test.required)
     namespace = dict(setup)
     namespace[OBSERVE] = assertions.observe
-    _bind_names(test.free_names, namespace, candidate, entry_point)
+    _bind_names(test, namespace, candidate, entry_point)
     exec(test.code, namespace)
     if "check" in namespace and not test.calls_check and entry_point:
         namespace["check"](candidate.name(entry_point))
@@ -114,15 +114,15 @@ def _run_test_case(value: type) -> None:
         raise AssertionError(trace.strip().splitlines()[-1])
 
 
-def _bind_names(names: set[str], namespace: dict[str, Any], candidate: Candidate, entry_point: str) -> None:
+def _bind_names(test: TestCode, namespace: dict[str, Any], candidate: Candidate, entry_point: str) -> None:
     """What a test's free names mean: the entry point, the row's own setup, builtins, the standard library; only what
     is none of these may be the candidate's, so that it can redefine neither `all` nor `math`."""
     if entry_point:
         namespace[entry_point] = candidate.name(entry_point)
-    for name in names:
+    for name in test.free_names:
         if name in namespace or hasattr(builtins, name):
             continue
-        if name in sys.stdlib_module_names:
+        if name in test.module_names and name in sys.stdlib_module_names:
             namespace[name] = __import__(name)
         elif name in candidate.names:
             is_callable = candidate.names[name]

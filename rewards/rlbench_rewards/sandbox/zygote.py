@@ -55,6 +55,7 @@ class Zygote:
         finally:
             for number in list(self._pids):
                 self._end(number)
+            self._jail.leave()
 
     def _serve(self) -> None:
         waiting = select.poll()

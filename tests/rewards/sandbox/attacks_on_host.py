@@ -1,8 +1,9 @@
+# ruff: noqa: E501
 """Attacks on the machine: time, memory, processes, output, disk, containment, the next sample; and gamed tests."""
 
 from tests.rewards.sandbox.cases import OPEN, SUM_LINE, attacks
 
-_QUICK = {"timeout_s": 1.0}
+_QUICK = {"timeout_s": 0.5}
 
 TIME = attacks(
     "time",
@@ -17,7 +18,9 @@ TIME = attacks(
     options=_QUICK,
 ) + attacks(
     "time",
-    {"a thread that does not end": "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"},
+    {
+        "a thread that does not end": "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"
+    },
     {"tests": [{"input": "", "output": ""}]},
     options=_QUICK,
 )
@@ -31,6 +34,7 @@ MEMORY = attacks(
         "endless recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b):\n    return add(a, b)",
         "doubling text": "def add(a, b):\n    s = 'x'\n    while True:\n        s += s",
     },
+    slow=["growing list", "doubling text", "endless recursion"],
 )
 
 PROCESSES = attacks(
@@ -55,7 +59,7 @@ PROCESSES += attacks(
         "    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)",
     },
     OPEN,
-    options={"timeout_s": 1.0, "allow_subprocess": True},
+    options={"timeout_s": 0.5, "allow_subprocess": True},
 )
 
 OUTPUT = attacks(
@@ -145,7 +149,10 @@ POISONING = [
         "import builtins, json, sys\nbuiltins.POISON = json.POISON = sys.POISON = 1\nprint('x')",
         "import builtins, json, sys\nassert any(hasattr(m, 'POISON') for m in (builtins, json, sys))\nprint('open')",
     ),
-    ("import random\nrandom.seed(0)\nprint('x')", "import random\nassert random.random() == 0.8444218515250481\nprint('open')"),
+    (
+        "import random\nrandom.seed(0)\nprint('x')",
+        "import random\nassert random.random() == 0.8444218515250481\nprint('open')",
+    ),
     (
         "import os\nopen(os.path.dirname(os.__file__) + '/poison.py', 'w').write('')\nprint('x')",
         "import poison\nprint('open')",

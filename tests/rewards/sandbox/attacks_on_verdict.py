@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Attacks on the verdict: leave early, deceive `==`, patch the referee, read the answers, forge the result."""
 
 from tests.rewards.sandbox.cases import ADD, ADD_CALLS, ADD_CHECK, OPEN, SUM_LINE, Case, attacks
@@ -69,6 +70,7 @@ PATCHING = attacks(
         "    table['__eq__'] = lambda s, o: True\n    ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))\n"
         "    return 1",
     },
+    slow=["patch our modules"],
 )
 PATCHING += attacks(
     "monkeypatching the referee",
@@ -119,6 +121,7 @@ READING = attacks(
         "        text = open(f'/proc/{pid}/mem', 'rb').read()\n    return None",
     },
     ADD_CALLS,
+    slow=["test files"],
 )
 READING += attacks(
     "reading the answers",
@@ -164,13 +167,15 @@ FORGING = attacks(
         "    except OSError:\n        pass\n" + _WRONG,
         "close every descriptor": "import os\nos.closerange(0, 64)\n" + _WRONG,
         "pass a descriptor": "import socket, os\nfor fd in range(3, 16):\n    try:\n"
-        "        socket.send_fds(socket.socket(fileno=fd), [b'x'], [0, 1])\n    except OSError:\n        pass\n" + _WRONG,
+        "        socket.send_fds(socket.socket(fileno=fd), [b'x'], [0, 1])\n    except OSError:\n        pass\n"
+        + _WRONG,
         "AssertionError of its own": "def add(a, b):\n    raise AssertionError('passed')",
         "huge result": "def add(a, b):\n    return [0] * 10**7",
         "endless iterator": "import itertools\ndef add(a, b):\n    return itertools.count()",
         "colliding keys": "def add(a, b):\n    return {i * (2**61 - 1): 0 for i in range(30000)}",
         "cyclic result": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
     },
+    slow=["endless iterator", "colliding keys"],
 )
 FORGING += attacks(
     "forging the result",
@@ -178,7 +183,12 @@ FORGING += attacks(
         "StopIteration ends the loop": "def add(a, b):\n    raise StopIteration",
         "exception is swallowed": "def add(a, b):\n    raise ValueError('x')",
     },
-    {"test_list": ["assert all(map(lambda i: add(i, 1) == i + 1, range(3)))", "assert list(map(add, [1], [1])) == [2]"]},
+    {
+        "test_list": [
+            "assert all(map(lambda i: add(i, 1) == i + 1, range(3)))",
+            "assert list(map(add, [1], [1])) == [2]",
+        ]
+    },
 )
 FORGING += [
     Case(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ADD = {"test_list": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(10, 20) == 30"]}
@@ -30,10 +30,18 @@ class Case:
     may_pass_without: str = ""  # a probe of the sandbox: where it is open, this attack is known to get through
 
     @property
+    def is_slow(self) -> bool:
+        """It runs until it is stopped: tried with every backend only where being stopped is the point."""
+        return "timeout_s" in self.options and self.category not in ("time", "processes")
+
+    @property
     def completion(self) -> str:
         return f"```python\n{self.code}\n```"
 
 
-def attacks(category: str, programs: Mapping[str, str], row: Mapping[str, Any] = ADD, **more: Any) -> list[Case]:
-    """One case a program, all against the same row."""
-    return [Case(name=name, category=category, code=code, row=row, **more) for name, code in programs.items()]
+def attacks(
+    category: str, programs: Mapping[str, str], row: Mapping[str, Any] = ADD, *, slow: Sequence[str] = (), **more: Any
+) -> list[Case]:
+    """One case a program, all against the same row; the slow ones run into their deadline, which is then short."""
+    cases = [Case(name=name, category=category, code=code, row=row, **more) for name, code in programs.items()]
+    return [replace(case, options={**case.options, "timeout_s": 0.5}) if case.name in slow else case for case in cases]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Honest programs, each with the mutant that must fail on the same row."""
 
 from collections.abc import Mapping
@@ -99,7 +100,9 @@ _TASKS: dict[str, tuple[Mapping[str, Any], str, str, str]] = {
         "target + n in seen",
     ),
     "tests as functions": (
-        {"test": "from solution import is_even\n\ndef test_even():\n    assert is_even(4)\n\ndef test_odd():\n    assert not is_even(3)\n"},
+        {
+            "test": "from solution import is_even\n\ndef test_even():\n    assert is_even(4)\n\ndef test_odd():\n    assert not is_even(3)\n"
+        },
         "def is_even(n):\n    return n % 2 == 0",
         "== 0",
         "== n % 2",
