@@ -15,6 +15,7 @@ from rlbench_rewards.sandbox import seccomp
 ISOLATED = ("bubblewrap", "namespaces", "landlock")  # strongest first
 UNSAFE = "unsafe_subprocess"
 KINDS = (*ISOLATED, UNSAFE)
+WITH_OWN_SCRATCH = ("bubblewrap", "namespaces")  # a mount of the job; the others need a folder of the host
 
 PRELOAD = (
     *(f"rlbench_rewards.sandbox.{name}" for name in ("candidate", "tester")),

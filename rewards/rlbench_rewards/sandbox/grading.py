@@ -88,7 +88,10 @@ def grade_tests(
         _start_pair(candidate, tester, code, {**spec, "num_tests": len(tests)}, limits)
         for test in tests:
             send_frame(tester.connection, encode(dict(test)))
-        return _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        if not all(verdict.passed for verdict in verdicts):
+            sandbox.end(candidate)  # raises if the zygote is dead: then the program may have died with it
+        return verdicts
     except (ChannelClosed, CodecError, TimeoutError) as error:
         raise SandboxError(f"the tester did not take its tests ({error or type(error).__name__})") from error
     finally:
@@ -208,8 +211,8 @@ def _collect(job: Job, output: int, errors: int, deadline: float, limit: int) ->
                     poll.unregister(descriptor)
                 kept[descriptor] += part or b""
                 num_bytes += len(part or b"")
-            elif job.connection.recv(4096) == b"":
-                has_ended = True
+            else:
+                has_ended = _has_ended(job)
         if num_bytes > limit:
             stopped_by = "output limit"
     for descriptor in kept if has_ended else ():
@@ -218,6 +221,14 @@ def _collect(job: Job, output: int, errors: int, deadline: float, limit: int) ->
             num_bytes += len(part)
         stopped_by = stopped_by or ("output limit" if num_bytes > limit else "")
     return bytes(kept[output]), bytes(kept[errors][-_KEPT_ERROR_BYTES:]), stopped_by
+
+
+def _has_ended(job: Job) -> bool:
+    """Whether the job's socket ended; a program may write into it, which nobody reads."""
+    try:
+        return job.connection.recv(4096) == b""
+    except ConnectionResetError:
+        return True
 
 
 def _read_available(descriptor: int) -> bytes | None:

@@ -88,7 +88,7 @@ class Sandbox:
         Raises:
             SandboxError: no zygote can be started.
         """
-        if self._zygote is None or self._zygote.num_jobs >= _MAX_JOBS_PER_ZYGOTE:
+        if not self.is_alive() or self._zygote is None or self._zygote.num_jobs >= _MAX_JOBS_PER_ZYGOTE:
             self.close()
             self._zygote = _Zygote(self.kind, self._package_folders)
         try:
@@ -139,7 +139,7 @@ class _Zygote:
         self._spares: list[Job] = []
         self._ends: dict[int, JobEnd] = {}
         self._num_promised = 0
-        self._scratch_folder = tempfile.mkdtemp(prefix="rlbench-sandbox-")
+        self._scratch_folder = "" if kind in backends.WITH_OWN_SCRATCH else tempfile.mkdtemp(prefix="rlbench-sandbox-")
         profile = backends.profile(kind, scratch_folder=self._scratch_folder, package_folders=package_folders)
         self._control, theirs = socket.socketpair()
         self._errors = tempfile.TemporaryFile()
@@ -181,9 +181,10 @@ class _Zygote:
             try:
                 process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        shutil.rmtree(self._scratch_folder, ignore_errors=True)
+                pass
+            _kill_group(process)
+        if self._scratch_folder:
+            shutil.rmtree(self._scratch_folder, ignore_errors=True)
 
     def _started(self, kind: str, control: socket.socket, folders: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -229,6 +230,19 @@ class _Zygote:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the zygote's process group, which its jobs belong to, and wait until it is gone."""
+    deadline = time.monotonic() + START_DEADLINE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # the latter where only zombies of another user are left
+            break
+        process.poll()
+        time.sleep(0.001)
+    process.wait()
 
 
 def receive_before(connection: socket.socket, deadline: float) -> bytes:
