@@ -29,6 +29,7 @@ class NamespacesJail:
         self._profile = profile
         self._own_pids = -1
         self._job_uid: int | None = None
+        self._call_filter = seccomp.base_filter(has_namespaces=True, own_pid=1)  # assembled once, for all jobs
 
     def enter(self) -> None:
         uid, gid = os.geteuid(), os.getegid()
@@ -60,7 +61,7 @@ class NamespacesJail:
         os.chdir("/tmp")
         if self._job_uid is not None:
             _become(self._job_uid)
-        _give_up_privileges(has_namespaces=True)
+        _give_up_privileges(self._call_filter)
 
     def kill(self, pid: int) -> None:
         os.kill(pid, 9)
@@ -89,7 +90,7 @@ class BubblewrapJail(NamespacesJail):
         os.chdir("/tmp")
         if self._job_uid is not None:
             _become(self._job_uid)
-        _give_up_privileges(has_namespaces=True)
+        _give_up_privileges(self._call_filter)
 
 
 class LandlockJail:
@@ -104,6 +105,7 @@ class LandlockJail:
             raise OSError(95, "Landlock is not available")
         _be_the_first_victim()
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # a job's orphans become ours, to be waited for
+        syscalls.drop_capability_bounds()
         # Where nobody cannot reach the interpreter (a root's home folder), jobs stay root, without capabilities.
         self._leaves_root = os.geteuid() == 0 and all(map(_is_open_to_all, self._profile["read_folders"]))
         if self._leaves_root:
@@ -126,7 +128,7 @@ class LandlockJail:
             _become(_NOBODY)
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 9)  # after the change of user, which clears it
         os.environ["TMPDIR"] = os.environ["HOME"] = scratch
-        _give_up_privileges(has_namespaces=False)
+        _give_up_privileges(seccomp.base_filter(has_namespaces=False, own_pid=os.getpid()))
 
     def kill(self, pid: int) -> None:
         for target in (-pid, pid):
@@ -174,11 +176,11 @@ JAILS = {
 }
 
 
-def _give_up_privileges(*, has_namespaces: bool) -> None:
-    syscalls.drop_capability_bounds()
+def _give_up_privileges(call_filter: bytes) -> None:
+    """For good; the zygote has emptied the set of capabilities that a program could gain."""
     syscalls.drop_capabilities()
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    syscalls.install_seccomp(seccomp.base_filter(has_namespaces=has_namespaces, own_pid=os.getpid()))
+    syscalls.install_seccomp(call_filter)
 
 
 def _become(uid: int) -> None:

@@ -24,6 +24,7 @@ from rlbench_rewards.sandbox.codec import MAX_FRAME_BYTES, CodecError, decode, e
 from rlbench_rewards.sandbox.frames import MAX_DESCRIPTORS, ChannelClosed, send_frame
 
 START_DEADLINE_S = 20.0
+_KILL_DEADLINE_S = 2.0
 _MAX_JOBS_PER_ZYGOTE = 2000
 _NUM_SPARES = 2
 
@@ -233,16 +234,28 @@ class _Zygote:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the zygote's process group, which its jobs belong to, and wait until it is gone."""
-    deadline = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # the latter where only zombies of another user are left
-            break
-        process.poll()
-        time.sleep(0.001)
+    """Kill what is left of the zygote's process group, which its jobs belong to, and wait until nothing of it runs."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # the latter where only a zombie of a job's user is left
+        pass
     process.wait()
+    deadline = time.monotonic() + _KILL_DEADLINE_S
+    while is_group_running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def is_group_running(group: int) -> bool:
+    """Whether a process of the group lives. A zombie does not: some containers never reap orphans."""
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if int(its_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 def receive_before(connection: socket.socket, deadline: float) -> bytes:

@@ -79,13 +79,16 @@ def drop_capabilities() -> None:
     _checked("capset", _syscall(call, ctypes.byref(header), ctypes.byref(nothing)))
 
 
+class _FilterProgram(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("filters", ctypes.c_char_p)]
+
+
 def install_seccomp(program: bytes) -> None:
     """Install a filter of `struct sock_filter`s for this thread and its children; needs no_new_privs."""
 
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("filters", ctypes.c_char_p)]
-
-    value = Program(len(program) // 8, program)
+    value = _FilterProgram(len(program) // 8, program)
     mode = ctypes.c_uint(1)  # SECCOMP_SET_MODE_FILTER
     _checked("seccomp", _syscall(_SECCOMP[os.uname().machine], mode, ctypes.c_uint(0), ctypes.byref(value)))
 

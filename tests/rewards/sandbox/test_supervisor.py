@@ -12,7 +12,7 @@ from rlbench.commands.sandbox import sandbox as sandbox_command
 from rlbench_rewards.sandbox import supervisor
 from rlbench_rewards.sandbox.grading import BrokenTests, grade_tests, run_script
 from rlbench_rewards.sandbox.limits import Limits
-from rlbench_rewards.sandbox.supervisor import Sandbox, SandboxError
+from rlbench_rewards.sandbox.supervisor import Sandbox, SandboxError, is_group_running
 
 LIMITS = Limits(timeout_s=5.0)
 
@@ -137,31 +137,22 @@ def test_a_supervisor_killed_with_9_leaves_no_process(best):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         group = int(process.stdout.readline())  # type: ignore[union-attr]
         time.sleep(0.3)
-        assert group_is_alive(group)
+        assert is_group_running(group)
         process.kill()
 
     deadline = time.monotonic() + 5.0
-    while group_is_alive(group) and time.monotonic() < deadline:
+    while is_group_running(group) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not group_is_alive(group)
+    assert not is_group_running(group)
 
 
 def test_a_closed_sandbox_leaves_no_process(best):
     with Sandbox(best) as fresh:
         run_script(fresh, "print(1)", limits=LIMITS)
         group = fresh._zygote._process.pid  # type: ignore[union-attr]
-        assert group_is_alive(group)
+        assert is_group_running(group)
 
-    assert not group_is_alive(group)
-
-
-def group_is_alive(group: int) -> bool:
-    """Whether a process of the zygote's group, which jobs belong to as well, still exists."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert not is_group_running(group)
 
 
 def test_the_doctor_shows_each_probe_and_exits_by_its_verdict(reports, capsys):
