@@ -184,7 +184,7 @@ while True:
     sys.stdout.write("x" * 65536)
 """
 
-_WITH_CHILDREN = Limits(timeout_s=2.0, allow_subprocess=True, num_processes=48)
+_WITH_CHILDREN = Limits(timeout_s=1.0, allow_subprocess=True, num_processes=48)
 PROBES = (
     Probe(name="read files", what="the host's files and home folders cannot be read", program=_FILES_READ),
     Probe(
