@@ -20,7 +20,7 @@ class Limits:
     memory_mib: int = 1024  # address space of a process
     file_mib: int = 16  # largest file
     output_kib: int = 1024  # stdout and stderr together; the job is killed above
-    num_processes: int = 64  # with threads
+    num_processes: int = 32  # with threads
     num_files: int = 128  # open at once
     allow_subprocess: bool = False  # threads are always allowed
 
