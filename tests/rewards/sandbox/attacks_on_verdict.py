@@ -72,19 +72,19 @@ PATCHING = attacks(
     },
     slow=["patch our modules"],
 )
-PATCHING += attacks(
-    "monkeypatching the referee",
-    {
-        "own all": "def all(items):\n    return True\ndef add(a, b):\n    return 0",
-        "own math": "class math:\n    fabs = staticmethod(lambda x: 0.0)\ndef add(a, b):\n    return 0",
-        "own abs": "abs = lambda x: 0\nrange = lambda *a: []\nassert_equal = print\ndef add(a, b):\n    return 0",
-    },
-    {
-        "entry_point": "add",
-        "test": "def check(candidate):\n    assert all(candidate(i, 1) == i + 1 for i in range(3))\n"
-        "    assert math.fabs(candidate(1, 1) - 2) < 1e-6 and abs(candidate(2, 2) - 4) < 1e-6\n",
-    },
-)
+PATCHING += [
+    Case(
+        name=f"own {name}",
+        category="monkeypatching the referee",
+        code=code + "\ndef add(a, b):\n    return 0",
+        row={"entry_point": "add", "test": f"def check(candidate):\n    assert {test}\n"},
+    )
+    for name, code, test in (
+        ("all", "def all(items):\n    return True", "all(candidate(i, 1) == i + 1 for i in range(3))"),
+        ("math", "class math:\n    fabs = staticmethod(lambda x: 0.0)", "math.fabs(candidate(1, 1) - 2) < 1e-6"),
+        ("abs", "def abs(x):\n    return 0", "abs(candidate(2, 2) - 4) < 1e-6"),
+    )
+]
 PATCHING += attacks(
     "monkeypatching the referee",
     {
@@ -183,12 +183,7 @@ FORGING += attacks(
         "StopIteration ends the loop": "def add(a, b):\n    raise StopIteration",
         "exception is swallowed": "def add(a, b):\n    raise ValueError('x')",
     },
-    {
-        "test_list": [
-            "assert all(map(lambda i: add(i, 1) == i + 1, range(3)))",
-            "assert list(map(add, [1], [1])) == [2]",
-        ]
-    },
+    {"test_list": ["assert all(result == 5 for result in map(add, range(3), range(3)))"]},
 )
 FORGING += [
     Case(
