@@ -7,7 +7,10 @@ import sys
 import traceback
 from typing import Any
 
-COMMANDS = {"train": "train a policy (the default)"}
+COMMANDS = {
+    "train": "train a policy (the default)",
+    "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
+}
 
 _HELP = """rlbench: reinforcement learning for reasoning language models
 
@@ -40,6 +43,10 @@ def main() -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return
+    if command == "sandbox":
+        from rlbench.commands.sandbox import sandbox
+
+        sys.exit(sandbox(arguments))
     sys.exit(_run_with_hydra(arguments))
 
 
