@@ -51,6 +51,19 @@ def extract_answer(text: str, policies: tuple[str, ...]) -> Extracted:
     return Extracted(None, f"no answer by {', '.join(policies)}")
 
 
+def state_answer(answer: str, policy: str) -> str:
+    """A completion in which the policy finds the answer."""
+    forms = {
+        "hash": "#### {}",
+        "boxed": "\\boxed{{{}}}",
+        "answer_tag": "<answer>{}</answer>",
+        "final_answer": "The answer is {}",
+        "latex": "${}$",
+        "last_number": "{}",
+    }
+    return forms[policy].format(answer)
+
+
 def _by_hash(text: str) -> Extracted | None:
     found = _HASH.findall(text)
     return Extracted(found[-1].strip(), "hash") if found else None

@@ -10,8 +10,8 @@ from typing import Any
 
 from rlbench_rewards.answers.bounds import MAX_CHARS, MAX_NESTING, AnswerTooBig, check_text
 from rlbench_rewards.answers.text import strip_delimiters, text_key
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
-from rlbench_rewards.extraction import POLICIES, Extracted, extract_answer, without_reasoning
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase, column
+from rlbench_rewards.extraction import POLICIES, Extracted, extract_answer, state_answer, without_reasoning
 from rlbench_rewards.numbers import parse_number
 
 BOXES = ("agree", "last", "all")
@@ -71,6 +71,7 @@ class MathAnswer:
         self._boxes = boxes
         self._decimal_comma = decimal_comma
         self._strip_reasoning = strip_reasoning
+        self.required_columns = (gold_column,)
         self._rules = Rules(percent, min_rounded_digits, relations_as_sets)
 
     def __call__(self, sample: RewardSample) -> RewardOutput:
@@ -90,9 +91,16 @@ class MathAnswer:
 
     def gold_completion(self, sample: RewardSample) -> str:
         """A completion that gives the gold answer in the form that the first policy looks for."""
-        forms = {"hash": "#### {}", "boxed": "\\boxed{{{}}}", "answer_tag": "<answer>{}</answer>",
-                 "final_answer": "The answer is {}.", "latex": "${}$", "last_number": "{}"}  # fmt: skip
-        return forms[self._extract[0]].format(self._gold(sample))
+        return state_answer(self._gold(sample), self._extract[0])
+
+    def unit_cases(self) -> list[UnitCase]:
+        row, policy = {self._gold_column: "1/2"}, self._extract[0]
+        wrong = ("0.25", "-1/2", "1/2 or 1/3") if policy != "last_number" else ("0.25", "-1/2")
+        return [
+            UnitCase(completion=state_answer("0.5", policy), expected=1.0, columns=row),
+            UnitCase(completion="", expected=0.0, columns=row),
+            *(UnitCase(completion=state_answer(text, policy), expected=0.0, columns=row) for text in wrong),
+        ]
 
     def _verdict(self, extracted: Extracted, gold: str) -> tuple[bool, str]:
         assert extracted.answer is not None
@@ -112,9 +120,7 @@ class MathAnswer:
         return answers_equal(answer, gold, self._rules)
 
     def _gold(self, sample: RewardSample) -> str:
-        if self._gold_column not in sample.columns:
-            raise RewardError(f"the row has no column {self._gold_column!r}, it has {', '.join(sample.columns)}")
-        gold = str(sample.columns[self._gold_column])
+        gold = str(column(sample, self._gold_column))
         if "####" in gold:
             gold = gold.rsplit("####", 1)[-1]
         elif "\\boxed" in gold:
