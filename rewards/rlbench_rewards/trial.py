@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlbench_rewards.contract import ERROR, TIMEOUT, RewardOutcome, RewardSample
+from rlbench_rewards.contract import ERROR, TIMEOUT, RewardError, RewardOutcome, RewardSample
 from rlbench_rewards.pool import RewardPool
 
 PASS, FAIL, NOTE = "pass", "fail", "note"
@@ -171,8 +171,8 @@ class _Trial:
         pairs = []
         for index, row in enumerate(self.rows):
             others = (golds[(index + shift) % len(golds)] for shift in range(1, min(len(golds), 50)))
-            other = next((gold for gold in others if gold != golds[index]), None)
-            if other is not None:
+            other = next((gold for gold in others if gold not in (golds[index], "")), None)
+            if other is not None and golds[index]:
                 pairs.append(_with(row, other))
         if not pairs:
             self._add("shuffled answers", NOTE, "all gold answers are the same")
@@ -188,12 +188,19 @@ class _Trial:
     def _gold_completions(self) -> list[str]:
         """From the reward itself, else the form in which the first row's gold answer scores best."""
         if hasattr(self.target, "gold_completion"):
-            return [self.target.gold_completion(row) for row in self.rows]
+            return [self._gold_completion(row) for row in self.rows]
         first = self.rows[0]
         answers = [str(row.columns.get("answer", "")) for row in self.rows]
         outcomes = self._outcomes([_with(first, form.format(answers[0])) for form in _DRESSES])
         best = max(range(len(_DRESSES)), key=lambda index: outcomes[index].value or 0.0)
         return [_DRESSES[best].format(answer) for answer in answers]
+
+    def _gold_completion(self, row: RewardSample) -> str:
+        """ "" for a row without a usable gold answer: scoring it then tells what is wrong with the row."""
+        try:
+            return self.target.gold_completion(row)
+        except RewardError:
+            return ""
 
     def _outcomes(self, samples: Sequence[RewardSample]) -> list[RewardOutcome]:
         outcomes = [result[self.name] for result in self.pool.score(samples)]
