@@ -8,7 +8,7 @@ import sympy
 
 from rlbench_rewards.answers.tree import LIST, SET, Node, Relation, Sequence_, UnionOf, Value
 
-_MAX_DEGREE = 6
+_MAX_DEGREE = 2  # sympy takes seconds for the roots of higher ones; with |x| it is 1
 
 
 def is_region(node: Node) -> bool:
@@ -43,20 +43,27 @@ def equal_regions(first: Any, second: Any) -> bool:
 
 
 def _unknown(relation: Relation) -> Any | None:
-    """The only unknown of a relation of polynomials of low degree (or of an unknown f(x) alone)."""
+    """The only unknown, x or f(x), of a relation between polynomials of low degree in it; None for other relations."""
     sides = [side.expr for side in relation.sides if isinstance(side, Value)]
-    if len(sides) != len(relation.sides):
+    if len(sides) != len(relation.sides) or any(side.has(sympy.oo, sympy.I) for side in sides):
         return None
     applied = set().union(*(side.atoms(sympy.core.function.AppliedUndef) for side in sides))
-    if len(applied) == 1:
-        return applied.pop()
-    symbols = set().union(*(side.free_symbols for side in sides))
-    if applied or len(symbols) != 1:
+    symbols = set().union(*(side.xreplace(dict.fromkeys(applied, sympy.Integer(0))).free_symbols for side in sides))
+    unknowns = applied | symbols
+    if len(unknowns) != 1:
         return None
-    symbol = symbols.pop()
-    plain = [side.replace(sympy.Abs, lambda inner: inner) for side in sides]
-    is_low = all(p.is_polynomial(symbol) and sympy.degree(p, symbol) <= _MAX_DEGREE for p in plain if p.has(symbol))
-    return symbol if is_low else None
+    unknown = unknowns.pop()
+    return unknown if all(_is_low(side, unknown) for side in sides) else None
+
+
+def _is_low(side: Any, unknown: Any) -> bool:
+    inner = side.atoms(sympy.Abs)
+    if any(expr.args[0].has(sympy.Abs) for expr in inner):
+        return False
+    plain = side.replace(sympy.Abs, lambda argument: argument)
+    return plain.is_polynomial(unknown) and (
+        not plain.has(unknown) or sympy.degree(plain, unknown) <= (1 if inner else _MAX_DEGREE)
+    )
 
 
 def _solutions(relation: Relation) -> Any:
