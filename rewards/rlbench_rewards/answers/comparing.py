@@ -13,6 +13,7 @@ from rlbench_rewards.answers.regions import equal_regions, is_region, region_of
 from rlbench_rewards.answers.tree import LIST, SET, Matrix, Node, Ratio, Relation, Sequence_, Text, UnionOf, Value
 
 SAME, FRACTION, BOTH = "same", "fraction", "both"
+_NO_NUMBERS = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -187,6 +188,8 @@ def _equal_links(answer: Relation, gold: Relation, index: int) -> bool:
     """One link of two chains: the differences of its sides are equal up to a factor; a negative one turns < into >."""
     operator, expected = answer.operators[index], gold.operators[index]
     difference, wanted = _difference(answer, index), _difference(gold, index)
+    if difference.has(*_NO_NUMBERS) or wanted.has(*_NO_NUMBERS):
+        return False  # x < infinity says nothing that could be compared
     sign = equal_up_to_factor(difference, wanted)
     if sign == 0:
         return False

@@ -45,7 +45,7 @@ def equal_regions(first: Any, second: Any) -> bool:
 def _unknown(relation: Relation) -> Any | None:
     """The only unknown, x or f(x), of a relation between polynomials of low degree in it; None for other relations."""
     sides = [side.expr for side in relation.sides if isinstance(side, Value)]
-    if len(sides) != len(relation.sides) or any(side.has(sympy.oo, sympy.I) for side in sides):
+    if len(sides) != len(relation.sides) or any(side.has(sympy.oo, -sympy.oo, sympy.I) for side in sides):
         return None
     applied = set().union(*(side.atoms(sympy.core.function.AppliedUndef) for side in sides))
     symbols = set().union(*(side.xreplace(dict.fromkeys(applied, sympy.Integer(0))).free_symbols for side in sides))
