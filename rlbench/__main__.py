@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 COMMANDS = {
     "train": "train a policy (the default)",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
+    "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
 
 _HELP = """rlbench: reinforcement learning for reasoning language models
@@ -47,7 +50,21 @@ def main() -> None:
         from rlbench.commands.sandbox import sandbox
 
         sys.exit(sandbox(arguments))
+    if command == "reward":
+        sys.exit(_reward(arguments))
     sys.exit(_run_with_hydra(arguments))
+
+
+def _reward(arguments: list[str]) -> int:
+    from rlbench.commands.reward import reward_test, split_arguments
+
+    try:
+        options, overrides = split_arguments(arguments)
+    except ValueError as error:
+        return _fail(str(error))
+    # A trial writes no files: Hydra's folder is one that is thrown away.
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_with_hydra([*overrides, f"hydra.run.dir={folder}"], lambda config, _: reward_test(config, options))
 
 
 def help_text() -> str:
@@ -61,8 +78,8 @@ def help_text() -> str:
     )
 
 
-def _run_with_hydra(arguments: list[str]) -> int:
-    """Exit status of the command: 0 done, 2 the user's mistake, else as the command says."""
+def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int] | None = None) -> int:
+    """Exit status of the action (default: train): 0 done, 2 the user's mistake, else as the action says."""
     import hydra
 
     from rlbench.config.compose import (
@@ -82,7 +99,7 @@ def _run_with_hydra(arguments: list[str]) -> int:
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     def run(composed: Any) -> None:
         # Nothing may leave this function: Hydra would print about it in its own words.
-        statuses.append(_run_command(composed, notes))
+        statuses.append(_run_command(composed, notes, action))
 
     sys.argv = [sys.argv[0], *arguments]
     try:
@@ -96,11 +113,13 @@ def _run_with_hydra(arguments: list[str]) -> int:
     return max(statuses, default=0)
 
 
-def _run_command(composed: Any, notes: list[str]) -> int:
+def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[str]], int] | None) -> int:
     from rlbench.config.compose import to_run_config
 
     try:
         config = to_run_config(composed)
+        if action is not None:
+            return action(config, notes)
         from rlbench.commands.train import train
 
         return train(config, notes)

@@ -100,7 +100,7 @@ def build(inputs: Inputs) -> Parts:
     from rlbench.training.optim import make_optimizer
 
     config = inputs.config
-    scorer = Scorer(config.rewards)
+    scorer = Scorer(config.rewards, columns=list(inputs.train.prompts[0].columns))
     try:
         device = "cuda" if config.hardware.profile == "gpu" else "cpu"
         if device == "cpu":

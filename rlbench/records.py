@@ -75,7 +75,7 @@ class RewardComponent:
         RewardComponent(status="timeout", value=None, weight=1.0, message="no verdict within 5 s")
     """
 
-    status: str  # "value", "error" or "timeout"
+    status: str  # "value", "error", "timeout" or "skipped" (does not apply to this row)
     value: float | None  # None unless status is "value"
     weight: float
     message: str = ""
@@ -86,8 +86,8 @@ class RewardComponent:
 class Rollout:
     """One prompt, one completion, its score.
 
-    `reward` is the weighted sum of the components, or None when a component has no value: such a rollout is counted
-    and left out, never scored 0.
+    `reward` is made of the components as `rewards.combine` says, or None when one of them broke: such a rollout is
+    counted and left out, never scored 0.
     """
 
     rollout_id: str  # "<step>/<prompt_id>/<sample_index>"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from rlbench_rewards.contract import RewardOutput, RewardSample
+from rlbench_rewards.contract import RewardOutput, RewardSample, UnitCase
+from rlbench_rewards.extraction import state_answer
 
 _NUMBER = r"[-\u2212]?\$?[-\u2212]?\d[\d,]*(?:\.\d+)?"
 _FORMS = {
@@ -33,6 +34,7 @@ class AnswerFormat:
             self._pattern = re.compile(expression)
         except re.error as error:
             raise ValueError(f"pattern is {pattern!r}, which is no regular expression ({error})") from error
+        self._stated = None if pattern is not None else state_answer("42", form)
 
     def __call__(self, sample: RewardSample) -> RewardOutput:
         lines = [line.strip() for line in sample.completion.split("\n") if line.strip()]
@@ -44,3 +46,13 @@ class AnswerFormat:
         if not self._pattern.fullmatch(lines[-1]):
             return RewardOutput(value=0.0, details={"reason": "the last line is not in the form"})
         return RewardOutput(value=1.0)
+
+    def unit_cases(self) -> list[UnitCase]:
+        cases = [UnitCase(completion="", expected=0.0)]
+        if self._stated is not None:
+            cases += [
+                UnitCase(completion=f"so\n{self._stated}", expected=1.0),
+                UnitCase(completion=f"{self._stated}\n{self._stated}", expected=0.0),
+                UnitCase(completion=f"{self._stated}\nI am sure.", expected=0.0),
+            ]
+        return cases

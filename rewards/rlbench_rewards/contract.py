@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-VALUE, ERROR, TIMEOUT = "value", "error", "timeout"
+VALUE, ERROR, TIMEOUT, SKIPPED = "value", "error", "timeout", "skipped"
 
 
 class RewardError(Exception):
@@ -26,40 +26,67 @@ class RewardSample:
     completion: str
     prompt_id: str = ""
     is_truncated: bool = False  # cut at the token limit
+    num_tokens: int | None = None  # of the completion
     columns: Mapping[str, Any] = field(default_factory=dict)  # the data row; "answer" is the configured answer column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardOutput:
-    """A verdict. A wrong answer is 0.0 by an explicit branch of the reward."""
+    """A verdict. A wrong answer is 0.0 by an explicit branch of the reward.
 
-    value: float
+    `value` is None if the reward does not apply to the sample (a code reward on a math row): the component is then
+    left out of the total, which is something else than a verifier that broke.
+    """
+
+    value: float | None
     details: Mapping[str, Any] = field(default_factory=dict)  # JSON values, e.g. the extracted answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RewardOutcome:
-    """What became of one call: a value, or an error or a timeout without one."""
+class UnitCase:
+    """A completion whose value is known: what a reward's `unit_cases()` gives to `rlbench reward test`."""
 
-    status: str  # "value", "error" or "timeout"
+    completion: str
+    expected: float
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    is_truncated: bool = False
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardOutcome:
+    """What became of one call: a value, or an error or a timeout without one, or a reward that does not apply."""
+
+    status: str  # "value", "error", "timeout" or "skipped"
     value: float | None = None
     message: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
     latency_s: float = 0.0
+    num_tries: int = 1
 
 
-Reward = Callable[[RewardSample], RewardOutput]
+def column(sample: RewardSample, name: str) -> Any:
+    """The row's column.
+
+    Raises:
+        RewardError: the row has none of that name; never a 0.
+    """
+    if name not in sample.columns:
+        raise RewardError(f"the row has no column {name!r}, it has {', '.join(sample.columns) or 'none'}")
+    return sample.columns[name]
 
 
 def checked_value(output: object) -> RewardOutput:
-    """`output`, if it is a RewardOutput with a finite number.
+    """`output`, if it is a RewardOutput with a finite number or None.
 
     Raises:
-        RewardError: anything else; a bool, None, text or NaN is a broken reward, not a 0.
+        RewardError: anything else; a bool, text or NaN is a broken reward, not a 0.
     """
     if not isinstance(output, RewardOutput):
         raise RewardError(f"the reward returned {type(output).__name__}, expected RewardOutput")
     value = output.value
+    if value is None:
+        return output
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RewardError(f"the reward's value is {value!r}, expected a number")
     if not math.isfinite(value):

@@ -1,19 +1,42 @@
-"""A dotted path becomes a reward: a class of ours, a function, or a TRL-style function."""
+"""A dotted path becomes a reward: a class, a function of one sample, or a TRL-style function, plain or async."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
-from rlbench_rewards.contract import Reward, RewardError, RewardOutput, RewardSample
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
 
 OWN_PREFIX = "rlbench_rewards."
+_TRL_EXTRAS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def load_reward(name: str, path: str, kwargs: Mapping[str, Any], allowed_prefixes: Sequence[str] = ()) -> Reward:
+@dataclass(frozen=True, slots=True)
+class LoadedReward:
+    """A reward behind one interface: outputs for a batch of samples, in order.
+
+    `target` is the instance or the function that the user wrote.
+    """
+
+    name: str
+    target: Any
+    score: Callable[[Sequence[RewardSample]], list[Any]]
+
+
+def load_reward(
+    name: str,
+    path: str,
+    kwargs: Mapping[str, Any],
+    allowed_prefixes: Sequence[str] = (),
+    *,
+    columns: Sequence[str] | None = None,
+    as_messages: bool = False,
+) -> LoadedReward:
     """Import and build the reward `name`.
 
     Args:
@@ -22,6 +45,9 @@ def load_reward(name: str, path: str, kwargs: Mapping[str, Any], allowed_prefixe
             `func(completions, **columns) -> list[float]`.
         kwargs: of the class's constructor, or fixed keyword arguments of a function.
         allowed_prefixes: what `path` may begin with besides "rlbench_rewards.".
+        columns: names of the data's columns; a column that the reward needs and that is not among them is an error.
+            None: not known yet.
+        as_messages: a TRL-style function gets completions and prompts as lists of chat messages.
 
     Raises:
         ValueError: one sentence that names the key.
@@ -32,15 +58,22 @@ def load_reward(name: str, path: str, kwargs: Mapping[str, Any], allowed_prefixe
             f"{key}.path is {path}, which may not be imported; expected it to begin with {OWN_PREFIX} or with one of "
             f"rewards.allowed_prefixes ({', '.join(allowed_prefixes) or 'none'})"
         )
-    target = _find(key, path)
+    target, fixed = _find(key, path), dict(kwargs)
     if inspect.isclass(target):
-        reward = _call(key, path, target, kwargs)
-        if not callable(reward):
+        target, fixed = _call(key, path, target, kwargs), {}
+        if not callable(target) and not hasattr(target, "score_batch"):
             raise ValueError(f"{key}.path is {path}, whose instances cannot be called; expected a class with __call__")
-        return cast(Reward, reward)
-    if not callable(target):
+    elif not callable(target):
         raise ValueError(f"{key}.path is {path}, a {type(target).__name__}; expected a class or a function")
-    return _function_reward(key, path, target, kwargs)
+    _check_columns(key, path, getattr(target, "required_columns", ()), columns)
+    if hasattr(target, "score_batch"):
+        return LoadedReward(name, target, lambda samples: _awaited(target.score_batch(samples)))
+    parameters = inspect.signature(target).parameters
+    if "completions" in parameters:
+        _check_columns(key, path, _needed_columns(parameters, fixed), columns)
+        return LoadedReward(name, target, _trl_scorer(target, parameters, fixed, as_messages))
+    _check_takes_one_sample(key, path, parameters, fixed)
+    return LoadedReward(name, target, lambda samples: _one_by_one(target, samples, fixed))
 
 
 def _find(key: str, path: str) -> Any:
@@ -63,37 +96,96 @@ def _call(key: str, path: str, target: Callable[..., Any], kwargs: Mapping[str, 
     except TypeError as error:
         expected = inspect.signature(target)
         raise ValueError(f"{key}.kwargs do not fit {path}{expected} ({error})") from error
-    return target(**kwargs)
+    try:
+        return target(**kwargs)
+    except ValueError as error:
+        raise ValueError(f"{key}.kwargs: {error}") from error
 
 
-def _function_reward(key: str, path: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Reward:
-    parameters = inspect.signature(function).parameters
-    if "completions" in parameters:
-        return _trl_reward(function, kwargs)
+def _check_columns(key: str, path: str, needed: Sequence[str], columns: Sequence[str] | None) -> None:
+    missing = [name for name in needed if columns is not None and name not in columns]
+    if missing:
+        raise ValueError(
+            f"{key}.path is {path}, which needs the column {missing[0]!r}, but the data has "
+            f"{', '.join(columns or ()) or 'none'}"
+        )
+
+
+def _needed_columns(parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any]) -> list[str]:
+    """Parameters of a TRL-style function that only a column can fill."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        p.name
+        for p in parameters.values()
+        if p.kind in named and p.default is p.empty and p.name not in fixed and p.name not in _TRL_EXTRAS
+    ]
+
+
+def _check_takes_one_sample(
+    key: str, path: str, parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any]
+) -> None:
     required = [
         p
         for p in parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in fixed
     ]
-    if len([p for p in required if p.name not in kwargs]) != 1:
+    unknown = [name for name in fixed if name not in parameters]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if len(required) != 1 or required[0].kind is inspect.Parameter.KEYWORD_ONLY or (unknown and not takes_any):
+        signature = ", ".join(str(p) for p in parameters.values())
         raise ValueError(
-            f"{key}.path is {path}{inspect.signature(function)}; expected a function of one RewardSample, or a "
-            "TRL-style function(completions, **columns)"
+            f"{key}.path is {path}({signature}) with kwargs {', '.join(fixed) or 'none'}; expected a function of one "
+            "RewardSample, or a TRL-style function(completions, **columns)"
         )
-    return lambda sample: function(sample, **kwargs)
 
 
-def _trl_reward(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Reward:
-    """TRL calls with lists and gets a list back; ours are lists of one."""
-    parameters = inspect.signature(function).parameters
+def _one_by_one(function: Any, samples: Sequence[RewardSample], fixed: Mapping[str, Any]) -> list[Any]:
+    first = [function(sample, **fixed) for sample in samples]
+    if not any(inspect.isawaitable(result) for result in first):
+        return first
+
+    async def gather() -> list[Any]:
+        return list(await asyncio.gather(*first))
+
+    return asyncio.run(gather())
+
+
+def _awaited(result: Any) -> Any:
+    """The result of a plain or an async call."""
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait() -> Any:
+        return await result
+
+    return asyncio.run(wait())
+
+
+def _trl_scorer(
+    function: Any, parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any], as_messages: bool
+) -> Callable[[Sequence[RewardSample]], list[Any]]:
+    """TRL calls with lists and gets a list back. A None in it means that the function does not apply to the sample."""
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def reward(sample: RewardSample) -> RewardOutput:
-        columns = {"prompts": [sample.prompt], **{name: [value] for name, value in sample.columns.items()}}
-        passed = {name: value for name, value in columns.items() if takes_all or name in parameters}
-        values = function(completions=[sample.completion], **{**passed, **kwargs})
-        if not isinstance(values, (list, tuple)) or len(values) != 1:
-            raise RewardError(f"the function returned {values!r} for one completion, expected a list of one number")
-        return RewardOutput(value=values[0])
+    def as_given(text: str, role: str) -> Any:
+        return [{"role": role, "content": text}] if as_messages else text
 
-    return reward
+    def score(samples: Sequence[RewardSample]) -> list[Any]:
+        columns: dict[str, Any] = {
+            name: [sample.columns.get(name) for sample in samples] for sample in samples for name in sample.columns
+        }
+        columns["prompts"] = [as_given(sample.prompt, "user") for sample in samples]
+        passed = {name: value for name, value in columns.items() if takes_all or name in parameters}
+        completions = [as_given(sample.completion, "assistant") for sample in samples]
+        values = _awaited(function(**{**passed, "completions": completions, **fixed}))
+        if not isinstance(values, (list, tuple)) or len(values) != len(samples):
+            got = f"{len(values)} values" if isinstance(values, (list, tuple)) else repr(values)[:100]
+            raise RewardError(f"the function returned {got} for {len(samples)} completions, expected a list as long")
+        return [RewardOutput(value=_plain(value)) for value in values]
+
+    return score
+
+
+def _plain(value: Any) -> Any:
+    """A numpy or torch scalar as a Python number; everything else as it is, to be checked."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, (bool, int, float)) else value

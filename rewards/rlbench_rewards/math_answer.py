@@ -2,142 +2,215 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
-from rlbench_rewards.extraction import POLICIES, extract_answer
-from rlbench_rewards.numbers import MAX_DIGITS, parse_number
+from rlbench_rewards.answers.bounds import MAX_CHARS, MAX_NESTING, AnswerTooBig, check_text
+from rlbench_rewards.answers.text import strip_delimiters, text_key
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase, column
+from rlbench_rewards.extraction import POLICIES, Extracted, extract_answer, state_answer, without_reasoning
+from rlbench_rewards.numbers import parse_number
 
-MAX_CHARS = 2000
-MAX_NESTING = 50
-MAX_EXPONENT = 10_000
-MAX_FACTORIAL = 1000
+BOXES = ("agree", "last", "all")
+PERCENTS = ("same", "fraction", "both")
 _MAX_SHOWN = 200
-
-_EXPONENT = re.compile(r"\^\s*\{?\s*\(?\s*[-+]?\s*(\d+)")
-_FACTORIAL = re.compile(r"(\d+)\s*[)}\]]*\s*!")
-_BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
-_BIG_OPERATORS = re.compile(r"\\(sum|prod|int|iint|oint|lim)(?![a-zA-Z])")
+_BIG_NUMBER = re.compile(r"\d{5,}")
 
 
 class MathAnswer:
     """1.0 if the answer found in the completion equals the gold answer, else 0.0.
 
-    Plain numbers are compared exactly, as fractions. Other answers are parsed as LaTeX and compared by math-verify,
-    after a screening that refuses what could blow up; model text is never evaluated as code. Deadlines are the
-    worker's: math-verify's own timeouts use signals and are switched off.
+    Plain numbers are compared exactly, as fractions. Other answers are read by a grammar of our own into sympy
+    expressions and structures (`answers/`), bounded before anything is built; model text is never evaluated as code.
+    What the grammar does not know on both sides (sums, integrals) goes to math-verify. Deadlines are the worker's.
 
     Args:
         extract: policies in order, see `rlbench_rewards.extraction`; the first that finds an answer decides.
-        gold_column: column of the data row with the gold answer; text behind the last `####` counts if there is one.
+        gold_column: column of the data row with the gold answer; text behind the last `####` counts if there is one,
+            else what is in `\\boxed{}`.
+        boxes: several boxes: "agree" (each equals the gold answer, or all together are its list), "last", or "all"
+            (together they are a list).
+        percent: "same" (10% equals 10), "fraction" (10% equals 0.1) or "both".
+        min_rounded_digits: a decimal equals a value that is no decimal if it is that value correctly rounded and shows
+            at least so many digits.
+        relations_as_sets: whether 1 < x < 2 answers a gold (1, 2); (1, 2) always answers a gold 1 < x < 2.
+        decimal_comma: whether 1,22 equals 1.22.
+        strip_reasoning: whether only text behind `</think>` counts; `<think>` without an end then has no answer.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown policy or option.
     """
 
-    def __init__(self, extract: Sequence[str] = ("hash", "boxed", "answer_tag"), gold_column: str = "answer") -> None:
+    needs_right_answer = True
+
+    def __init__(
+        self,
+        extract: Sequence[str] = ("hash", "boxed", "answer_tag"),
+        gold_column: str = "answer",
+        boxes: str = "agree",
+        percent: str = "same",
+        min_rounded_digits: int = 6,
+        relations_as_sets: bool = False,
+        decimal_comma: bool = False,
+        strip_reasoning: bool = True,
+    ) -> None:
         unknown = [policy for policy in extract if policy not in POLICIES]
         if unknown or not extract:
             raise ValueError(f"extract is {list(extract)}, expected some of: {', '.join(POLICIES)}")
+        for name, value, known in (("boxes", boxes, BOXES), ("percent", percent, PERCENTS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of: {', '.join(known)}")
+        from rlbench_rewards.answers.comparing import Rules
+
+        _load_math_verify()  # takes a second; not within the first answer's deadline
         self._extract = tuple(extract)
         self._gold_column = gold_column
+        self._boxes = boxes
+        self._decimal_comma = decimal_comma
+        self._strip_reasoning = strip_reasoning
+        self.required_columns = (gold_column,)
+        self._rules = Rules(percent, min_rounded_digits, relations_as_sets)
 
     def __call__(self, sample: RewardSample) -> RewardOutput:
         gold = self._gold(sample)
-        extracted = extract_answer(sample.completion, self._extract)
+        text = without_reasoning(sample.completion) if self._strip_reasoning else sample.completion
+        if text is None:
+            return RewardOutput(value=0.0, details={"reason": "the reasoning never ends"})
+        extracted = extract_answer(text, self._extract)
         if extracted.answer is None:
             return RewardOutput(value=0.0, details={"reason": extracted.reason})
-        is_equal, reason = answers_equal(extracted.answer, gold)
+        is_equal, reason = self._verdict(extracted, gold)
         shown = extracted.answer[:_MAX_SHOWN]
         details = {"answer": shown, "gold": gold[:_MAX_SHOWN], "found_by": extracted.reason, "reason": reason}
         if is_equal:
             return RewardOutput(value=1.0, details=details)
         return RewardOutput(value=0.0, details=details)
 
+    def gold_completion(self, sample: RewardSample) -> str:
+        """A completion that gives the gold answer in the form that the first policy looks for."""
+        return state_answer(self._gold(sample), self._extract[0])
+
+    def unit_cases(self) -> list[UnitCase]:
+        row, policy = {self._gold_column: "1/2"}, self._extract[0]
+        wrong = ("0.25", "-1/2", "1/2 or 1/3") if policy != "last_number" else ("0.25", "-1/2")
+        return [
+            UnitCase(completion=state_answer("0.5", policy), expected=1.0, columns=row),
+            UnitCase(completion="", expected=0.0, columns=row),
+            *(UnitCase(completion=state_answer(text, policy), expected=0.0, columns=row) for text in wrong),
+        ]
+
+    def _verdict(self, extracted: Extracted, gold: str) -> tuple[bool, str]:
+        assert extracted.answer is not None
+        boxes = list(dict.fromkeys(extracted.boxes))
+        if len(boxes) < 2 or self._boxes == "last":
+            return self._equal(extracted.answer, gold)
+        together = self._equal(", ".join(boxes), gold) if len(boxes) <= 50 else (False, "too many boxes")
+        if self._boxes == "all" or together[0]:
+            return together
+        if len(boxes) <= 8 and all(self._equal(box, gold)[0] for box in boxes):
+            return True, "every box"
+        return False, f"{len(boxes)} boxed answers that differ"
+
+    def _equal(self, answer: str, gold: str) -> tuple[bool, str]:
+        if self._decimal_comma:
+            answer, gold = (re.sub(r"^\s*([-+]?\d+),(\d+)\s*$", _as_decimal, text) for text in (answer, gold))
+        return answers_equal(answer, gold, self._rules)
+
     def _gold(self, sample: RewardSample) -> str:
-        if self._gold_column not in sample.columns:
-            raise RewardError(f"the row has no column {self._gold_column!r}, it has {', '.join(sample.columns)}")
-        gold = str(sample.columns[self._gold_column]).rsplit("####", 1)[-1].strip()
+        gold = str(column(sample, self._gold_column))
+        if "####" in gold:
+            gold = gold.rsplit("####", 1)[-1]
+        elif "\\boxed" in gold:
+            gold = extract_answer(gold, ("boxed",)).answer or ""
+        gold = gold.strip()
         if not gold:
             raise RewardError(f"column {self._gold_column!r} holds no answer")
         return gold
 
 
-def answers_equal(answer: str, gold: str) -> tuple[bool, str]:
+def _as_decimal(match: re.Match[str]) -> str:
+    is_thousands = len(match[2]) == 3 and len(match[1].lstrip("+-")) <= 3 and match[1].lstrip("+-0")
+    return match[0] if is_thousands else f"{match[1]}.{match[2]}"
+
+
+def answers_equal(answer: str, gold: str, rules: Any = None) -> tuple[bool, str]:
     """Whether two answers are the same, and how that was found out."""
-    if _squeezed(answer) == _squeezed(gold):
-        return True, "same text"
+    from rlbench_rewards.answers.comparing import Rules, equal_answers
+    from rlbench_rewards.answers.tokens import NotMath
+
+    rules = rules or Rules()
+    if not answer.strip():
+        return False, "an empty answer"
     number, gold_number = parse_number(answer), parse_number(gold)
-    if number is not None and gold_number is not None:
+    if number is not None and gold_number is not None and not ("%" in answer + gold and rules.percent != "same"):
         return number == gold_number, "compared as exact numbers"
-    refusal = refuse(answer)
-    if refusal:
-        return False, f"refused: {refusal}"
-    return _equal_by_math_verify(answer, gold), "compared by math-verify"
+    try:
+        check_text(answer)
+    except AnswerTooBig as error:
+        return answer.strip() == gold.strip(), f"refused: {error}"
+    if text_key(strip_delimiters(answer)) == text_key(strip_delimiters(gold)):
+        return True, "same text"
+    answer_tree, gold_tree = _tree(answer), _tree(gold)
+    if isinstance(answer_tree, AnswerTooBig):
+        return False, f"refused: {answer_tree}"
+    if isinstance(answer_tree, NotMath) and isinstance(gold_tree, Exception):
+        return _equal_by_math_verify(answer, gold)
+    if isinstance(answer_tree, Exception) or isinstance(gold_tree, Exception):
+        return False, f"not read as an answer: {answer_tree if isinstance(answer_tree, Exception) else gold_tree}"
+    return equal_answers(answer_tree, gold_tree, rules), "compared as expressions"
 
 
-def refuse(text: str) -> str:
-    """Why an answer is not handed to symbolic parsing; "" if it may be."""
-    if len(text) > MAX_CHARS:
-        return f"longer than {MAX_CHARS} characters"
-    if _nesting(text) > MAX_NESTING:
-        return f"nested deeper than {MAX_NESTING}"
-    if sum(char.isdigit() for char in text) > MAX_DIGITS:
-        return f"more than {MAX_DIGITS} digits"
-    if text.replace("**", "^").count("^") > 20 or re.search(r"\^[^^]{0,20}\^[^^]{0,20}\^", text.replace("**", "^")):
-        return "a tower of exponents"
-    if any(int(number) > MAX_EXPONENT for number in _EXPONENT.findall(text.replace("**", "^"))):
-        return f"an exponent above {MAX_EXPONENT}"
-    if re.search(r"\^\s*\{?[^{}^]{0,40}\^", text.replace("**", "^")):
-        return "a tower of exponents"
-    if any(int(number) > MAX_FACTORIAL for number in _FACTORIAL.findall(text)) or "!!" in text:
-        return f"a factorial above {MAX_FACTORIAL}"
-    if re.search(r"[)}]\s*!", text):
-        return "a factorial of an expression"
-    if any(int(number) > MAX_FACTORIAL for number in _BINOMIAL.findall(text)):
-        return f"a binomial above {MAX_FACTORIAL}"
-    if _BIG_OPERATORS.search(text):
-        return "a sum, product, integral or limit"
-    if any(mark in text for mark in ("__", "'", '"', ";", "`", "=>", "lambda", "import")):
+@lru_cache(maxsize=512)
+def _tree(text: str) -> Any:
+    """The answer's tree, or the exception that says why there is none. Gold answers repeat within a group."""
+    from rlbench_rewards.answers.parsing import parse_answer
+    from rlbench_rewards.answers.tokens import NotMath
+
+    try:
+        return parse_answer(text)
+    except (AnswerTooBig, NotMath) as error:
+        return error
+    except RecursionError:
+        return AnswerTooBig("nested too deeply")
+
+
+def _equal_by_math_verify(answer: str, gold: str) -> tuple[bool, str]:
+    """For what our grammar does not know: structural equality of two parsed LaTeX expressions."""
+    problem = _unfit_for_math_verify(answer)
+    if problem:
+        return False, f"refused: {problem}"
+    parse, verify, LatexExtractionConfig = _load_math_verify()
+    options = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": None, "fallback_mode": "no_fallback"}
+    trees = [parse(f"${strip_delimiters(text)}$", **options) for text in (gold, answer)]
+    if not all(trees):
+        return False, "not read as an answer"
+    return bool(verify(*trees, timeout_seconds=None, strict=True)), "compared by math-verify"
+
+
+@lru_cache(maxsize=1)
+def _load_math_verify() -> tuple[Any, Any, Any]:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # It warns that its own timeouts are off; they use signals, ours is the worker's deadline.
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return parse, verify, LatexExtractionConfig
+
+
+def _unfit_for_math_verify(text: str) -> str:
+    """Why a text that our grammar does not know is not handed on; "" if it may be."""
+    if not re.search(r"\\(sum|prod|int|lim|gamma|Gamma|zeta|pmod|bmod|forall)(?![a-zA-Z])", text):
+        return "neither an answer nor a LaTeX sum, product, integral or limit"
+    if _BIG_NUMBER.search(text):
+        return "a number above 9999 in a sum, product, integral or limit"
+    if re.search(r"\^[^^]{0,40}\^", text) or "!" in text or text.count("^") > 20 or "binom" in text:
+        return "a tower of exponents, a factorial or a binomial in a sum, product, integral or limit"
+    if any(mark in text for mark in ("__", "'", '"', ";", "`", "lambda", "import", "open")):
         return "looks like code"
     return ""
 
 
-def _equal_by_math_verify(answer: str, gold: str) -> bool:
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    config = [LatexExtractionConfig()]
-    options = {"extraction_config": config, "parsing_timeout": None, "fallback_mode": "no_fallback"}
-    parsed_answer, parsed_gold = parse(f"${answer.strip('$ ')}$", **options), parse(f"${gold.strip('$ ')}$", **options)
-    if not parsed_answer or not parsed_gold:
-        return False
-    if _are_different_numbers(parsed_answer[0], parsed_gold[0]):
-        return False
-    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None, strict=True))
-
-
-def _are_different_numbers(first: object, second: object) -> bool:
-    """True for two numeric values that differ: math-verify takes tiny ones for equal (1/2^99 and 1/2^98)."""
-    from sympy import Expr
-
-    if not (isinstance(first, Expr) and isinstance(second, Expr)) or first.free_symbols or second.free_symbols:
-        return False
-    if not (first.is_finite and second.is_finite):
-        return first != second
-    difference, scale = (first - second).evalf(30), abs(second.evalf(30))
-    if not difference.is_number or not scale.is_number:
-        return False
-    return bool(abs(difference) > 1e-15 * max(abs(first.evalf(30)), scale))
-
-
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+__all__ = ["MAX_CHARS", "MAX_NESTING", "MathAnswer", "answers_equal"]

@@ -9,6 +9,7 @@ from fractions import Fraction
 MAX_DIGITS = 1000
 
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-"})
+_NOT_DIGITS = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞①②③④⑤⑥⑦⑧⑨")  # NFKC would make 52 of 5²
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = re.compile(rf"([-+]?)({_INTEGER}(?:\.\d*)?|\.\d+)")
 _RATIO = re.compile(rf"([-+]?)({_INTEGER})\s*/\s*({_INTEGER})")
@@ -21,6 +22,8 @@ def parse_number(text: str) -> Fraction | None:
     Reads signs, thousands separators, decimals, `a/b`, mixed numbers `1 1/4`, a leading or trailing `$`, a trailing
     `%` (which is dropped: 10% equals 10) and a trailing full stop.
     """
+    if any(char in _NOT_DIGITS for char in text):
+        return None
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).strip().strip("$").strip()
     text = text.removesuffix(".").removesuffix("%").removesuffix("\\").strip()
     text = re.sub(r"^([-+]?)\s*\$\s*", r"\1", text)

@@ -1,59 +1,93 @@
 """Rewards in worker processes with hard deadlines: a call that hangs is killed, a worker that dies is replaced.
 
 Only `kill -9` is a timeout: a verifier that holds the interpreter lock stops neither for threads nor for signals.
+
+One thread a worker takes calls from a bounded queue, so whoever submits more than the workers can do waits. A call is
+finished by the thread that took it: tried again after a death of the worker (once) and after an error or a timeout
+(`max_retries` times); a batch that fails is split, so that one bad sample costs only itself.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import queue
-import select
-import signal
-import struct
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlbench_rewards.contract import ERROR, TIMEOUT, RewardOutcome, RewardSample
-from rlbench_rewards.worker import MAX_FRAME_BYTES, encode_frame
+from rlbench_rewards.pool_stats import QUARANTINED, RESTARTS, RETRIES, PoolStats
+from rlbench_rewards.worker import encode_frame
+from rlbench_rewards.worker_process import DeadlinePassed, WorkerDied, WorkerProcess
 
-_START_DEADLINE_S = 120.0  # importing sympy on a busy machine
+_MAX_DEATHS = 2  # under one sample, before it is quarantined
+_MAX_START_TRIES = 3
 
-
-class _WorkerDied(Exception):
-    pass
-
-
-class _DeadlinePassed(Exception):
-    pass
+Scores = list[dict[str, RewardOutcome]]
 
 
 @dataclass(slots=True)
+class _Ticket:
+    """One submitted list of samples: its outcomes so far, and the future that gets them all."""
+
+    outcomes: Scores
+    num_left: int
+    future: Future[Scores]
+    names: Sequence[str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, index: int, name: str, outcome: RewardOutcome) -> None:
+        with self.lock:
+            self.outcomes[index][name] = outcome
+            self.num_left -= 1
+            is_done = self.num_left == 0
+        if is_done and not self.future.done():
+            self.future.set_result([{name: found[name] for name in self.names} for found in self.outcomes])
+
+    def fail(self, error: BaseException) -> None:
+        with self.lock:
+            if not self.future.done():
+                self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
-    index: int  # of the sample
+    ticket: _Ticket
     name: str  # of the component
-    frame: bytes
-    num_tries: int = 0
+    indices: tuple[int, ...]  # of the samples
+    samples: tuple[dict[str, Any], ...]
+
+    def key(self) -> bytes:
+        """Of the component and what it scores; for calls of one sample."""
+        return hashlib.sha256(encode_frame([self.name, self.samples])).digest()
+
+    def split(self) -> list[_Call]:
+        return [_Call(self.ticket, self.name, (i,), (s,)) for i, s in zip(self.indices, self.samples, strict=True)]
 
 
 class RewardPool:
     """Scores samples with every configured reward.
 
     Args:
-        specs: one {"name", "path", "kwargs"} a reward; see `loading.load_reward`.
+        specs: one {"name", "path", "kwargs"} a reward, see `loading.load_reward`; optional: "batch_size" (samples of
+            one call, 1), "timeout_s" (its own deadline), "as_messages".
         num_workers: processes.
         timeout_s: deadline of one call, in seconds.
         allowed_prefixes: what paths may begin with besides "rlbench_rewards.".
+        columns: names of the data's columns, to find a reward that needs another one; None: not checked.
+        max_retries: how often a call that ended in an error or a timeout is tried again.
+        max_pending: calls that wait for a worker; `submit` blocks above it.
         memory_limit_gib: address space of a worker.
         max_calls_per_worker: a worker is replaced after so many calls.
 
     Raises:
         ValueError: a reward cannot be built; found at once, in a worker.
+        RuntimeError: a worker does not start.
     """
 
     def __init__(
@@ -63,56 +97,87 @@ class RewardPool:
         num_workers: int,
         timeout_s: float,
         allowed_prefixes: Sequence[str] = (),
+        columns: Sequence[str] | None = None,
+        max_retries: int = 0,
+        max_pending: int = 1024,
         memory_limit_gib: float = 4.0,
         max_calls_per_worker: int = 20_000,
     ) -> None:
-        self._names = [spec["name"] for spec in specs]
+        self._specs = {spec["name"]: dict(spec) for spec in specs}
         setup = {
-            "specs": [dict(spec) for spec in specs],
+            "specs": list(self._specs.values()),
             "allowed_prefixes": list(allowed_prefixes),
+            "columns": None if columns is None else list(columns),
             "sys_path": [os.path.abspath(entry) for entry in sys.path],
             "memory_limit_bytes": int(memory_limit_gib * 2**30),
         }
         self._setup_frame = encode_frame(setup)
         self._timeout_s = timeout_s
+        self._max_retries = max_retries
         self._max_calls = max_calls_per_worker
-        self._lock = threading.Lock()
-        self._workers: list[_Worker] = []
+        self._calls: queue.Queue[_Call | None] = queue.Queue(max_pending)
+        self._quarantine: set[bytes] = set()
+        self._is_closed = False
+        self._workers: list[WorkerProcess | None] = [None] * num_workers
+        self.stats = PoolStats()
+        started: list[Future[None]] = [Future() for _ in range(num_workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(slot, started[slot]), daemon=True) for slot in range(num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
         try:
-            for _ in range(num_workers):
-                self._workers.append(_Worker(self._setup_frame))
-            for worker in self._workers:
-                worker.wait_until_built()
+            for future in started:
+                future.result()
         except BaseException:
             self.close()
             raise
 
-    def score(self, samples: Sequence[RewardSample]) -> list[dict[str, RewardOutcome]]:
-        """Outcomes by component name for each sample, in the order of the samples. Usable from any thread."""
-        with self._lock:
-            calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-            outcomes: list[dict[str, RewardOutcome]] = [{} for _ in samples]
-            num_left = _Countdown(len(samples) * len(self._names))
-            for index, sample in enumerate(samples):
-                plain = {name: getattr(sample, name) for name in RewardSample.__slots__}
-                plain["columns"] = dict(sample.columns)
-                for name in self._names:
-                    calls.put(_Call(index, name, encode_frame({"name": name, "sample": plain})))
-            threads = [
-                threading.Thread(target=self._serve, args=(slot, calls, outcomes, num_left), daemon=True)
-                for slot in range(len(self._workers))
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            return [{name: outcome[name] for name in self._names} for outcome in outcomes]
+    def score(self, samples: Sequence[RewardSample]) -> Scores:
+        """Outcomes by component name for each sample, in the order of the samples. Usable from any thread.
+
+        Raises:
+            RuntimeError: workers do not start any more.
+        """
+        return self.submit(samples).result()
+
+    def submit(self, samples: Sequence[RewardSample]) -> Future[Scores]:
+        """The same as a future, so that scoring runs beside other work. Blocks while the queue is full."""
+        if self._is_closed:
+            raise RuntimeError("the reward pool is closed")
+        names = list(self._specs)
+        ticket = _Ticket([{} for _ in samples], len(samples) * len(names), Future(), names)
+        if not ticket.num_left:
+            ticket.future.set_result([{} for _ in samples])
+        plain = [_plain(sample) for sample in samples]
+        for name, spec in self._specs.items():
+            size = spec.get("batch_size", 1)
+            for start in range(0, len(plain), size):
+                batch = tuple(plain[start : start + size])
+                self._calls.put(_Call(ticket, name, tuple(range(start, start + len(batch))), batch))
+        return ticket.future
 
     def close(self) -> None:
         """Kill all workers and wait for their end."""
+        self._is_closed = True
         for worker in self._workers:
-            worker.kill()
-        self._workers = []
+            if worker is not None:
+                worker.end()
+        while True:  # what still waits gets no answer any more
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if call is not None:
+                call.ticket.fail(RuntimeError("the reward pool was closed"))
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+        for worker in self._workers:
+            if worker is not None:
+                worker.kill()
+        self._workers = [None] * len(self._workers)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -120,154 +185,105 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(
-        self, slot: int, calls: queue.SimpleQueue[_Call], outcomes: list[dict[str, RewardOutcome]], left: _Countdown
-    ) -> None:
-        """One thread a worker: take calls until none is left anywhere (a failed one may come back)."""
-        while left.is_positive():
-            try:
-                call = calls.get(timeout=0.02)
-            except queue.Empty:
-                continue
-            outcome = self._run(slot, call)
-            if outcome is None:
-                calls.put(call)
-                continue
-            outcomes[call.index][call.name] = outcome
-            left.decrease()
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers if worker is not None]
 
-    def _run(self, slot: int, call: _Call) -> RewardOutcome | None:
-        """The call's outcome; None if the worker died under it and it should be tried once more."""
+    # --- in the thread of a worker
+
+    def _serve(self, slot: int, started: Future[None]) -> None:
+        try:
+            self._start(slot)
+            started.set_result(None)
+        except (ValueError, RuntimeError) as error:
+            started.set_exception(error)
+            return
+        while (call := self._calls.get()) is not None:
+            try:
+                self._finish(slot, call)
+            except RuntimeError as error:
+                call.ticket.fail(error)
+
+    def _finish(self, slot: int, call: _Call) -> None:
+        """Deliver an outcome for every sample of the call."""
+        start = time.monotonic()
+        outcomes = self._outcomes(slot, call)
+        for index, outcome in zip(call.indices, outcomes, strict=True):
+            self.stats.add_outcome(outcome.status, (time.monotonic() - start) / len(outcomes))
+            call.ticket.put(index, call.name, outcome)
+
+    def _outcomes(self, slot: int, call: _Call) -> list[RewardOutcome]:
+        is_single = len(call.samples) == 1
+        if is_single and self._quarantine and call.key() in self._quarantine:
+            return [RewardOutcome(status=ERROR, message="quarantined: workers died under this sample before")]
+        num_tries = num_deaths = 0
+        while True:
+            num_tries += 1
+            outcomes, has_died = self._try(slot, call, num_tries)
+            if all(outcome.status not in (ERROR, TIMEOUT) for outcome in outcomes):
+                return outcomes
+            if not is_single:
+                self.stats.count(RETRIES)
+                return [outcome for part in call.split() for outcome in self._outcomes(slot, part)]
+            num_deaths += has_died
+            if num_deaths >= _MAX_DEATHS:
+                self._quarantine.add(call.key())
+                self.stats.count(QUARANTINED)
+                return outcomes
+            if not has_died and num_tries > self._max_retries + num_deaths:
+                return outcomes
+            self.stats.count(RETRIES)
+
+    def _try(self, slot: int, call: _Call, num_tries: int) -> tuple[list[RewardOutcome], bool]:
+        """Outcomes of one try, and whether the worker died under it."""
+        timeout_s = self._specs[call.name].get("timeout_s") or self._timeout_s
+        worker = self._ready_worker(slot)
         start = time.monotonic()
         try:
-            worker = self._ready_worker(slot)
-            reply = worker.call(call.frame, self._timeout_s)
-        except _DeadlinePassed:
-            self._workers[slot].kill()
-            elapsed = time.monotonic() - start
-            return RewardOutcome(status=TIMEOUT, message=f"no verdict within {self._timeout_s:g} s", latency_s=elapsed)
-        except (_WorkerDied, ValueError, OSError) as error:
-            self._workers[slot].kill()
-            call.num_tries += 1
-            if call.num_tries < 2:
-                return None
-            message = f"the worker died twice on this sample ({error})"
-            return RewardOutcome(status=ERROR, message=message, latency_s=time.monotonic() - start)
-        return RewardOutcome(
-            status=reply["status"],
-            value=reply.get("value"),
-            message=reply.get("message", ""),
-            details=reply.get("details", {}),
-            latency_s=time.monotonic() - start,
-        )
+            reply = worker.call(encode_frame({"name": call.name, "samples": call.samples}), timeout_s)
+            outputs = reply["outputs"]
+        except DeadlinePassed:
+            worker.kill()
+            message = f"no verdict within {timeout_s:g} s"
+            return self._failed(call, TIMEOUT, message, time.monotonic() - start, num_tries), False
+        except (WorkerDied, ValueError, KeyError, OSError) as error:
+            worker.kill()
+            message = f"the worker died {'twice' if num_tries > 1 else ''} on this sample ({error})".replace("  ", " ")
+            return self._failed(call, ERROR, message, time.monotonic() - start, num_tries), True
+        latency = (time.monotonic() - start) / len(outputs)
+        return [RewardOutcome(**output, latency_s=latency, num_tries=num_tries) for output in outputs], False
 
-    def _ready_worker(self, slot: int) -> _Worker:
+    @staticmethod
+    def _failed(call: _Call, status: str, message: str, latency_s: float, num_tries: int) -> list[RewardOutcome]:
+        failed = RewardOutcome(status=status, message=message, latency_s=latency_s, num_tries=num_tries)
+        return [failed] * len(call.samples)
+
+    def _ready_worker(self, slot: int) -> WorkerProcess:
         worker = self._workers[slot]
-        if worker.is_alive() and worker.num_calls < self._max_calls:
+        if worker is not None and worker.is_alive() and worker.num_calls < self._max_calls:
             return worker
-        worker.kill()
-        self._workers[slot] = _Worker(self._setup_frame)
-        self._workers[slot].wait_until_built()
-        return self._workers[slot]
-
-
-@dataclass(slots=True)
-class _Countdown:
-    _value: int
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def decrease(self) -> None:
-        with self._lock:
-            self._value -= 1
-
-    def is_positive(self) -> bool:
-        with self._lock:
-            return self._value > 0
-
-
-class _Worker:
-    """One process and its two pipes."""
-
-    def __init__(self, setup_frame: bytes) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlbench_rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-            bufsize=0,
-        )
-        self.num_calls = 0
-        self._write(setup_frame, time.monotonic() + _START_DEADLINE_S)
-
-    def wait_until_built(self) -> None:
-        """Raises: ValueError if a reward cannot be built; RuntimeError if the worker does not start."""
-        try:
-            answer = self._read(time.monotonic() + _START_DEADLINE_S)
-        except (_WorkerDied, _DeadlinePassed) as error:
-            raise RuntimeError(f"a reward worker did not start ({error})") from error
-        if answer["status"] == ERROR:
-            raise ValueError(answer["message"])
-
-    def call(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
-        self.num_calls += 1
-        deadline = time.monotonic() + timeout_s
-        self._write(frame, deadline)
-        return self._read(deadline)
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        """kill -9 of the worker and everything it started in its session."""
-        if self._process.poll() is None:
+        if worker is not None:
+            worker.kill()
+        for attempt in range(_MAX_START_TRIES):
             try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+                return self._start(slot)
+            except (ValueError, RuntimeError) as error:
+                if self._is_closed or attempt == _MAX_START_TRIES - 1:
+                    raise RuntimeError(f"a reward worker cannot be replaced: {error}") from error
+        raise AssertionError("unreachable")
 
-    def _write(self, frame: bytes, deadline: float) -> None:
-        assert self._process.stdin is not None
-        descriptor = self._process.stdin.fileno()
-        os.set_blocking(descriptor, False)
-        view = memoryview(frame)
-        while view:
-            _, writable, _ = select.select([], [descriptor], [], max(0.0, deadline - time.monotonic()))
-            if not writable:
-                raise _DeadlinePassed
-            try:
-                view = view[os.write(descriptor, view) :]
-            except BrokenPipeError as error:
-                raise _WorkerDied(self._exit_text()) from error
+    def _start(self, slot: int) -> WorkerProcess:
+        if self._is_closed:
+            raise RuntimeError("the reward pool was closed")
+        is_restart = self._workers[slot] is not None
+        worker = self._workers[slot] = WorkerProcess(self._setup_frame)
+        worker.wait_until_built()
+        if is_restart:
+            self.stats.count(RESTARTS)
+        return worker
 
-    def _read(self, deadline: float) -> dict[str, Any]:
-        (size,) = struct.unpack(">I", self._read_exactly(4, deadline))
-        if size > MAX_FRAME_BYTES:
-            raise _WorkerDied(f"an answer of {size} bytes")
-        return json.loads(self._read_exactly(size, deadline))
 
-    def _read_exactly(self, size: int, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        data = bytearray()
-        while len(data) < size:
-            readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
-                raise _DeadlinePassed
-            part = os.read(descriptor, min(size - len(data), 2**20))
-            if not part:
-                raise _WorkerDied(self._exit_text())
-            data += part
-        return bytes(data)
-
-    def _exit_text(self) -> str:
-        try:
-            return f"exit status {self._process.wait(timeout=1)}"
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
+def _plain(sample: RewardSample) -> dict[str, Any]:
+    plain = {name: getattr(sample, name) for name in RewardSample.__slots__}
+    plain["columns"] = dict(sample.columns)
+    return plain

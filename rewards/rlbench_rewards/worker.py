@@ -12,12 +12,14 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from rlbench_rewards.contract import ERROR, VALUE, RewardSample, checked_value
-from rlbench_rewards.loading import load_reward
+from rlbench_rewards.contract import ERROR, SKIPPED, VALUE, RewardError, RewardSample, checked_value
+from rlbench_rewards.loading import LoadedReward, load_reward
 
 MAX_FRAME_BYTES = 64 * 2**20
+_MAX_MESSAGE = 2000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,25 +46,55 @@ def main() -> None:
     setup = read_frame(calls)
     sys.path[:] = setup["sys_path"]
     _limit_memory(setup["memory_limit_bytes"])
-    rewards = {}
+    rewards: dict[str, LoadedReward] = {}
     try:
         for spec in setup["specs"]:
-            rewards[spec["name"]] = load_reward(spec["name"], spec["path"], spec["kwargs"], setup["allowed_prefixes"])
+            rewards[spec["name"]] = _load(spec, setup)
         answer: dict[str, Any] = {"status": VALUE}
     except Exception as error:
-        answer = {"status": ERROR, "message": str(error), "is_value_error": isinstance(error, ValueError)}
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        answer = {"status": ERROR, "message": text}
     _reply(replies, answer)
     while (call := read_frame(calls)) is not None:
-        _reply(replies, _run(rewards, call))
+        _reply(replies, {"outputs": run_call(rewards[call["name"]], call["samples"])})
 
 
-def _run(rewards: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+def _load(spec: Mapping[str, Any], setup: Mapping[str, Any]) -> LoadedReward:
+    return load_reward(
+        spec["name"],
+        spec["path"],
+        spec["kwargs"],
+        setup["allowed_prefixes"],
+        columns=setup["columns"],
+        as_messages=spec.get("as_messages", False),
+    )
+
+
+def run_call(reward: LoadedReward, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One {"status", "value", "message", "details"} a sample; an exception is the error of them all."""
     try:
-        output = checked_value(rewards[call["name"]](RewardSample(**call["sample"])))
-        details = json.loads(json.dumps(dict(output.details), default=str))
-        return {"status": VALUE, "value": float(output.value), "details": details}
+        outputs = reward.score([RewardSample(**sample) for sample in samples])
+        if not isinstance(outputs, list) or len(outputs) != len(samples):
+            got = len(outputs) if isinstance(outputs, list) else type(outputs).__name__
+            raise RewardError(f"the reward returned {got} outputs for {len(samples)} samples, expected a list as long")
     except Exception as error:  # whatever a reward raises is an outcome, not the end of the worker
-        return {"status": ERROR, "message": f"{type(error).__name__}: {error}"[:2000]}
+        return [_error(error)] * len(samples)
+    return [_as_reply(output) for output in outputs]
+
+
+def _as_reply(output: Any) -> dict[str, Any]:
+    try:
+        checked = checked_value(output)
+        details = json.loads(json.dumps(dict(checked.details), default=str))
+    except Exception as error:
+        return _error(error)
+    if checked.value is None:
+        return {"status": SKIPPED, "details": details}
+    return {"status": VALUE, "value": float(checked.value), "details": details}
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    return {"status": ERROR, "message": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]}
 
 
 def _reply(replies: BinaryIO, value: dict[str, Any]) -> None:

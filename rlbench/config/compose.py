@@ -40,7 +40,7 @@ def to_run_config(composed: Any) -> RunConfig:
     """
     known = set(schema_keys())
     for key in _leaf_keys(OmegaConf.to_container(composed)):
-        if key not in known and not key.startswith("rewards.components."):
+        if key not in known and not key.startswith(("rewards.components.", "data.task_params.")):
             raise ValueError(_unknown_key(key))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)

@@ -6,7 +6,7 @@ and printed with its reason (`rlbench.config.derive`). Setting it by hand always
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlbench.config.checks import check_choice, check_range, nearest
@@ -59,6 +59,9 @@ class DataConfig:
     name: str = "gsm8k"
     path: str | None = None  # JSONL file with the training rows; replaces the named data set
     eval_path: str | None = None  # JSONL file with the held-out rows; null: cut from `path`
+    task_params: dict[str, Any] = field(
+        default_factory=dict
+    )  # of a task of reasoning-gym (data.name=reasoning_gym/TASK)
     source: str = AUTO  # auto (hub, else generated problems) | hub | generated
     prompt_column: str = "question"
     answer_column: str = "answer"
@@ -83,31 +86,42 @@ class DataConfig:
 @dataclass
 class RewardConfig:
     path: str = "???"  # dotted path of a function or class, e.g. rlbench_rewards.math_answer.MathAnswer
-    weight: float = 1.0
+    weight: float = 1.0  # 0: only watched
     kwargs: dict[str, Any] = field(default_factory=dict)
+    gate_min: float | None = None  # a value below it makes the whole reward rewards.gated_value
+    batch_size: int = 1  # completions of one call
+    timeout_s: float | None = None  # per call; null: rewards.timeout_s
+    as_messages: bool = False  # TRL-style functions: completions as lists of chat messages
 
 
 @dataclass
 class RewardsConfig:
     components: dict[str, Any] = field(default_factory=dict)  # by name, each a RewardConfig
+    combine: str = "sum"  # sum | product | normalised_sum (each component normalised within its group, then summed)
+    gated_value: float = 0.0  # the reward behind a closed gate
     allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards.: where rewards may come from
     timeout_s: float = 5.0  # per call; the worker is killed then
     num_workers: int | None = None
+    max_retries: int = 0  # how often a call that ended in an error or a timeout is tried again
+    max_pending: int = 1024  # calls that wait for a worker; above it, submitting waits
     on_invalid: str = "drop_sample"  # drop_sample | drop_group | stop: when a reward has no value for a rollout
     max_invalid_frac: float = 0.2  # of a step's rollouts; above it the run stops
 
     def __post_init__(self) -> None:
         self.components = {name: _reward_config(name, value) for name, value in self.components.items()}
+        check_choice("rewards.combine", self.combine, ["sum", "product", "normalised_sum"])
         check_choice("rewards.on_invalid", self.on_invalid, ["drop_sample", "drop_group", "stop"])
         check_range("rewards.timeout_s", self.timeout_s, low=0, is_low_open=True)
         check_range("rewards.num_workers", self.num_workers, low=1)
+        check_range("rewards.max_retries", self.max_retries, low=0)
+        check_range("rewards.max_pending", self.max_pending, low=1)
         check_range("rewards.max_invalid_frac", self.max_invalid_frac, low=0, high=1)
 
 
 def _reward_config(name: str, value: Any) -> RewardConfig:
     if isinstance(value, RewardConfig):
         return value
-    known = ["path", "weight", "kwargs"]
+    known = [f.name for f in fields(RewardConfig)]
     key = f"rewards.components.{name}"
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {value!r}, expected a mapping with {', '.join(known)}")
@@ -118,10 +132,15 @@ def _reward_config(name: str, value: Any) -> RewardConfig:
             )
     if not isinstance(value.get("path"), str) or value["path"] == "???":
         raise ValueError(f"{key}.path is missing, expected the dotted path of a reward")
-    weight = value.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise ValueError(f"{key}.weight is {weight!r}, expected a number")
-    return RewardConfig(path=value["path"], weight=float(weight), kwargs=dict(value.get("kwargs") or {}))
+    for part in ("weight", "gate_min", "batch_size", "timeout_s"):
+        number = value.get(part, getattr(RewardConfig, part))
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise ValueError(f"{key}.{part} is {number!r}, expected a number")
+    check_range(f"{key}.batch_size", value.get("batch_size"), low=1)
+    check_range(f"{key}.timeout_s", value.get("timeout_s"), low=0, is_low_open=True)
+    return RewardConfig(
+        **{**value, "weight": float(value.get("weight", 1.0)), "kwargs": dict(value.get("kwargs") or {})}
+    )
 
 
 @dataclass

@@ -15,7 +15,8 @@ from rlbench.data.hub import hub_problem
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HUB = {"gsm8k": ("openai/gsm8k", "main")}
+_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("nlile/hendrycks-MATH-benchmark", "default")}
+_IMITATED = ("gsm8k",)  # what generated problems can stand in for
 _NUM_GENERATED = {"train": 2000, "test": 500}
 _GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."
 _NUM_LISTED = 5
@@ -39,16 +40,24 @@ def load_rows(config: DataConfig, split: str) -> LoadedRows:
     path = config.path if split == "train" else config.eval_path
     if path is not None:
         return _from_file(Path(path).expanduser(), "data.path" if split == "train" else "data.eval_path", config)
+    if config.name.startswith("reasoning_gym/"):
+        from rlbench.data.reasoning_rows import reasoning_rows
+
+        return reasoning_rows(config, split)
     if config.name not in _HUB:
-        raise ValueError(f"data.name is {config.name!r}, expected one of: {', '.join(_HUB)}, or data.path=FILE.jsonl")
-    if config.source == "generated":
+        raise ValueError(
+            f"data.name is {config.name!r}, expected one of: {', '.join(_HUB)}, reasoning_gym/TASK, or "
+            "data.path=FILE.jsonl"
+        )
+    if config.source == "generated" and config.name in _IMITATED:
         return _generated(config, split, "as data.source asks for")
     problem = hub_problem()
     if problem is None:
         return _from_hub(config, split)
-    if config.source == "hub":
+    if config.source == "hub" or config.name not in _IMITATED:
         raise ValueError(
-            f"data.source is hub, but the hub cannot be reached ({problem}); expected a network, or data.path"
+            f"data.name is {config.name} and data.source is {config.source}, but the hub cannot be reached "
+            f"({problem}); expected a network, or data.path"
         )
     return _generated(config, split, f"because the hub cannot be reached ({problem})")
 

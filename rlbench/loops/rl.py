@@ -124,7 +124,7 @@ class RlLoop:
         step = self.step + 1
         groups = self._collect(step)
         credited = credit(groups, self.inputs.config.algorithm, self.inputs.config.rewards)
-        metrics: dict[str, float | None] = {**summarise_rollouts(groups)}
+        metrics: dict[str, float | None] = {**summarise_rollouts(groups), **self.parts.scorer.metrics()}
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= self._update(credited, step, num_steps)
         self._sync()

@@ -41,10 +41,10 @@ def make_groups(
                     completion_text=text,
                     sample_index=index,
                     components=components,
-                    reward=scorer.total(components),
+                    reward=reward,
                 )
-                for index, (completion, text, components) in enumerate(
-                    zip(group, group_texts, group_scores, strict=True)
+                for index, (completion, text, components, reward) in enumerate(
+                    zip(group, group_texts, group_scores, scorer.totals(group_scores), strict=True)
                 )
             ),
         )

@@ -75,7 +75,8 @@ def _check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: Rewar
     share = len(invalid) / num_rollouts
     if rewards.on_invalid != "stop" and share <= rewards.max_invalid_frac:
         return
-    name, component = next((n, c) for n, c in invalid[0].components.items() if c.value is None)
+    without_value = [(n, c) for n, c in invalid[0].components.items() if c.value is None]
+    name, component = max(without_value, key=lambda item: item[1].status != "skipped")
     raise RewardFailure(
         f"{len(invalid)} of {num_rollouts} rollouts have no reward (rewards.on_invalid={rewards.on_invalid}, "
         f"rewards.max_invalid_frac={rewards.max_invalid_frac}); the first is {invalid[0].rollout_id}: "

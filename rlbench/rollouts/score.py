@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlbench.config.schema import RewardsConfig
 from rlbench.records import FINISH_LENGTH, Completion, Prompt, RewardComponent
 from rlbench_rewards import RewardPool, RewardSample
+from rlbench_rewards.composition import Scored, Term, compose
 
 
 class Scorer:
     """The configured rewards behind one call. A component without a value leaves the rollout without a reward."""
 
-    def __init__(self, config: RewardsConfig) -> None:
+    def __init__(self, config: RewardsConfig, columns: Sequence[str] | None = None) -> None:
         """Start the worker processes.
+
+        Args:
+            config: the `rewards` part of the config.
+            columns: names of the data's columns; a reward that needs another one is an error. None: not checked.
 
         Raises:
             ValueError: no component is configured, or one cannot be built.
         """
         if not config.components:
             raise ValueError("rewards.components is empty, expected at least one reward")
-        self._weights = {name: component.weight for name, component in config.components.items()}
+        self._config = config
+        self._terms = {
+            name: Term(weight=component.weight, gate_min=component.gate_min)
+            for name, component in config.components.items()
+        }
         self._pool = RewardPool(
-            [
-                {"name": name, "path": component.path, "kwargs": dict(component.kwargs)}
-                for name, component in config.components.items()
-            ],
+            reward_specs(config),
             num_workers=config.num_workers or 1,
             timeout_s=config.timeout_s,
             allowed_prefixes=config.allowed_prefixes,
+            columns=columns,
+            max_retries=config.max_retries,
+            max_pending=config.max_pending,
         )
 
     def score(
@@ -44,6 +54,7 @@ class Scorer:
                 completion=text,
                 prompt_id=prompt.prompt_id,
                 is_truncated=completion.finish_reason == FINISH_LENGTH,
+                num_tokens=len(completion.token_ids),
                 columns=dict(prompt.columns),
             )
             for prompt, group, group_texts in zip(prompts, completions, texts, strict=True)
@@ -56,7 +67,7 @@ class Scorer:
                     name: RewardComponent(
                         status=outcome.status,
                         value=outcome.value,
-                        weight=self._weights[name],
+                        weight=self._terms[name].weight,
                         message=outcome.message,
                         details=outcome.details,
                     )
@@ -67,12 +78,29 @@ class Scorer:
             for group in completions
         ]
 
-    def total(self, components: Mapping[str, RewardComponent]) -> float | None:
-        """Weighted sum, or None if a component has no value."""
-        values = [component.value for component in components.values()]
-        if any(value is None for value in values):
-            return None
-        return sum(c.weight * c.value for c in components.values() if c.value is not None)
+    def totals(self, group: Sequence[Mapping[str, RewardComponent]]) -> list[float | None]:
+        """Rewards of one prompt's rollouts, as `rewards.combine` says; None where a component broke."""
+        scored = [{name: Scored(c.status, c.value) for name, c in components.items()} for components in group]
+        return compose(scored, self._terms, way=self._config.combine, gated_value=self._config.gated_value)
+
+    def metrics(self) -> dict[str, float]:
+        """`reward_pool/...`: outcomes, retries, restarts and latencies since the last call."""
+        return self._pool.stats.take()
 
     def close(self) -> None:
         self._pool.close()
+
+
+def reward_specs(config: RewardsConfig) -> list[dict[str, Any]]:
+    """The components as the reward pool takes them."""
+    return [
+        {
+            "name": name,
+            "path": component.path,
+            "kwargs": dict(component.kwargs),
+            "batch_size": component.batch_size,
+            "timeout_s": component.timeout_s,
+            "as_messages": component.as_messages,
+        }
+        for name, component in config.components.items()
+    ]

@@ -1,11 +1,13 @@
 """Rewards that misbehave, for the pool's tests."""
 
+import asyncio
 import math
 import os
 import time
 from pathlib import Path
 
 from rlbench_rewards import RewardOutput
+from rlbench_rewards.contract import UnitCase
 
 
 def length(sample):
@@ -31,6 +33,96 @@ def die_once(sample):
         marker.touch()
         os._exit(7)
     return RewardOutput(value=1.0)
+
+
+def fail_twice(sample):
+    """Raises in the first two calls."""
+    marker = Path(sample.columns["marker"])
+    num_calls = len(marker.read_text()) if marker.exists() else 0
+    marker.write_text("x" * (num_calls + 1))
+    if num_calls < 2:
+        raise OSError("not yet")
+    return RewardOutput(value=1.0)
+
+
+def count_and_die(sample):
+    """Leaves a mark for each call, then ends its process."""
+    with open(sample.columns["marker"], "a") as file:
+        file.write("x")
+    os._exit(9)
+
+
+def slow(sample):
+    time.sleep(0.05)
+    return RewardOutput(value=1.0)
+
+
+async def wait_a_little(sample):
+    await asyncio.sleep(0.2)
+    return RewardOutput(value=float(len(sample.completion)))
+
+
+async def trl_async(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [float(len(c)) for c in completions]
+
+
+def trl_batch_size(completions, prompts, **columns):
+    """The number of completions that came together."""
+    return [float(len(completions))] * len(completions)
+
+
+def trl_behave(completions, **columns):
+    """Each completion says what happens to the whole call; None: the reward does not apply."""
+    for completion in completions:
+        if completion not in ("fine", "not mine"):
+            ACTIONS[completion](None)
+    return [None if completion == "not mine" else 0.5 for completion in completions]
+
+
+def trl_messages(completions, prompts, **columns):
+    return [float(len(c[0]["content"]) + (p[0]["role"] == "user")) for c, p in zip(completions, prompts, strict=True)]
+
+
+def trl_needs_difficulty(completions, difficulty):
+    return [float(d) for d in difficulty]
+
+
+class Batched:
+    required_columns = ("answer",)
+
+    def score_batch(self, samples):
+        return [RewardOutput(value=float(len(samples))) for _ in samples]
+
+
+class TooMany:
+    def score_batch(self, samples):
+        return [RewardOutput(value=1.0)] * (len(samples) + 1)
+
+
+def always_one(sample):
+    return RewardOutput(value=1.0)
+
+
+def only_small_answers(sample):
+    answer = str(sample.columns["answer"])
+    return RewardOutput(value=float(sample.completion == answer and len(answer) < 3))
+
+
+def breaks_on_empty(sample):
+    return RewardOutput(value=0.0 if sample.completion[0] else 0.0)
+
+
+class WrongUnitCases:
+    def __call__(self, sample):
+        return RewardOutput(value=float(len(sample.completion)))
+
+    def unit_cases(self):
+        return [UnitCase(completion="a", expected=1.0), UnitCase(completion="ab", expected=3.0)]
+
+
+class NoCall:
+    pass
 
 
 def no_arguments():

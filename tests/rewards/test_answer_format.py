@@ -45,3 +45,14 @@ def test_other_forms_and_patterns():
         AnswerFormat(form="hahs")
     with pytest.raises(ValueError, match="no regular expression"):
         AnswerFormat(pattern="(")
+
+
+@pytest.mark.parametrize("form", ["hash", "boxed", "answer_tag"])
+def test_it_agrees_with_its_own_unit_cases(form):
+    reward = AnswerFormat(form)
+    cases = reward.unit_cases()
+
+    assert [reward(RewardSample(prompt="", completion=c.completion)).value for c in cases] == [
+        c.expected for c in cases
+    ]
+    assert sum(case.expected for case in cases) == 1.0
