@@ -9,3 +9,8 @@ def share_of_a(sample):
 
 def accuracy(sample):
     return RewardOutput(value=float(sample.completion.count("a") > 4))
+
+
+def rarely(sample):
+    """1 for a completion with two letters `a`: most groups of the untrained model have none."""
+    return RewardOutput(value=float(sample.completion.count("a") > 1))
