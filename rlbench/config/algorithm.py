@@ -305,6 +305,11 @@ class AlgorithmConfig:
             self._check_unset("algorithm.entropy_target is null", *_ENTROPY_CONTROL)
         if not self.overlong_buffer_tokens:
             self._check_unset("algorithm.overlong_buffer_tokens is 0", "overlong_penalty")
+        if self.max_refills and self.group_size == 1:
+            raise ValueError(
+                f"algorithm.max_refills is {self.max_refills}, but with algorithm.group_size=1 no rewards of a "
+                "group differ; expected 0, or larger groups"
+            )
         if self.top_entropy_frac < 1 and self.loss_spec.is_sequence_level:
             raise ValueError(
                 f"algorithm.top_entropy_frac is {self.top_entropy_frac}, but algorithm.loss={self.loss} has one ratio "

@@ -58,6 +58,9 @@ ERRORS = {
     "entropy control without a target": (
         {"entropy_coef_max": 0.5}, "algorithm.entropy_coef_max is 0.5, but algorithm.entropy_target is null"
     ),
+    "refills for groups of one": (
+        {"advantage": "reinforce_plus_plus", "group_size": 1, "max_refills": 2}, "algorithm.max_refills is 2, but with"
+    ),
     "a penalty without a slope": (
         {"overlong_penalty": 1.0}, "algorithm.overlong_penalty is 1.0, but algorithm.overlong_buffer_tokens is 0"
     ),

@@ -15,17 +15,19 @@ from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import find_checkpoint
 from tests.loops.conftest import ENVIRONMENT
 
-NUM_STEPS = 10
+NUM_STEPS = 8
+# One update at this learning rate moves sequences of the tiny model further than GSPO's clip, made for large ones.
+OPTIONS = {"gspo": ["algorithm.clip_ratio_low=0.2", "algorithm.clip_ratio_high=0.3"]}
 
 
-def start(overrides: list[str], folder: Path, *options: str) -> RlLoop:
+def start(overrides: list[str], folder: Path, *options: str, resume_from_step: int | None = None) -> RlLoop:
     register_schema()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = to_run_config(compose("config", overrides=[*overrides, *options]))
     inputs = prepare(config)
     console = RunConsole(quiet=True)
     folder.mkdir(exist_ok=True)
-    jsonl = JsonlWriter(folder / "metrics.jsonl", resume_from_step=None)
+    jsonl = JsonlWriter(folder / "metrics.jsonl", resume_from_step=resume_from_step)
     tracker = Tracker(jsonl, config.training.num_steps or 0, None, console, 0)
     stop = StopRequest(console.warning)
     return RlLoop(inputs=inputs, parts=build(inputs), tracker=tracker, console=console, run_folder=folder, stop=stop)
@@ -59,16 +61,22 @@ def short(tiny_overrides, monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("algorithm", group_choices("algorithm"))
 def test_the_reward_rises(short, tmp_path, algorithm):
-    history = finish(start(short, tmp_path / "run", f"algorithm={algorithm}"))
+    history = finish(start(short, tmp_path / "run", f"algorithm={algorithm}", *OPTIONS.get(algorithm, [])))
     rewards = [line["reward/mean"] for line in history]
 
     assert len(rewards) == NUM_STEPS
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert not any(line["optim/is_skipped"] for line in history[:3])  # at the optimum no group has a signal
 
 
 def test_versions_count_optimizer_steps(short, tmp_path):
-    options = ["algorithm.num_updates=4", "algorithm.num_minibatches=2", "training.num_steps=2"]
+    options = [
+        "algorithm.num_updates=4",
+        "algorithm.num_minibatches=2",
+        "training.num_steps=2",
+        "optim.lr=0.001",
+        "+rewards.components.lowercase={path:tests.loops.letter_reward.share_of_lowercase}",  # every group has a signal
+    ]
     loop = start(short, tmp_path / "run", *options)
     history = finish(loop)
 
@@ -94,11 +102,11 @@ def test_dynamic_sampling_draws_prompts_until_enough_groups_differ(short, tmp_pa
 
 
 def test_a_stopped_run_continues_with_its_entropy_coefficient(short, tmp_path):
-    options = ["algorithm.entropy_target=10.0", "algorithm.entropy_coef_delta=0.001"]
+    options = ["algorithm.entropy_target=10.0", "algorithm.entropy_coef_delta=0.001", "optim.schedule=constant"]
     whole = finish(start(short, tmp_path / "whole", *options, "training.num_steps=4"))
     first = start(short, tmp_path / "cut", *options, "training.num_steps=2")
     finish(first)
-    second = start(short, tmp_path / "cut", *options, "training.num_steps=4")
+    second = start(short, tmp_path / "cut", *options, "training.num_steps=4", resume_from_step=2)
     second.resume(find_checkpoint(tmp_path / "cut")[0])
     assert second.entropy_control.coef == pytest.approx(0.002)
     rest = finish(second)
