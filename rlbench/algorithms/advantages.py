@@ -1,30 +1,203 @@
-"""Advantages of a group's rollouts from their rewards."""
+"""Advantages of a step's rollouts from their rewards: plain numbers, one list of tokens a rollout.
 
-from collections.abc import Sequence
+Every function takes the groups of a step and returns, for each group and rollout, the advantage of each token. Only
+`reinforce_plus_plus` tells the tokens of a rollout apart, and only with a KL penalty in the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 _EPSILON = 1e-4  # keeps a group of almost equal rewards from exploding; the value of the DeepSeek and TRL code
 
+TokenAdvantages = list[list[list[float]]]  # [group][rollout][token]
 
-def group_relative_advantages(rewards: Sequence[float], *, scale_by_std: bool) -> list[float]:
-    """A_i = r_i - mean(r), divided by std(r) + 1e-4 if `scale_by_std`.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReturns:
+    """The rollouts of one prompt that have a reward.
+
+    `returns[i][t]` is the reward of rollout i less the KL penalties from token t on; without a penalty in the reward
+    all tokens have the reward.
+
+    Example:
+        GroupReturns(returns=[[1.0, 1.0], [0.0]], components={"accuracy": [1.0, 0.0]}, weights={"accuracy": 1.0})
+    """
+
+    returns: Sequence[Sequence[float]]
+    components: Mapping[str, Sequence[float]] = field(default_factory=dict)  # each reward apart, by name
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the components
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of whole rollouts: the returns from the first token on."""
+        return [tokens[0] for tokens in self.returns]
+
+    def spread(self, values: Sequence[float]) -> list[list[float]]:
+        """One value a rollout, repeated for its tokens."""
+        return [[value] * len(tokens) for value, tokens in zip(values, self.returns, strict=True)]
+
+
+def group_relative(groups: Sequence[GroupReturns], *, scale: str) -> TokenAdvantages:
+    """A_i = r_i - mean(r), divided by std + 1e-4 of the group's (scale=group) or the step's (batch) rewards, or not.
+
+    scale=group is GRPO; none is Dr.GRPO, which does not favour prompts that are almost solved or almost hopeless.
 
     Args:
-        rewards: one per rollout of the group, at least two.
-        scale_by_std: divide by the sample standard deviation (GRPO); without it the advantages are those of Dr.GRPO.
+        groups: of one step; each with at least two rollouts.
+        scale: group | batch | none. Sample standard deviations.
 
     Returns:
-        One advantage per rollout; all exactly 0.0 if the rewards are equal.
+        Exactly 0.0 in a group of equal rewards.
 
     Raises:
-        ValueError: with fewer than two rewards there is nothing to compare.
+        ValueError: a group with fewer than two rewards: there is nothing to compare.
 
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1; Liu et al. 2025, arXiv:2503.20783, section 3.2.
     """
+    batch_scale = _batch_std(groups) + _EPSILON if scale == "batch" else 1.0
+    advantages = []
+    for group in groups:
+        distances = _distances(group.rewards)
+        by = _std(group.rewards) + _EPSILON if scale == "group" else batch_scale
+        advantages.append(group.spread([distance / by for distance in distances]))
+    return advantages
+
+
+def leave_one_out(groups: Sequence[GroupReturns], *, scale: str) -> TokenAdvantages:
+    """A_i = r_i - mean of the other rewards of the group = (r_i - mean(r)) G / (G - 1).
+
+    The baseline is independent of the rollout, so the gradient is unbiased. scale=batch normalises the step's
+    advantages: (A - mean(A)) / (std(A) + 1e-4).
+
+    Args:
+        groups: of one step; each with at least two rollouts.
+        scale: batch | none.
+
+    Raises:
+        ValueError: a group with fewer than two rewards.
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
+    """
+    values = [
+        [distance * len(group.rewards) / (len(group.rewards) - 1) for distance in _distances(group.rewards)]
+        for group in groups
+    ]
+    if scale == "batch":
+        values = _normalised(values)
+    return [group.spread(part) for group, part in zip(groups, values, strict=True)]
+
+
+def gdpo(groups: Sequence[GroupReturns]) -> TokenAdvantages:
+    """Each reward normalised within its group, then the weighted sum, then normalised over the step.
+
+    With several rewards their sum can make different rollouts equal; apart, each keeps its resolution, and a weight
+    says how much a reward counts, whatever its spread.
+
+    Args:
+        groups: of one step, each with at least two rollouts and every component of every rollout.
+
+    Source: Liu et al. 2026, arXiv:2601.05242 (GDPO).
+    """
+    values = []
+    for group in groups:
+        sums = [0.0] * len(group.rewards)
+        for name, rewards in group.components.items():
+            by = _std(rewards) + _EPSILON
+            sums = [s + group.weights[name] * d / by for s, d in zip(sums, _distances(rewards), strict=True)]
+        values.append(sums)
+    return [group.spread(part) for group, part in zip(groups, _normalised(values), strict=True)]
+
+
+def reinforce_plus_plus(groups: Sequence[GroupReturns]) -> TokenAdvantages:
+    """A_t = (R_t - mean(R)) / (std(R) + 1e-4) over all tokens of the step, R_t the return from token t on.
+
+    No comparison within groups, so one completion a prompt suffices. Meant for the KL penalty in the reward:
+    R_t = r - kl_coef sum_{s >= t} kl_s.
+
+    Args:
+        groups: of one step, together with at least two rollouts.
+
+    Source: Hu et al. 2025, arXiv:2501.03262; mean and deviation over tokens as in OpenRLHF.
+    """
+    return _token_normalised([[list(tokens) for tokens in group.returns] for group in groups])
+
+
+def reinforce_plus_plus_baseline(groups: Sequence[GroupReturns]) -> TokenAdvantages:
+    """r_i - mean(r) of the group, then normalised over all tokens of the step.
+
+    Args:
+        groups: of one step; each with at least two rollouts.
+
+    Source: Hu et al. 2025, arXiv:2501.03262 (REINFORCE++ with baseline).
+    """
+    return _token_normalised([group.spread(_distances(group.rewards)) for group in groups])
+
+
+def maxrl(groups: Sequence[GroupReturns]) -> TokenAdvantages:
+    """A_i = (r_i - mean(r)) / mean(r), all 0 where the mean is 0: hard prompts weigh by one over their success rate.
+
+    Follows the gradient of log P(success) for rewards 0 and 1, to the order that the group size allows.
+
+    Args:
+        groups: of one step; each with at least two rollouts; rewards not negative.
+
+    Raises:
+        ValueError: a reward is negative.
+
+    Source: Tajwar et al. 2026, arXiv:2602.02710.
+    """
+    advantages = []
+    for group in groups:
+        if min(group.rewards) < 0:
+            raise ValueError(
+                f"algorithm.advantage is maxrl, but a reward is {min(group.rewards)}; expected rewards of at least 0"
+            )
+        mean = fmean(group.rewards)
+        advantages.append(group.spread([d / mean if mean > 0 else 0.0 for d in _distances(group.rewards)]))
+    return advantages
+
+
+def _distances(rewards: Sequence[float]) -> list[float]:
+    """r - mean(r), exactly 0.0 where all are equal."""
     if len(rewards) < 2:
         raise ValueError(f"group-relative advantages need at least two rewards, got {len(rewards)}")
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean = fmean(rewards)
-    scale = stdev(rewards) + _EPSILON if scale_by_std else 1.0
-    return [(reward - mean) / scale for reward in rewards]
+    return [reward - mean for reward in rewards]
+
+
+def _std(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 and min(values) != max(values) else 0.0
+
+
+def _batch_std(groups: Sequence[GroupReturns]) -> float:
+    return _std([reward for group in groups for reward in group.rewards])
+
+
+def _normalised(values: list[list[float]]) -> list[list[float]]:
+    """(x - mean) / (std + 1e-4) over all rollouts; unchanged zeros where all are equal."""
+    flat = [value for part in values for value in part]
+    if not flat or min(flat) == max(flat):
+        return [[0.0] * len(part) for part in values]
+    mean, by = fmean(flat), _std(flat) + _EPSILON
+    return [[(value - mean) / by for value in part] for part in values]
+
+
+def _token_normalised(values: TokenAdvantages) -> TokenAdvantages:
+    rollouts = [tokens for group in values for tokens in group]
+    normalised = iter(_normalised(rollouts))
+    return [[next(normalised) for _ in group] for group in values]
+
+
+ADVANTAGES: dict[str, Callable[..., TokenAdvantages]] = {
+    "group_relative": group_relative,
+    "leave_one_out": leave_one_out,
+    "gdpo": gdpo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "maxrl": maxrl,
+}

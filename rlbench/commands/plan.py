@@ -40,9 +40,11 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
         rows.append(row("Sizes", "engine.kv_cache_gib"))
+    algorithm = ("advantage", "loss", "normalization", "num_updates", *config.algorithm.resolved_defaults())
+    rows += [row("Algorithm", f"algorithm.{name}") for name in algorithm]
     kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
     rows += [
-        PlanRow("Sizes", "algorithm.kl_coef", kl),
+        PlanRow("Algorithm", "algorithm.kl_coef", kl),
         PlanRow("Files", "run folder", str(run_folder)),
     ]
     return rows

@@ -71,6 +71,8 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
     for key, (value, reason) in _SIZES[config.hardware.profile].items():
         fill(key, value, reason)
+    for name, (value, reason) in config.algorithm.resolved_defaults().items():
+        fill(f"algorithm.{name}", value, reason)
     fill("model.dtype", *_dtype(facts))
     fill("engine.kind", *_engine(config, facts))
     if config.engine.kind == "vllm" and facts.vllm_problem:
@@ -79,6 +81,12 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     if config.engine.kind == "vllm":
         fill("engine.kv_cache_gib", *_kv_cache_gib(config, facts))
     _check_base(config)
+    num_parts, num_prompts = config.algorithm.num_minibatches, config.algorithm.prompts_per_step or 1
+    if num_parts > num_prompts:
+        raise ValueError(
+            f"algorithm.num_minibatches is {num_parts}, expected at most algorithm.prompts_per_step ({num_prompts}): "
+            "a group is not cut"
+        )
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
     return derived
 

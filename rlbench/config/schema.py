@@ -1,4 +1,5 @@
 """Every setting of a run, its default and its meaning. The one home of a default; YAML files only override.
+The settings of the algorithm are in `rlbench.config.algorithm`.
 
 `null` (None) means "derived": the value is chosen from the hardware profile or from other settings when the run starts,
 and printed with its reason (`rlbench.config.derive`). Setting it by hand always wins.
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_range, nearest
 
 AUTO = "auto"
@@ -144,29 +146,6 @@ def _reward_config(name: str, value: Any) -> RewardConfig:
 
 
 @dataclass
-class AlgorithmConfig:
-    advantage: str = "group_relative"
-    scale_by_std: bool = True  # False: Dr.GRPO's advantages
-    loss: str = "clipped_surrogate"
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    kl: str = "k3"
-    kl_coef: float = 0.0  # 0: no reference forward is made
-    prompts_per_step: int | None = None
-    group_size: int | None = None  # completions per prompt
-
-    def __post_init__(self) -> None:
-        check_choice("algorithm.advantage", self.advantage, ["group_relative"])
-        check_choice("algorithm.loss", self.loss, ["clipped_surrogate"])
-        check_choice("algorithm.kl", self.kl, ["k3"])
-        check_range("algorithm.clip_ratio_low", self.clip_ratio_low, low=0, high=1, is_low_open=True)
-        check_range("algorithm.clip_ratio_high", self.clip_ratio_high, low=0, is_low_open=True)
-        check_range("algorithm.kl_coef", self.kl_coef, low=0)
-        check_range("algorithm.prompts_per_step", self.prompts_per_step, low=1)
-        check_range("algorithm.group_size", self.group_size, low=2)
-
-
-@dataclass
 class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
@@ -283,3 +262,10 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
+        if buffer > limit:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens is {buffer}, expected at most sampling.max_tokens ({limit})"
+            )

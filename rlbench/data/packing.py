@@ -61,6 +61,9 @@ class Microbatch:
     advantages: Tensor  # float32 [N]
     sampling_logprobs: Tensor  # float32 [N]
     loss_mask: Tensor  # bool [N]
+    sequence_ids: Tensor  # int64 [N], the completion of each position, from 0 to num_sequences - 1
+    num_sequences: int  # whole completions: none is cut between microbatches
+    samples: tuple[TrainingSample, ...]  # in the order of sequence_ids
     num_prompt_tokens: int
     num_completion_tokens: int
 
@@ -166,6 +169,9 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
         advantages=flat("advantages", torch.float32),
         sampling_logprobs=flat("sampling_logprobs", torch.float32),
         loss_mask=flat("loss_mask", torch.bool),
+        sequence_ids=int64([index for index, sample in enumerate(samples) for _ in sample.token_ids]),
+        num_sequences=len(samples),
+        samples=tuple(samples),
         num_prompt_tokens=sum(length for _, length in prompt_spans),
         num_completion_tokens=len(targets),
     )

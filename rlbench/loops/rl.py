@@ -9,25 +9,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.build import Inputs, Parts, greedy_sampling, training_sampling
 from rlbench.checks.policy_identity import check_logprob_gap, check_policy_identity
-from rlbench.data.packing import Microbatch, pack
+from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation, evaluate
 from rlbench.loops.stopping import StopRequest
-from rlbench.records import RolloutGroup
+from rlbench.records import Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
-from rlbench.rollouts.credit import Credit, credit
+from rlbench.rollouts.credit import Credit, credit, has_signal
+from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.metrics import summarise_rollouts
 from rlbench.tracking.rollout_store import write_rollouts
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlbench.training.optim import learning_rate, set_lr
-from rlbench.training.step import train_step
+from rlbench.training.reference_kl import reference_kl
+from rlbench.training.update import Minibatch, UpdateResult, make_minibatches, update_policy
 from rlbench.weight_sync import sync
 
 MAX_LOGPROB_GAP = {"bfloat16": 0.3, "float32": 0.02}  # nats on average; honest pairs: 0.02 to 0.05, 1e-5
+
+
+def make_entropy_control(config: AlgorithmConfig) -> EntropyControl:
+    if config.entropy_target is None:
+        return EntropyControl(coef=config.entropy_coef)
+    control = config.entropy_control()
+    return EntropyControl(
+        coef=config.entropy_coef,
+        target=config.entropy_target,
+        delta=control["entropy_coef_delta"],
+        low=control["entropy_coef_min"],
+        high=control["entropy_coef_max"],
+    )
 
 
 class NonFiniteError(Exception):
@@ -45,8 +61,9 @@ class RlLoop:
     run_folder: Path
     stop: StopRequest
     stream: PromptStream = field(init=False)
-    step: int = 0  # optimizer steps made, skipped ones included
-    policy_version: int = 0  # updates applied to the adapter
+    entropy_control: EntropyControl = field(init=False)
+    step: int = 0  # batches of rollouts trained on, skipped ones included
+    policy_version: int = 0  # optimizer steps applied to the adapter
     num_bad_steps: int = 0  # in a row
     fingerprint: str = ""
     history: list[Mapping[str, Any]] = field(default_factory=list)
@@ -57,6 +74,7 @@ class RlLoop:
     def __post_init__(self) -> None:
         data = self.inputs.config.data
         self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
+        self.entropy_control = make_entropy_control(self.inputs.config.algorithm)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -66,6 +84,7 @@ class RlLoop:
         self.policy_version = state["policy_version"]
         self.num_bad_steps = state["num_bad_steps"]
         self.stream.restore(state["stream"])
+        self.entropy_control.restore(state["entropy_control"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.last_checkpoint = checkpoint.folder
 
@@ -103,6 +122,7 @@ class RlLoop:
             "num_bad_steps": self.num_bad_steps,
             "adapter_fingerprint": self.fingerprint,
             "stream": self.stream.state(),
+            "entropy_control": self.entropy_control.state(),
             "evaluations": [
                 {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
             ],
@@ -122,18 +142,40 @@ class RlLoop:
         start = time.monotonic()
         self._seconds = {}
         step = self.step + 1
-        groups = self._collect(step)
-        credited = credit(groups, self.inputs.config.algorithm, self.inputs.config.rewards)
+        groups, num_refills = self._collect(step)
         metrics: dict[str, float | None] = {**summarise_rollouts(groups), **self.parts.scorer.metrics()}
+        if self.inputs.config.algorithm.max_refills:
+            metrics["groups/num_refills"] = float(num_refills)
+        self.parts.engine.sleep()
+        credited = self._credit(groups)
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
+        metrics |= credited.metrics
         metrics |= self._update(credited, step, num_steps)
+        self.parts.engine.wake()
         self._sync()
         self.step = step
         self._record(step, num_steps, groups, credited, metrics, start)
 
-    def _collect(self, step: int) -> list[RolloutGroup]:
+    def _collect(self, step: int) -> tuple[list[RolloutGroup], int]:
+        """The step's groups and the number of refills: with dynamic sampling, groups without signal are drawn anew."""
+        config = self.inputs.config.algorithm
+        wanted = config.prompts_per_step or 1
+        groups = self._sample_groups(self.stream.next(wanted), step)
+        for refill in range(config.max_refills):
+            num_missing = wanted - sum(self._has_signal(group) for group in groups)
+            seen = {group.prompt.prompt_id for group in groups}
+            prompts = [p for p in self.stream.next(num_missing) if p.prompt_id not in seen] if num_missing else []
+            if not prompts:
+                return groups, refill
+            groups += self._sample_groups(prompts, step)
+        return groups, config.max_refills
+
+    def _has_signal(self, group: RolloutGroup) -> bool:
+        config = self.inputs.config
+        return has_signal(group, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
+
+    def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> list[RolloutGroup]:
         config, parts = self.inputs.config, self.parts
-        prompts = self.stream.next(config.algorithm.prompts_per_step or 1)
         with self._phase("generation"):
             completions = sample_completions(
                 prompts,
@@ -151,40 +193,65 @@ class RlLoop:
         with self._phase("rewards"):
             return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step)
 
+    def _credit(self, groups: Sequence[RolloutGroup]) -> Credit:
+        config = self.inputs.config
+        token_kl = None
+        if config.algorithm.has_kl_reward:
+            with self._phase("reference"):
+                token_kl = reference_kl(
+                    self.parts.policy,
+                    groups,
+                    estimator=config.algorithm.kl,
+                    temperature=config.sampling.temperature,
+                    tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+                )
+        return credit(
+            groups,
+            config.algorithm,
+            config.rewards,
+            max_completion_tokens=config.sampling.max_tokens,
+            token_kl=token_kl,
+        )
+
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
-        """One optimizer step; none if no group has a signal."""
+        """The batch's optimizer steps; none if no group has a signal."""
         config, parts = self.inputs.config, self.parts
         lr = learning_rate(step, num_steps, config.optim)
-        if not credited.samples:
+        if not credited.has_signal:
             return {"optim/lr": lr, "optim/is_skipped": 1.0}
-        parts.engine.sleep()
-        microbatches = pack(
+        minibatches = make_minibatches(
             credited.samples,
+            config.algorithm,
             tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            max_completion_tokens=config.sampling.max_tokens,
             device=parts.policy.device,
         )
         set_lr(parts.optimizer, lr)
         with self._phase("update"):
-            result = train_step(
+            result = update_policy(
                 parts.policy,
-                microbatches,
+                minibatches,
                 parts.optimizer,
                 config.algorithm,
                 temperature=config.sampling.temperature,
                 max_grad_norm=config.optim.max_grad_norm,
+                entropy_control=self.entropy_control,
+                seed=sampling_seed(config.seed, step, "token choice", 0),
             )
-        parts.engine.wake()
-        self._count_update(result.is_applied, result.metrics)
+        self._count_updates(result)
         return (
-            {"optim/lr": lr, "optim/is_skipped": float(not result.is_applied)}
+            {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
+            | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
-            | self._sizes(microbatches)
+            | self._sizes(minibatches)
         )
 
-    def _count_update(self, is_applied: bool, metrics: Mapping[str, float]) -> None:
-        if is_applied:
+    def _count_updates(self, result: UpdateResult) -> None:
+        metrics = result.metrics
+        self.policy_version += result.num_applied
+        if result.num_applied:
             check_logprob_gap(metrics["drift/logprob_gap_mean"], limit=MAX_LOGPROB_GAP[self.inputs.config.model.dtype])
-            self.policy_version += 1
+        if result.is_finite:
             self.num_bad_steps = 0
             return
         self.num_bad_steps += 1
@@ -196,7 +263,8 @@ class RlLoop:
         if self.num_bad_steps >= limit:
             raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
 
-    def _sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, float | None]:
+    def _sizes(self, minibatches: Sequence[Minibatch]) -> dict[str, float | None]:
+        microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
         num_tokens = sum(len(microbatch.token_ids) for microbatch in microbatches)
         return {
             "training/num_microbatches": float(len(microbatches)),

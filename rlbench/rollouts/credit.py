@@ -1,13 +1,18 @@
-"""Rollout groups become training samples: advantages, and what is left out and why."""
+"""Rollout groups become training samples: rewards shaped, advantages taken, and what is left out and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 from rlbench.algorithms import ADVANTAGES
+from rlbench.algorithms.advantages import GroupReturns
+from rlbench.algorithms.shaping import overlong_penalty, returns_to_go
+from rlbench.config.algorithm import ADVANTAGES as ADVANTAGE_SPECS
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
-from rlbench.records import Rollout, RolloutGroup, TrainingSample
+from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup, TrainingSample
 
 
 class RewardFailure(Exception):
@@ -16,16 +21,39 @@ class RewardFailure(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
+    """`samples` are all rollouts that can be compared, those without advantage too: they count in denominators."""
+
     samples: tuple[TrainingSample, ...]
-    advantages: dict[str, float]  # by rollout_id, of every rollout that has a reward
+    advantages: dict[str, float]  # by rollout_id, of every sample; the mean over its tokens
     num_no_signal_groups: int
     num_invalid_rollouts: int  # without a reward
+    metrics: dict[str, float]
+
+    @property
+    def has_signal(self) -> bool:
+        """Some trained token has an advantage."""
+        return any(any(sample.advantages) and any(sample.loss_mask) for sample in self.samples)
 
 
-def credit(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig, rewards: RewardsConfig) -> Credit:
-    """Advantages of each group's valid rollouts; groups without signal give no samples and are counted.
+def credit(
+    groups: Sequence[RolloutGroup],
+    algorithm: AlgorithmConfig,
+    rewards: RewardsConfig,
+    *,
+    max_completion_tokens: int | None = None,
+    token_kl: Mapping[str, Sequence[float]] | None = None,
+) -> Credit:
+    """Advantages of the step's valid rollouts.
 
-    A group has no signal when all its rewards are equal or fewer than two rollouts have one.
+    A group has no signal when all its advantages are 0, or when fewer rollouts have a reward than the advantage
+    compares. The latter, and with dynamic sampling both, give no samples.
+
+    Args:
+        groups: of one step.
+        algorithm: the `algorithm` part of the config.
+        rewards: the `rewards` part.
+        max_completion_tokens: sampling.max_tokens; needed with a soft penalty on long completions.
+        token_kl: KL to the reference of each token, by rollout_id; with a KL penalty in the reward.
 
     Raises:
         RewardFailure: a rollout has no reward and `rewards.on_invalid` is stop, or more than
@@ -34,39 +62,129 @@ def credit(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig, rewards: 
     num_rollouts = sum(len(group.rollouts) for group in groups)
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
     _check_invalid(invalid, num_rollouts, rewards)
+    compared = [part for group in groups if (part := _comparable(group, algorithm, rewards))]
+    penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
+    returns = [_returns(part, penalties, algorithm, token_kl) for part in compared]
+    values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
     samples: list[TrainingSample] = []
     advantages: dict[str, float] = {}
-    num_no_signal = 0
-    for group in groups:
-        valid = [rollout for rollout in group.rollouts if rollout.reward is not None]
-        is_dropped = len(valid) < len(group.rollouts) and rewards.on_invalid == "drop_group"
-        if is_dropped or len(valid) < 2:
-            num_no_signal += 1
-            continue
-        values = ADVANTAGES[algorithm.advantage](group.rewards, scale_by_std=algorithm.scale_by_std)
-        advantages |= {rollout.rollout_id: value for rollout, value in zip(valid, values, strict=True)}
-        if not any(values):
-            num_no_signal += 1
-            continue
-        samples += [_sample(rollout, value) for rollout, value in zip(valid, values, strict=True)]
+    num_no_signal = len(groups) - len(compared)
+    for rollouts, of_group in zip(compared, values, strict=True):
+        advantages |= {r.rollout_id: _mean(tokens) for r, tokens in zip(rollouts, of_group, strict=True)}
+        has_signal = any(any(tokens) for tokens in of_group)
+        num_no_signal += not has_signal
+        if has_signal or not algorithm.max_refills:
+            samples += [_sample(r, tokens, algorithm) for r, tokens in zip(rollouts, of_group, strict=True)]
     return Credit(
         samples=tuple(samples),
         advantages=advantages,
         num_no_signal_groups=num_no_signal,
         num_invalid_rollouts=len(invalid),
+        metrics=_metrics(samples, penalties, token_kl),
     )
 
 
-def _sample(rollout: Rollout, advantage: float) -> TrainingSample:
-    length = len(rollout.completion.token_ids)
+def has_signal(
+    group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig, *, max_completion_tokens: int
+) -> bool:
+    """Whether the group's rewards, penalties on length included, differ: what dynamic sampling draws prompts for."""
+    rollouts = _comparable(group, algorithm, rewards)
+    if not rollouts:
+        return False
+    penalties = _overlong_penalties([rollouts], algorithm, max_completion_tokens)
+    reads_components = ADVANTAGE_SPECS[algorithm.advantage].reads_components
+    shaped = {
+        ((r.reward or 0.0) + penalties.get(r.rollout_id, 0.0), *_component_values(r, reads_components))
+        for r in rollouts
+    }
+    return len(shaped) > 1
+
+
+def _component_values(rollout: Rollout, are_read: bool) -> list[float | None]:
+    return [component.value for component in rollout.components.values()] if are_read else []
+
+
+def _comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
+    """The group's rollouts that have a reward; none if the group is dropped or too few are left to compare."""
+    valid = [rollout for rollout in group.rollouts if rollout.reward is not None]
+    is_dropped = len(valid) < len(group.rollouts) and rewards.on_invalid == "drop_group"
+    is_too_small = len(valid) < ADVANTAGE_SPECS[algorithm.advantage].min_group_size
+    return [] if is_dropped or is_too_small else valid
+
+
+def _options(algorithm: AlgorithmConfig) -> dict[str, Any]:
+    default = ADVANTAGE_SPECS[algorithm.advantage].default_scale
+    return {} if default is None else {"scale": algorithm.advantage_scale or default}
+
+
+def _overlong_penalties(
+    groups: Sequence[Sequence[Rollout]], algorithm: AlgorithmConfig, max_completion_tokens: int | None
+) -> dict[str, float]:
+    """By rollout_id; empty without a soft penalty."""
+    if not algorithm.overlong_buffer_tokens:
+        return {}
+    assert max_completion_tokens is not None
+    penalty = 1.0 if algorithm.overlong_penalty is None else algorithm.overlong_penalty
+    return {
+        rollout.rollout_id: overlong_penalty(
+            len(rollout.completion.token_ids),
+            max_tokens=max_completion_tokens,
+            buffer_tokens=algorithm.overlong_buffer_tokens,
+            penalty=penalty,
+        )
+        for group in groups
+        for rollout in group
+    }
+
+
+def _returns(
+    rollouts: Sequence[Rollout],
+    penalties: Mapping[str, float],
+    algorithm: AlgorithmConfig,
+    token_kl: Mapping[str, Sequence[float]] | None,
+) -> GroupReturns:
+    returns = []
+    for rollout in rollouts:
+        assert rollout.reward is not None
+        reward = rollout.reward + penalties.get(rollout.rollout_id, 0.0)
+        kl = token_kl[rollout.rollout_id] if token_kl is not None else [0.0] * len(rollout.completion.token_ids)
+        returns.append(returns_to_go(reward, kl, algorithm.kl_coef if token_kl is not None else 0.0))
+    components = {name: [r.components[name].value or 0.0 for r in rollouts] for name in rollouts[0].components}
+    weights = {name: component.weight for name, component in rollouts[0].components.items()}
+    if penalties:  # a reward of its own for advantages that read each reward apart
+        components["overlong"] = [penalties[r.rollout_id] for r in rollouts]
+        weights["overlong"] = 1.0
+    return GroupReturns(returns=returns, components=components, weights=weights)
+
+
+def _sample(rollout: Rollout, advantages: Sequence[float], algorithm: AlgorithmConfig) -> TrainingSample:
+    completion = rollout.completion
+    is_trained = not (algorithm.mask_truncated and completion.finish_reason == FINISH_LENGTH)
     return TrainingSample(
         group_id=rollout.prompt.prompt_id,
         prompt_token_ids=rollout.prompt.token_ids,
-        token_ids=rollout.completion.token_ids,
-        sampling_logprobs=rollout.completion.sampling_logprobs,
-        advantages=(advantage,) * length,
-        loss_mask=(True,) * length,
+        token_ids=completion.token_ids,
+        sampling_logprobs=completion.sampling_logprobs,
+        advantages=tuple(advantages),
+        loss_mask=(is_trained,) * len(completion.token_ids),
     )
+
+
+def _metrics(
+    samples: Sequence[TrainingSample], penalties: Mapping[str, float], token_kl: Mapping[str, Sequence[float]] | None
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if samples:
+        metrics["rollouts/masked_frac"] = fmean(not any(sample.loss_mask) for sample in samples)
+    if penalties:
+        metrics["completion/overlong_penalty_mean"] = fmean(penalties.values())
+    if token_kl:
+        metrics["kl/reference"] = fmean(kl for tokens in token_kl.values() for kl in tokens)
+    return metrics
+
+
+def _mean(tokens: Sequence[float]) -> float:
+    return tokens[0] if min(tokens) == max(tokens) else fmean(tokens)
 
 
 def _check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:

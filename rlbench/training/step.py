@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlbench.algorithms import KL_ESTIMATORS, POLICY_LOSSES
-from rlbench.algorithms.policy_losses import LossInputs
-from rlbench.config.schema import AlgorithmConfig
+from rlbench.algorithms.reduce import BatchTotals, token_weights
+from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
+from rlbench.training.objective import Objective
+from rlbench.training.token_choice import choose_tokens
 from rlbench_kernels import linear_logprobs, linear_token_loss
+
+Columns = Mapping[str, Tensor]  # per-token tensors [N] that are fixed before the batch's first update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +37,13 @@ def train_step(
     *,
     temperature: float,
     max_grad_norm: float,
+    totals: BatchTotals | None = None,
+    columns: Sequence[Columns] | None = None,
+    entropy_coef: float | None = None,
 ) -> StepResult:
     """Make one update from packed microbatches.
 
-    The loss is a mean over all loss tokens of the step: their number is counted before the first forward, so that
-    the split into microbatches changes nothing.
+    Denominators are counted before the first forward, so that the split into microbatches changes nothing.
 
     Args:
         policy: its adapter is updated.
@@ -47,12 +52,26 @@ def train_step(
         config: the `algorithm` part of the config.
         temperature: of sampling; logprobs are taken at the same temperature.
         max_grad_norm: the gradient's L2 norm is scaled down to it; 0 does not clip.
+        totals: counts of the update where samples without advantage were left out; None: those of `microbatches`.
+        columns: from `fixed_columns`, for each microbatch; None: made here.
+        entropy_coef: None: `config.entropy_coef`.
     """
-    num_loss_tokens = sum(int(mb.loss_mask.sum()) for mb in microbatches)
+    totals = totals or count_totals(microbatches)
+    if columns is None:
+        columns = fixed_columns(policy, microbatches, config, temperature=temperature, seed=0)
+    top = [part["is_top_entropy"] & mb.loss_mask if "is_top_entropy" in part else mb.loss_mask
+           for mb, part in zip(microbatches, columns, strict=True)]  # fmt: skip
+    objective = Objective(
+        config=config,
+        num_loss_tokens=max(1, sum(int(mb.loss_mask.sum()) for mb in microbatches)),
+        num_bonus_tokens=sum(int(mask.sum()) for mask in top),
+        entropy_coef=config.entropy_coef if entropy_coef is None else entropy_coef,
+    )
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    for microbatch in microbatches:
-        for name, value in _backward(policy, microbatch, config, num_loss_tokens, temperature).items():
+    for microbatch, fixed in zip(microbatches, columns, strict=True):
+        weights = _weights(microbatch, config, totals, len(microbatches))
+        for name, value in _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature).items():
             sums[name] = torch.maximum(sums[name], value) if name in sums and name.endswith("_max") else (
                 sums.get(name, 0.0) + value  # type: ignore[operator]
             )  # fmt: skip
@@ -66,60 +85,88 @@ def train_step(
     return StepResult(is_applied=is_finite, metrics=metrics)
 
 
+def count_totals(microbatches: Sequence[Microbatch], max_completion_tokens: int | None = None) -> BatchTotals:
+    """Totals of an update that leaves nothing out; the longest completion stands for the limit if that is not given."""
+    longest = max(int(torch.bincount(mb.sequence_ids).max()) for mb in microbatches)
+    return BatchTotals(
+        num_loss_tokens=sum(int(mb.loss_mask.sum()) for mb in microbatches),
+        num_sequences=sum(mb.num_sequences for mb in microbatches),
+        max_completion_tokens=max_completion_tokens or longest,
+    )
+
+
+def _weights(microbatch: Microbatch, config: AlgorithmConfig, totals: BatchTotals, num_microbatches: int) -> Tensor:
+    return token_weights(
+        microbatch.loss_mask,
+        microbatch.sequence_ids,
+        config.normalization,
+        totals,
+        num_sequences=microbatch.num_sequences,
+        num_microbatches=num_microbatches,
+    )
+
+
 def _backward(
-    policy: Policy, microbatch: Microbatch, config: AlgorithmConfig, num_loss_tokens: int, temperature: float
+    policy: Policy, microbatch: Microbatch, fixed: Columns, objective: Objective, temperature: float
 ) -> dict[str, Tensor]:
     """Accumulate the microbatch's gradient; returns its share of the step's metrics."""
     columns = {
         "advantages": microbatch.advantages,
         "loss_mask": microbatch.loss_mask,
         "sampling_logprobs": microbatch.sampling_logprobs,
+        "sequence_ids": microbatch.sequence_ids,
+        **fixed,
     }
-    if config.kl_coef > 0:
-        columns["ref_logprobs"] = _reference_logprobs(policy, microbatch, temperature)
+    hidden = policy.hidden(microbatch)
 
-    def token_loss(logprobs: Tensor, entropy: Tensor, part: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return _token_loss(logprobs, entropy, part, config, num_loss_tokens)
+    def loss_of(logprobs: Tensor, entropy: Tensor, part: Columns) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective(logprobs, entropy, part, microbatch.num_sequences)
 
-    loss, metrics, _ = linear_token_loss(
-        policy.hidden(microbatch), policy.head_weight, microbatch.targets, token_loss, columns, temperature=temperature
-    )
+    if objective.config.needs_sequences:
+        logprobs, entropy = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+        loss, metrics = loss_of(logprobs, entropy if objective.entropy_coef else entropy.detach(), columns)
+        metrics = {name: value.detach() for name, value in metrics.items()}
+    else:
+        loss, metrics, _ = linear_token_loss(
+            hidden, policy.head_weight, microbatch.targets, loss_of, columns, temperature=temperature
+        )
     loss.backward()
     return metrics | {"loss/total": loss.detach()}
 
 
-def _token_loss(
-    logprobs: Tensor, entropy: Tensor, columns: Mapping[str, Tensor], config: AlgorithmConfig, num_loss_tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy loss plus KL penalty of one chunk; all arguments [n]. Metrics are shares of the step's means."""
-    mask = columns["loss_mask"]
-    inputs = LossInputs(
-        logprobs=logprobs,
-        # One update a batch: the policy before the update is the current one.
-        old_logprobs=logprobs.detach(),
-        advantages=columns["advantages"],
-        loss_mask=mask,
-        num_loss_tokens=num_loss_tokens,
-    )
-    clip = {"clip_ratio_low": config.clip_ratio_low, "clip_ratio_high": config.clip_ratio_high}
-    output = POLICY_LOSSES[config.loss](inputs, **clip)
-    gap = torch.where(mask, logprobs.detach() - columns["sampling_logprobs"], 0.0)  # [n]
-    metrics = output.metrics | {
-        "loss/policy": output.loss,
-        "policy/entropy": (entropy.detach() * mask).sum() / num_loss_tokens,
-        "drift/logprob_gap_mean": gap.abs().sum() / num_loss_tokens,
-        "drift/logprob_gap_max": gap.abs().max(),
-    }
-    if "ref_logprobs" not in columns:
-        return output.loss, metrics
-    per_token = KL_ESTIMATORS[config.kl](
-        torch.where(mask, logprobs, 0.0), torch.where(mask, columns["ref_logprobs"], 0.0)
-    )
-    kl = (per_token * mask).sum() / num_loss_tokens
-    return output.loss + config.kl_coef * kl, metrics | {"kl/reference": kl}
+def fixed_columns(
+    policy: Policy, microbatches: Sequence[Microbatch], config: AlgorithmConfig, *, temperature: float, seed: int
+) -> list[dict[str, Tensor]]:
+    """Columns that stay the same over the updates of a batch, for each microbatch, made before the first.
+
+    `ref_logprobs` with a KL penalty in the loss. `old_logprobs` where the policy will have moved, or where tokens are
+    chosen by statistics of the whole batch (`is_top_entropy`, `is_selected`); with one update they are the forward's
+    own logprobs, and no extra forward is made.
+
+    Args:
+        seed: of the random choice that some losses make.
+    """
+    columns: list[dict[str, Tensor]] = [{} for _ in microbatches]
+    if config.has_kl_loss:
+        for microbatch, part in zip(microbatches, columns, strict=True):
+            part["ref_logprobs"] = reference_logprobs(policy, microbatch, temperature)
+    if config.needs_old_forward:
+        entropies = []
+        for microbatch, part in zip(microbatches, columns, strict=True):
+            part["old_logprobs"], entropy = policy_logprobs(policy, microbatch, temperature)
+            entropies.append(entropy)
+        choose_tokens(microbatches, columns, entropies, config, seed=seed)
+    return columns
 
 
-def _reference_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> Tensor:
+@torch.no_grad()
+def policy_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logprobs and entropies of the present policy, without gradient: float32 [N] each."""
+    hidden = policy.hidden(microbatch)
+    return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+
+
+def reference_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> Tensor:
     """float32 [N]: the same base with the adapter switched off."""
     with policy.reference():
         hidden = policy.hidden(microbatch)

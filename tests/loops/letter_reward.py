@@ -9,3 +9,12 @@ def share_of_a(sample):
 
 def accuracy(sample):
     return RewardOutput(value=float(sample.completion.count("a") > 4))
+
+
+def rarely(sample):
+    """1 for a completion with two letters `a`: most groups of the untrained model have none."""
+    return RewardOutput(value=float(sample.completion.count("a") > 1))
+
+
+def share_of_lowercase(sample):
+    return RewardOutput(value=sum(c.islower() for c in sample.completion) / max(1, len(sample.completion)))

@@ -1,10 +1,12 @@
 """Credit: what is trained on, what is left out, what stops the run. And seeds."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
 from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
-from rlbench.rollouts.credit import RewardFailure, credit
+from rlbench.rollouts.credit import RewardFailure, credit, has_signal
 from rlbench.rollouts.seeds import sampling_seed
 
 
@@ -36,21 +38,35 @@ def make_group(name: str, rewards: list[float | None]) -> RolloutGroup:
     return RolloutGroup(prompt=prompt, rollouts=rollouts)
 
 
-def test_groups_without_signal_are_left_out_and_counted():
+def test_groups_without_signal_are_counted_and_stay_in_the_denominators():
     groups = [make_group("a", [1.0, 1.0]), make_group("b", [0.0, 0.0]), make_group("c", [1.0, 0.0])]
 
-    result = credit(groups, AlgorithmConfig(scale_by_std=False), RewardsConfig())
+    result = credit(groups, AlgorithmConfig(advantage_scale="none"), RewardsConfig())
 
-    assert result.num_no_signal_groups == 2
-    assert [s.group_id for s in result.samples] == ["c", "c"]
-    assert [s.advantages for s in result.samples] == [(0.5,) * 3, (-0.5,) * 3]
+    assert result.num_no_signal_groups == 2 and result.has_signal
+    assert [s.group_id for s in result.samples] == ["a", "a", "b", "b", "c", "c"]
+    assert [s.advantages for s in result.samples[4:]] == [(0.5,) * 3, (-0.5,) * 3]
+    assert {s.advantages for s in result.samples[:4]} == {(0.0,) * 3}
     assert result.advantages["1/a/0"] == 0.0
+
+
+def test_with_dynamic_sampling_groups_without_signal_are_left_out():
+    groups = [make_group("a", [1.0, 1.0]), make_group("c", [1.0, 0.0])]
+
+    result = credit(groups, AlgorithmConfig(max_refills=2), RewardsConfig())
+
+    assert [s.group_id for s in result.samples] == ["c", "c"]
+    assert result.num_no_signal_groups == 1 and set(result.advantages) == {"1/a/0", "1/a/1", "1/c/0", "1/c/1"}
+
+
+def test_no_signal_anywhere():
+    assert not credit([make_group("a", [1.0, 1.0])], AlgorithmConfig(), RewardsConfig()).has_signal
 
 
 def test_a_rollout_without_reward_is_dropped_and_does_not_count_as_zero():
     rewards = RewardsConfig(max_invalid_frac=0.5)
 
-    result = credit([make_group("a", [1.0, None, 0.5])], AlgorithmConfig(scale_by_std=False), rewards)
+    result = credit([make_group("a", [1.0, None, 0.5])], AlgorithmConfig(advantage_scale="none"), rewards)
 
     assert result.num_invalid_rollouts == 1
     assert [s.advantages[0] for s in result.samples] == [0.25, -0.25]
@@ -75,6 +91,88 @@ def test_one_valid_rollout_has_nothing_to_be_compared_with():
     result = credit([make_group("a", [1.0, None])], AlgorithmConfig(), RewardsConfig(max_invalid_frac=1.0))
 
     assert result.samples == () and result.num_no_signal_groups == 1
+
+
+def finished_after(group: RolloutGroup, *num_tokens: int, reason: str = "length") -> RolloutGroup:
+    rollouts = tuple(
+        replace(
+            r, completion=replace(r.completion, token_ids=(3,) * n, sampling_logprobs=(-1.0,) * n, finish_reason=reason)
+        )
+        for r, n in zip(group.rollouts, num_tokens, strict=True)
+    )
+    return replace(group, rollouts=rollouts)
+
+
+def test_truncated_completions_are_compared_but_not_trained_on():
+    group = make_group("a", [1.0, 0.0])
+    cut = replace(group, rollouts=(group.rollouts[0], finished_after(group, 3, 3).rollouts[1]))
+
+    masked = credit([cut], AlgorithmConfig(mask_truncated=True), RewardsConfig())
+    kept = credit([cut], AlgorithmConfig(), RewardsConfig())
+
+    assert [s.loss_mask for s in masked.samples] == [(True,) * 3, (False,) * 3]
+    assert [s.loss_mask for s in kept.samples] == [(True,) * 3] * 2
+    assert [s.advantages for s in masked.samples] == [s.advantages for s in kept.samples]
+    assert masked.metrics["rollouts/masked_frac"] == 0.5
+
+
+def test_long_completions_lose_reward_before_they_are_compared():
+    config = AlgorithmConfig(overlong_buffer_tokens=4, overlong_penalty=0.5, advantage_scale="none")
+    group = finished_after(make_group("a", [1.0, 1.0]), 6, 8)
+
+    result = credit([group], config, RewardsConfig(), max_completion_tokens=8)
+
+    assert [s.advantages[0] for s in result.samples] == pytest.approx([0.125, -0.125])  # penalties 0.25, 0.5
+    assert result.metrics["completion/overlong_penalty_mean"] == pytest.approx(-0.375)
+    assert has_signal(group, config, RewardsConfig(), max_completion_tokens=8)
+    assert not has_signal(group, AlgorithmConfig(), RewardsConfig(), max_completion_tokens=8)
+
+
+KL = {"1/a/0": [0.1, 0.2, 0.3], "1/a/1": [0.0, 0.0, 0.0]}
+
+
+def test_a_kl_penalty_in_the_reward_is_the_sum_over_the_completion():
+    config = AlgorithmConfig(advantage="leave_one_out", kl_coef=0.5, kl_in="reward", kl="k1")
+
+    result = credit([make_group("a", [1.0, 0.0])], config, RewardsConfig(), token_kl=KL)
+
+    assert [s.advantages[0] for s in result.samples] == pytest.approx([0.7, -0.7])
+    assert result.metrics["kl/reference"] == pytest.approx(0.1)
+
+
+def test_reinforce_plus_plus_charges_each_token_for_what_comes_after_it():
+    config = AlgorithmConfig(advantage="reinforce_plus_plus", kl_coef=0.5, kl_in="reward", kl="k1")
+
+    result = credit([make_group("a", [1.0, 0.0])], config, RewardsConfig(), token_kl=KL)
+
+    first, second = (s.advantages for s in result.samples)
+    assert first[0] < first[1] < first[2] and len(set(second)) == 1
+    # returns 0.7, 0.75, 0.85 and 0 three times: differences keep their proportions
+    assert (first[1] - first[0]) / (first[0] - second[0]) == pytest.approx(0.05 / 0.7)
+
+
+def test_one_completion_a_prompt_suffices_without_a_baseline_of_the_group():
+    config = AlgorithmConfig(advantage="reinforce_plus_plus", group_size=1)
+
+    result = credit([make_group("a", [1.0]), make_group("b", [0.0])], config, RewardsConfig())
+
+    assert [s.advantages[0] > 0 for s in result.samples] == [True, False]
+
+
+def test_gdpo_reads_each_reward_apart():
+    group = make_group("a", [1.0, 1.0])
+    rollouts = tuple(
+        replace(r, components={"x": reward(value), "y": reward(1 - value)})
+        for r, value in zip(group.rollouts, (0.0, 1.0), strict=True)
+    )
+    group = replace(group, rollouts=rollouts)
+
+    assert not has_signal(group, AlgorithmConfig(), RewardsConfig(), max_completion_tokens=8)
+    assert has_signal(group, AlgorithmConfig(advantage="gdpo"), RewardsConfig(), max_completion_tokens=8)
+
+
+def reward(value: float) -> RewardComponent:
+    return RewardComponent(status="value", value=value, weight=1.0)
 
 
 def test_sampling_seeds_depend_on_every_part_and_on_nothing_else():

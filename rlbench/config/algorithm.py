@@ -1,0 +1,333 @@
+"""Every setting of the online algorithms: advantages, policy loss, KL penalty, off-policy correction, sampling control.
+
+Options that only some losses or advantages read are null by default. `LOSSES` and `ADVANTAGES` say which of them each
+choice reads and with which default; one that is set although the choice does not read it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlbench.config.checks import check_choice, check_range
+
+NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
+SCALES = ["group", "batch", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """What a policy loss reads and needs. Its function is in `rlbench.algorithms.policy_losses.POLICY_LOSSES`.
+
+    Example:
+        LossSpec(options={"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}, needs_sequences=True)
+    """
+
+    options: Mapping[str, float | None] = field(default_factory=dict)  # keys of AlgorithmConfig, with defaults
+    needs_sequences: bool = False  # it sums over whole sequences: evaluated once a microbatch, not chunk by chunk
+    is_sequence_level: bool = False  # one ratio a sequence, whose gradient reaches all of its tokens
+    needs_selection: bool = False  # it reads a choice of tokens that is made over the whole batch before the update
+    weighs_sampler: bool = False  # its own weights are against the sampling policy: no other correction is made
+
+
+CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}
+LOSSES: dict[str, LossSpec] = {
+    "reinforce": LossSpec(),
+    "clipped_surrogate": LossSpec(options={**CLIP, "clip_ratio_max": None}),
+    "cispo": LossSpec(options={"clip_ratio_max": 5.0}),
+    "sapo": LossSpec(options={"gate_temperature_pos": 1.0, "gate_temperature_neg": 1.05}),
+    "clip_cov": LossSpec(
+        options={**CLIP, "covariance_frac": 2e-4, "covariance_low": 1.0, "covariance_high": 5.0}, needs_selection=True
+    ),
+    "kl_cov": LossSpec(options={"covariance_frac": 2e-3, "covariance_kl_coef": 1.0}, needs_selection=True),
+    "gspo": LossSpec(
+        options={"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}, needs_sequences=True, is_sequence_level=True
+    ),
+    "gspo_token": LossSpec(options={"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}, needs_sequences=True),
+    "sequence_surrogate": LossSpec(options=CLIP, needs_sequences=True, is_sequence_level=True),
+    "gmpo": LossSpec(
+        options={"clip_log_ratio_low": 0.4, "clip_log_ratio_high": 0.4}, needs_sequences=True, is_sequence_level=True
+    ),
+    "vespo": LossSpec(
+        options={"gamma_k_pos": 2.0, "gamma_lambda_pos": 3.0, "gamma_k_neg": 3.0, "gamma_lambda_neg": 2.0},
+        needs_sequences=True,
+        weighs_sampler=True,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageSpec:
+    """What an advantage reads and needs. Its function is in `rlbench.algorithms.advantages.ADVANTAGES`."""
+
+    default_scale: str | None = None  # of algorithm.advantage_scale; None: it has no such option
+    scales: tuple[str, ...] = ()
+    min_group_size: int = 2  # completions of one prompt that it compares
+    reads_components: bool = False  # each reward apart, not their sum
+
+
+ADVANTAGES: dict[str, AdvantageSpec] = {
+    "group_relative": AdvantageSpec(default_scale="group", scales=("group", "batch", "none")),
+    "leave_one_out": AdvantageSpec(default_scale="none", scales=("batch", "none")),
+    "gdpo": AdvantageSpec(reads_components=True),
+    "reinforce_plus_plus": AdvantageSpec(min_group_size=1),
+    "reinforce_plus_plus_baseline": AdvantageSpec(),
+    "maxrl": AdvantageSpec(),
+}
+
+
+@dataclass
+class AlgorithmConfig:
+    prompts_per_step: int | None = None
+    group_size: int | None = None  # completions per prompt
+
+    advantage: str = "group_relative"  # a key of ADVANTAGES
+    advantage_scale: str | None = None  # group | batch | none: the standard deviation that divides the advantages
+
+    loss: str = "clipped_surrogate"  # a key of LOSSES
+    normalization: str = "token_mean"  # NORMALIZATIONS: how token losses become the step's loss
+    clip_ratio_low: float | None = None  # distance below 1 at which a ratio is clipped
+    clip_ratio_high: float | None = None  # distance above 1; larger than the lower one: DAPO's clip-higher
+    clip_ratio_max: float | None = None  # cap of the ratio itself: dual clip, two-sided clip (delta); CISPO's cap
+    clip_log_ratio_low: float | None = None  # gmpo: distances of log ratios from 0
+    clip_log_ratio_high: float | None = None
+    gate_temperature_pos: float | None = None  # sapo: steepness of the gate, by sign of the advantage
+    gate_temperature_neg: float | None = None
+    gamma_k_pos: float | None = None  # vespo: exponents of the Gamma weighting, by sign of the advantage
+    gamma_lambda_pos: float | None = None
+    gamma_k_neg: float | None = None
+    gamma_lambda_neg: float | None = None
+    covariance_frac: float | None = None  # clip_cov, kl_cov: share of the batch's tokens that are singled out
+    covariance_low: float | None = None  # clip_cov: bounds of the covariances that are drawn from
+    covariance_high: float | None = None
+    covariance_kl_coef: float | None = None  # kl_cov: penalty on the tokens singled out
+
+    kl: str = "k3"  # k1 | k2 | k3 | k3_unbiased
+    kl_coef: float = 0.0  # 0: no reference forward is made
+    kl_in: str = "loss"  # loss | reward
+
+    importance: str | None = None  # off | truncate | mask: correction from the engine's to the trainer's policy
+    importance_level: str | None = None  # token | sequence | geometric
+    importance_low: float | None = None  # smallest weight that is kept
+    importance_high: float | None = None  # largest
+    off_policy_threshold: float | None = None  # nats a token: bad samples that the policy left behind are left out
+
+    num_updates: int = 1  # optimizer steps made from one batch of rollouts
+    num_minibatches: int = 1  # parts of the batch; update i takes part i modulo this
+
+    entropy_coef: float = 0.0  # bonus on the mean entropy of a token; with a target: where the control starts
+    entropy_target: float | None = None  # nats a token: the coefficient rises while the entropy is below, falls above
+    entropy_coef_delta: float | None = None  # change of the coefficient per update
+    entropy_coef_min: float | None = None
+    entropy_coef_max: float | None = None
+    top_entropy_frac: float = 1.0  # train on this share of the batch's tokens, those of highest entropy
+
+    mask_truncated: bool = False  # completions cut at the token limit are not trained on
+    overlong_buffer_tokens: int = 0  # soft penalty over the last tokens before sampling.max_tokens; 0: none
+    overlong_penalty: float | None = None  # subtracted from the reward at the limit
+    max_refills: int = 0  # dynamic sampling: times that a step may draw prompts for groups without signal; 0: off
+
+    def __post_init__(self) -> None:
+        check_choice("algorithm.advantage", self.advantage, list(ADVANTAGES))
+        check_choice("algorithm.loss", self.loss, list(LOSSES))
+        check_choice("algorithm.normalization", self.normalization, NORMALIZATIONS)
+        check_choice("algorithm.kl", self.kl, ["k1", "k2", "k3", "k3_unbiased"])
+        check_choice("algorithm.kl_in", self.kl_in, ["loss", "reward"])
+        self._check_ranges()
+        self._check_loss_options()
+        self._check_advantage()
+        self._check_kl()
+        self._check_importance()
+        self._check_updates_and_entropy()
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        return LOSSES[self.loss]
+
+    def loss_options(self) -> dict[str, Any]:
+        """Keyword values of the loss: what is set, else the loss's defaults."""
+        return {name: self._or(name, default) for name, default in self.loss_spec.options.items()}
+
+    def resolved_defaults(self) -> dict[str, tuple[Any, str]]:
+        """Values of options left null, by key, each with the choice that decides it."""
+        values: dict[str, tuple[Any, str]] = {
+            name: (default, f"default of loss={self.loss}")
+            for name, default in self.loss_spec.options.items()
+            if default is not None
+        }
+        scale = ADVANTAGES[self.advantage].default_scale
+        if scale is not None:
+            values["advantage_scale"] = (scale, f"default of advantage={self.advantage}")
+        why = "it weighs against the engine's policy itself" if self.loss_spec.weighs_sampler else "on by default"
+        values["importance"] = (self.importance_method, f"loss={self.loss}: {why}")
+        if self.importance_method != "off":
+            bounds = {"importance_level": "token"} | self._bounds()
+            values |= {name: (v, f"default of importance={self.importance_method}") for name, v in bounds.items()}
+        if self.entropy_target is not None:
+            values |= {name: (v, "default of entropy control") for name, v in _ENTROPY_CONTROL.items()}
+        if self.overlong_buffer_tokens:
+            values["overlong_penalty"] = (1.0, "default of the soft penalty")
+        return values
+
+    @property
+    def importance_method(self) -> str:
+        return self.importance or ("off" if self.loss_spec.weighs_sampler else "truncate")
+
+    def importance_options(self) -> dict[str, Any]:
+        """Keyword values `level`, `low`, `high` of the correction."""
+        defaults = self._bounds()
+        return {
+            "level": self.importance_level or "token",
+            "low": self._or("importance_low", defaults.get("importance_low")),
+            "high": self._or("importance_high", defaults.get("importance_high")),
+        }
+
+    def entropy_control(self) -> dict[str, float]:
+        """`entropy_coef_delta`, `entropy_coef_min`, `entropy_coef_max`: what is set, else the defaults."""
+        return {name: self._or(name, default) for name, default in _ENTROPY_CONTROL.items()}
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.entropy_target is not None
+
+    @property
+    def has_kl_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def has_kl_reward(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "reward"
+
+    @property
+    def needs_sequences(self) -> bool:
+        """The objective sums over whole sequences."""
+        has_sequence_weights = self.importance_method != "off" and self.importance_level in ("sequence", "geometric")
+        return self.loss_spec.needs_sequences or has_sequence_weights or self.off_policy_threshold is not None
+
+    @property
+    def needs_old_forward(self) -> bool:
+        """A forward over the batch before its first update is needed."""
+        return self.num_updates > 1 or self.top_entropy_frac < 1 or self.loss_spec.needs_selection
+
+    @property
+    def needs_every_sample(self) -> bool:
+        """Samples without advantage change the gradient: through another term, or through statistics of the batch."""
+        has_statistics = self.top_entropy_frac < 1 or self.loss_spec.needs_selection
+        is_local = self.normalization == "microbatch_token_mean"
+        return self.has_kl_loss or self.has_entropy_bonus or has_statistics or is_local
+
+    def _or(self, name: str, default: Any) -> Any:
+        value = getattr(self, name)
+        return default if value is None else value
+
+    def _bounds(self) -> dict[str, Any]:
+        return _IMPORTANCE_BOUNDS.get((self.importance_method, self.importance_level or "token"), {})
+
+    def _check_ranges(self) -> None:
+        for name in ("prompts_per_step", "num_updates", "num_minibatches"):
+            check_range(f"algorithm.{name}", getattr(self, name), low=1)
+        check_range("algorithm.group_size", self.group_size, low=ADVANTAGES[self.advantage].min_group_size)
+        for name in ("clip_ratio_low", "covariance_frac", "top_entropy_frac"):
+            check_range(f"algorithm.{name}", getattr(self, name), low=0, high=1, is_low_open=True)
+        for name in (
+            "clip_ratio_high", "clip_ratio_max", "clip_log_ratio_low", "clip_log_ratio_high", "gate_temperature_pos",
+            "gate_temperature_neg", "gamma_k_pos", "gamma_lambda_pos", "gamma_k_neg", "gamma_lambda_neg",
+            "importance_high", "entropy_target", "entropy_coef_delta",
+        ):  # fmt: skip
+            check_range(f"algorithm.{name}", getattr(self, name), low=0, is_low_open=True)
+        for name in (
+            "kl_coef", "covariance_kl_coef", "importance_low", "off_policy_threshold", "entropy_coef",
+            "entropy_coef_min", "entropy_coef_max", "overlong_buffer_tokens", "overlong_penalty", "max_refills",
+        ):  # fmt: skip
+            check_range(f"algorithm.{name}", getattr(self, name), low=0)
+
+    def _check_loss_options(self) -> None:
+        every = {name for spec in LOSSES.values() for name in spec.options}
+        for name in sorted(every - set(self.loss_spec.options)):
+            if getattr(self, name) is not None:
+                readers = ", ".join(loss for loss, spec in LOSSES.items() if name in spec.options)
+                raise ValueError(
+                    f"algorithm.{name} is {getattr(self, name)}, but algorithm.loss={self.loss} does not read it; "
+                    f"expected null, or one of the losses that do: {readers}"
+                )
+        if self.loss == "clipped_surrogate" and self.clip_ratio_max is not None:
+            lowest = 1 + self.loss_options()["clip_ratio_high"]
+            check_range("algorithm.clip_ratio_max", self.clip_ratio_max, low=lowest, is_low_open=True)
+        if self.loss == "clip_cov" and self.loss_options()["covariance_low"] > self.loss_options()["covariance_high"]:
+            raise ValueError("algorithm.covariance_low is above algorithm.covariance_high, expected low <= high")
+
+    def _check_advantage(self) -> None:
+        spec = ADVANTAGES[self.advantage]
+        if self.advantage_scale is None:
+            return
+        if not spec.scales:
+            raise ValueError(
+                f"algorithm.advantage_scale is {self.advantage_scale}, but algorithm.advantage={self.advantage} "
+                "fixes its own scale; expected null"
+            )
+        check_choice("algorithm.advantage_scale", self.advantage_scale, list(spec.scales))
+
+    def _check_kl(self) -> None:
+        if not self.has_kl_reward:
+            return
+        if self.kl == "k3_unbiased":
+            raise ValueError("algorithm.kl is k3_unbiased with algorithm.kl_in=reward; expected k1, k2 or k3")
+        if ADVANTAGES[self.advantage].reads_components:
+            raise ValueError(
+                f"algorithm.kl_in is reward with algorithm.advantage={self.advantage}, which normalises each reward "
+                "apart; expected algorithm.kl_in=loss"
+            )
+
+    def _check_importance(self) -> None:
+        if self.importance is not None:
+            check_choice("algorithm.importance", self.importance, ["off", "truncate", "mask"])
+        if self.importance_level is not None:
+            check_choice("algorithm.importance_level", self.importance_level, ["token", "sequence", "geometric"])
+        if self.loss_spec.weighs_sampler and self.importance_method != "off":
+            raise ValueError(
+                f"algorithm.importance is {self.importance}, but algorithm.loss={self.loss} weighs against the "
+                "engine's policy itself; expected off or null"
+            )
+        if self.importance_method == "off":
+            self._check_unset("algorithm.importance is off", "importance_level", "importance_low", "importance_high")
+        low, high = self.importance_options()["low"], self.importance_options()["high"]
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"algorithm.importance_low is {low}, expected at most algorithm.importance_high ({high})")
+
+    def _check_updates_and_entropy(self) -> None:
+        if self.num_updates % self.num_minibatches:
+            raise ValueError(
+                f"algorithm.num_updates is {self.num_updates}, expected a multiple of algorithm.num_minibatches "
+                f"({self.num_minibatches}), so that every rollout is used equally often"
+            )
+        if self.entropy_target is None:
+            self._check_unset("algorithm.entropy_target is null", *_ENTROPY_CONTROL)
+        if not self.overlong_buffer_tokens:
+            self._check_unset("algorithm.overlong_buffer_tokens is 0", "overlong_penalty")
+        if self.max_refills and self.group_size == 1:
+            raise ValueError(
+                f"algorithm.max_refills is {self.max_refills}, but with algorithm.group_size=1 no rewards of a "
+                "group differ; expected 0, or larger groups"
+            )
+        if self.top_entropy_frac < 1 and self.loss_spec.is_sequence_level:
+            raise ValueError(
+                f"algorithm.top_entropy_frac is {self.top_entropy_frac}, but algorithm.loss={self.loss} has one ratio "
+                "a sequence, which moves all of its tokens; expected 1, or a loss of single tokens"
+            )
+
+    def _check_unset(self, because: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                raise ValueError(f"algorithm.{name} is {getattr(self, name)}, but {because}; expected null")
+
+
+_ENTROPY_CONTROL = {"entropy_coef_delta": 0.005, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0}
+_IMPORTANCE_BOUNDS: dict[tuple[str, str], dict[str, float]] = {
+    ("truncate", "token"): {"importance_high": 2.0},
+    ("truncate", "sequence"): {"importance_high": 2.0},
+    ("truncate", "geometric"): {"importance_high": 2.0},
+    ("mask", "token"): {"importance_low": 0.5, "importance_high": 5.0},  # IcePop's
+    ("mask", "sequence"): {"importance_high": 3.0},
+    ("mask", "geometric"): {"importance_low": 0.99, "importance_high": 1.01},
+}
