@@ -60,6 +60,8 @@ class Microbatch:
     targets: Tensor  # int64 [N]
     advantages: Tensor  # float32 [N]
     sampling_logprobs: Tensor  # float32 [N]
+    engine_logprobs: Tensor  # float32 [N], the same without truncation and penalties: the trainer's counterpart
+    positions: Tensor  # int64 [N], place of the target in its completion, from 0
     loss_mask: Tensor  # bool [N]
     num_prompt_tokens: int
     num_completion_tokens: int
@@ -165,6 +167,8 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
         targets=targets,
         advantages=flat("advantages", torch.float32),
         sampling_logprobs=flat("sampling_logprobs", torch.float32),
+        engine_logprobs=flat("engine_logprobs", torch.float32),
+        positions=int64([position for sample in samples for position in range(len(sample.token_ids))]),
         loss_mask=flat("loss_mask", torch.bool),
         num_prompt_tokens=sum(length for _, length in prompt_spans),
         num_completion_tokens=len(targets),

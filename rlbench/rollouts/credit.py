@@ -64,6 +64,7 @@ def _sample(rollout: Rollout, advantage: float) -> TrainingSample:
         prompt_token_ids=rollout.prompt.token_ids,
         token_ids=rollout.completion.token_ids,
         sampling_logprobs=rollout.completion.sampling_logprobs,
+        plain_logprobs=rollout.completion.plain_logprobs,
         advantages=(advantage,) * length,
         loss_mask=(True,) * length,
     )
