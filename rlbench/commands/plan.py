@@ -40,6 +40,8 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
         rows.append(row("Sizes", "engine.kv_cache_gib"))
+    checks = ("identity_every_steps", "identity_tokens", "drift_warn_nats", "drift_stop_nats")
+    rows += [row("Checks", f"checks.{name}") for name in checks]
     kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
     rows += [
         PlanRow("Sizes", "algorithm.kl_coef", kl),

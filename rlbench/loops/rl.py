@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rlbench.build import Inputs, Parts, greedy_sampling, training_sampling
-from rlbench.checks.policy_identity import check_logprob_gap, check_policy_identity
+from rlbench.checks.drift import STOP, WARN, Decision, Drift, DriftError, decide, measure_batch
+from rlbench.checks.limits import identity_limit
+from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation, evaluate
 from rlbench.loops.stopping import StopRequest
-from rlbench.records import RolloutGroup
+from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit
 from rlbench.tracking.console import RunConsole
@@ -26,8 +28,6 @@ from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.step import train_step
 from rlbench.weight_sync import sync
-
-MAX_LOGPROB_GAP = {"bfloat16": 0.3, "float32": 0.02}  # nats on average; honest pairs: 0.02 to 0.05, 1e-5
 
 
 class NonFiniteError(Exception):
@@ -45,6 +45,8 @@ class RlLoop:
     run_folder: Path
     stop: StopRequest
     stream: PromptStream = field(init=False)
+    identity: PolicyIdentity = field(init=False)
+    drift: Decision | None = None  # on the last batch that was trained on
     step: int = 0  # optimizer steps made, skipped ones included
     policy_version: int = 0  # updates applied to the adapter
     num_bad_steps: int = 0  # in a row
@@ -57,6 +59,16 @@ class RlLoop:
     def __post_init__(self) -> None:
         data = self.inputs.config.data
         self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
+        config = self.inputs.config
+        self.identity = PolicyIdentity(
+            self.parts.engine,
+            self.parts.policy,
+            self.parts.base,
+            limit=identity_limit(config),
+            every_steps=config.checks.identity_every_steps or 1,
+            max_tokens=config.checks.identity_tokens or 1,
+            temperature=config.sampling.temperature,
+        )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -74,6 +86,7 @@ class RlLoop:
 
         Raises:
             PolicyIdentityError: rollouts did not come from the trained weights.
+            DriftError: the trainer's logprobs are too far from the engine's.
             RewardFailure: too many rollouts without a reward.
             NonFiniteError: too many steps in a row without a finite gradient.
             TrackingError: metrics, rollouts or a checkpoint could not be written.
@@ -122,16 +135,17 @@ class RlLoop:
         start = time.monotonic()
         self._seconds = {}
         step = self.step + 1
-        groups = self._collect(step)
+        groups, proof = self._collect(step)
         credited = credit(groups, self.inputs.config.algorithm, self.inputs.config.rewards)
-        metrics: dict[str, float | None] = {**summarise_rollouts(groups)}
+        metrics: dict[str, float | None] = {**summarise_rollouts(groups), **proof}
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= self._update(credited, step, num_steps)
         self._sync()
         self.step = step
         self._record(step, num_steps, groups, credited, metrics, start)
 
-    def _collect(self, step: int) -> list[RolloutGroup]:
+    def _collect(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """Scored rollouts, and the metrics of the proof that they come from the policy that is trained."""
         config, parts = self.inputs.config, self.parts
         prompts = self.stream.next(config.algorithm.prompts_per_step or 1)
         with self._phase("generation"):
@@ -143,13 +157,17 @@ class RlLoop:
                 run_seed=config.seed,
                 step=step,
             )
-        check_policy_identity(
-            (completion for group in completions for completion in group),
-            policy_version=self.policy_version,
-            adapter_fingerprint=self.fingerprint,
-        )
+        proof = self._prove(step, prompts, completions)
         with self._phase("rewards"):
-            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step)
+            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step), proof
+
+    def _prove(
+        self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> dict[str, float]:
+        with self._phase("identity"):
+            return self.identity.check(
+                step, prompts, completions, policy_version=self.policy_version, fingerprint=self.fingerprint
+            )
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
         """One optimizer step; none if no group has a signal."""
@@ -175,15 +193,26 @@ class RlLoop:
             )
         parts.engine.wake()
         self._count_update(result.is_applied, result.metrics)
+        drift = measure_batch(microbatches, result.logprobs, max_ratio=config.checks.drift_max_ratio)
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.is_applied)}
             | result.metrics
+            | (self._judge(drift) if drift is not None and result.is_applied else {})
             | self._sizes(microbatches)
         )
 
+    def _judge(self, drift: Drift) -> dict[str, float]:
+        """Metrics of the drift; warns once for each climb of the ladder."""
+        decision = decide(drift, self.inputs.config.checks)
+        if decision.level == STOP:
+            raise DriftError(f"step {self.step + 1}: {decision.reason}")
+        if decision.level >= WARN and (self.drift is None or decision.level > self.drift.level):
+            self.console.warning(f"step {self.step + 1}: {decision.reason}")
+        self.drift = decision
+        return drift.metrics | {"drift/level": float(decision.level)}
+
     def _count_update(self, is_applied: bool, metrics: Mapping[str, float]) -> None:
         if is_applied:
-            check_logprob_gap(metrics["drift/logprob_gap_mean"], limit=MAX_LOGPROB_GAP[self.inputs.config.model.dtype])
             self.policy_version += 1
             self.num_bad_steps = 0
             return
@@ -207,6 +236,7 @@ class RlLoop:
     def _sync(self) -> None:
         with self._phase("weight sync"):
             self.fingerprint = sync(self.parts.policy.adapter(), self.parts.engine, self.policy_version)
+            self.identity.record_sync(self.policy_version)
 
     def _record(
         self,

@@ -24,6 +24,7 @@ from rlbench_kernels import linear_logprobs, linear_token_loss
 class StepResult:
     is_applied: bool  # False: the loss or the gradient was not finite; parameters and optimizer are unchanged
     metrics: dict[str, float]
+    logprobs: list[Tensor]  # of each microbatch, float32 [N], detached: the trainer's before the update
 
 
 def train_step(
@@ -51,8 +52,11 @@ def train_step(
     num_loss_tokens = sum(int(mb.loss_mask.sum()) for mb in microbatches)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
+    all_logprobs: list[Tensor] = []
     for microbatch in microbatches:
-        for name, value in _backward(policy, microbatch, config, num_loss_tokens, temperature).items():
+        shares, logprobs = _backward(policy, microbatch, config, num_loss_tokens, temperature)
+        all_logprobs.append(logprobs)
+        for name, value in shares.items():
             sums[name] = torch.maximum(sums[name], value) if name in sums and name.endswith("_max") else (
                 sums.get(name, 0.0) + value  # type: ignore[operator]
             )  # fmt: skip
@@ -63,13 +67,13 @@ def train_step(
     if is_finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(is_applied=is_finite, metrics=metrics)
+    return StepResult(is_applied=is_finite, metrics=metrics, logprobs=all_logprobs)
 
 
 def _backward(
     policy: Policy, microbatch: Microbatch, config: AlgorithmConfig, num_loss_tokens: int, temperature: float
-) -> dict[str, Tensor]:
-    """Accumulate the microbatch's gradient; returns its share of the step's metrics."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Accumulate the microbatch's gradient; returns its share of the step's metrics and its logprobs [N]."""
     columns = {
         "advantages": microbatch.advantages,
         "loss_mask": microbatch.loss_mask,
@@ -81,11 +85,11 @@ def _backward(
     def token_loss(logprobs: Tensor, entropy: Tensor, part: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return _token_loss(logprobs, entropy, part, config, num_loss_tokens)
 
-    loss, metrics, _ = linear_token_loss(
+    loss, metrics, logprobs = linear_token_loss(
         policy.hidden(microbatch), policy.head_weight, microbatch.targets, token_loss, columns, temperature=temperature
     )
     loss.backward()
-    return metrics | {"loss/total": loss.detach()}
+    return metrics | {"loss/total": loss.detach()}, logprobs
 
 
 def _token_loss(
