@@ -50,6 +50,9 @@ def measure_batch(microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor]
         max_ratio: importance ratios are truncated here.
     """
 
+    if not microbatches:
+        return None
+
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(microbatch, name) for microbatch in microbatches])
 

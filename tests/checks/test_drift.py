@@ -134,3 +134,4 @@ def test_a_batch_without_loss_tokens_has_no_drift():
     microbatches = pack([sample], tokens_per_microbatch=9, device="cpu")
 
     assert measure_batch(microbatches, [torch.zeros(2)], max_ratio=2.0) is None
+    assert measure_batch([], [], max_ratio=2.0) is None
