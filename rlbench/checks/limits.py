@@ -48,7 +48,7 @@ def honest_gap(engine: str, device: str, dtype: str, quantization: str) -> tuple
         return MEASURED[key], f"measured for engine={engine} on {device} in {dtype}, quantization {quantization}"
     others = [gap for (_, _, measured_dtype, _), gap in MEASURED.items() if measured_dtype == dtype]
     if not others:
-        return FLOORS[dtype], f"no pair has been measured in {dtype}"
+        return Gap(0, 0, 0), f"no pair has been measured in {dtype}, the floor counts"
     widest = Gap(max(g.mean for g in others), max(g.p99 for g in others), max(g.max for g in others))
     return widest, f"the widest measured in {dtype}; engine={engine} on {device} has no measurement of its own"
 

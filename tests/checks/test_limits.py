@@ -8,6 +8,7 @@ import pytest
 from rlbench.checks.limits import FLOORS, MARGIN, MEASURED, Gap, derive_drift_limits, honest_gap, identity_limit
 from rlbench.config.schema import ChecksConfig, EngineConfig, HardwareConfig, ModelConfig, RunConfig
 
+NAMES = ("mean", "p99", "max")
 RESULTS = Path(__file__).parents[2] / "scripts" / "results" / "identity_cpu.json"
 
 
@@ -23,15 +24,13 @@ def config(engine="hf", profile="cpu", dtype="bfloat16", **checks) -> RunConfig:
 @pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu"])
 def test_the_table_holds_what_the_committed_measurement_says(key):
     engine, _, dtype, _ = key
-    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["impl"] == engine]
+    cases = [f"{dtype}, {case}" for case in ("as sampled", "scored", "scored, base")]
+    rows = json.loads(RESULTS.read_text())["rows"]
+    rows = [row for row in rows if row["impl"] == engine and row["case"] in cases]
 
-    for name in ("mean", "p99", "max"):
-        cases = [
-            r["value"]
-            for r in rows
-            if r["metric"] == name and r["case"] in (f"{dtype}, as sampled", f"{dtype}, scored")
-        ]
-        assert getattr(MEASURED[key], name) == pytest.approx(max(cases), rel=0.1)
+    for name in NAMES:
+        found = max(row["value"] for row in rows if row["metric"] == name)
+        assert getattr(MEASURED[key], name) == pytest.approx(found, rel=0.1)
 
 
 def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor():
@@ -48,7 +47,7 @@ def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor()
 def test_a_pair_that_was_not_measured_gets_the_widest_of_its_dtype_and_says_so():
     gap, source = honest_gap("hf", "cuda", "bfloat16", "none")
 
-    assert gap == Gap(0.042, 0.21, 1.08)
+    assert gap == Gap(*(max(getattr(g, n) for k, g in MEASURED.items() if k[2] == "bfloat16") for n in NAMES))
     assert "no measurement of its own" in source
 
 
