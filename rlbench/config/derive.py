@@ -35,10 +35,7 @@ _SIZES = {
         "training.tokens_per_microbatch": (4096, "cpu profile: about 3 GiB of activations for a 135M model"),
         "evaluation.num_prompts": (64, "cpu profile: about ten seconds for each evaluation"),
         "engine.max_num_seqs": (64, "cpu profile: matmul rate no longer rises above 64 rows"),
-        "checks.identity_every_steps": (
-            10,
-            "cpu profile: all checks take 0.9% of a step (scripts/results/identity_cpu.json)",
-        ),
+        "checks.identity_every_steps": (20, "cpu profile: all checks then take 0.5 (hf) to 0.8% (vllm) of a step"),
         "checks.identity_tokens": (256, "cpu profile: one sequence or a few; four forwards of them each time"),
     },
     "gpu": {
