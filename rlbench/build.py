@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
-from rlbench.config.schema import RunConfig
+from rlbench.config.schema import RunConfig, SamplingConfig
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
@@ -65,8 +66,9 @@ def prepare(config: RunConfig) -> Inputs:
 
     facts = hardware_facts(config.hardware.profile)
     derived = derive(config, facts)
+    derived += derive_drift_limits(config)
     model = resolve_model(config.model)
-    tokenizer, context, stop_token_ids = _tokenizer(model)
+    tokenizer, context, stop_token_ids = _tokenizer(model, config.sampling)
     train_rows, eval_rows = _split(config, rows)
     limit = context - config.sampling.max_tokens
     reason = f"the model's context of {context} less sampling.max_tokens of {config.sampling.max_tokens}"
@@ -127,14 +129,26 @@ def training_sampling(inputs: Inputs) -> SamplingParams:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        stop_token_ids=inputs.stop_token_ids,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        **_ends_and_guides(inputs),
     )
 
 
 def greedy_sampling(inputs: Inputs) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=inputs.config.sampling.max_tokens, temperature=0.0, stop_token_ids=inputs.stop_token_ids
-    )
+    """Of evaluation: argmax without penalties, with the ends and guides of training."""
+    return SamplingParams(max_tokens=inputs.config.sampling.max_tokens, temperature=0.0, **_ends_and_guides(inputs))
+
+
+def _ends_and_guides(inputs: Inputs) -> dict[str, Any]:
+    sampling = inputs.config.sampling
+    return {
+        "stop_token_ids": inputs.stop_token_ids,
+        "stop": tuple(sampling.stop),
+        "guided_choice": tuple(sampling.guided_choice),
+        "guided_regex": sampling.guided_regex,
+    }
 
 
 def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engine]:
@@ -158,6 +172,8 @@ def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engi
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=config.lora.rank,
             kv_cache_gib=config.engine.kv_cache_gib or 1.0,
+            with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
+            deterministic=config.engine.deterministic,
         )
         if config.engine.share:
             return bind_base(folder, engine.base_weights(), dtype=dtype), engine
@@ -165,7 +181,7 @@ def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engi
     from rlbench.engine.hf_engine import HfEngine
 
     base = load_base(folder, dtype=dtype, device=device)
-    return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64)
+    return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64, tokenizer=inputs.tokenizer)
 
 
 def longest_sequence(inputs: Inputs) -> int:
@@ -182,7 +198,7 @@ def _check_model_exists(config: RunConfig) -> None:
         check_model_path(config.model.path)
 
 
-def _tokenizer(model: ResolvedModel) -> tuple[Any, int, tuple[int, ...]]:
+def _tokenizer(model: ResolvedModel, sampling: SamplingConfig) -> tuple[Any, int, tuple[int, ...]]:
     """Tokenizer, context length in tokens, and the ids that end a completion."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -193,6 +209,11 @@ def _tokenizer(model: ResolvedModel) -> tuple[Any, int, tuple[int, ...]]:
     ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])} - {None}
     if not ids:
         raise ValueError(f"model.path: {model.name} names no end-of-sequence token, so no completion could ever end")
+    for token_id in sampling.stop_token_ids:
+        if not 0 <= token_id < text_config.vocab_size:
+            last = text_config.vocab_size - 1
+            raise ValueError(f"sampling.stop_token_ids names {token_id}, but {model.name} has tokens 0 to {last}")
+    ids |= set(sampling.stop_token_ids)
     return tokenizer, int(text_config.max_position_embeddings), tuple(sorted(ids))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FINISH_STOP = "stop"  # a stop token was drawn; it is the completion's last token
+FINISH_STOP = "stop"  # the completion's last token is a stop token, or completed a stop string
 FINISH_LENGTH = "length"  # the token limit was reached first
 
 
@@ -33,8 +33,15 @@ class Prompt:
 class SamplingParams:
     """How an engine draws tokens, fully resolved.
 
+    Logits pass the guide, the penalties, the temperature, then min_p, top_k and top_p, in this order. The penalties of
+    a token: logit / repetition_penalty if it is positive, else logit * repetition_penalty, where the token is in the
+    prompt or in the completion so far; minus frequency_penalty * (its count in the completion); minus presence_penalty
+    where that count is not 0.
+
     Example:
         SamplingParams(max_tokens=64, temperature=1.0, stop_token_ids=(2,))
+
+    Source: repetition penalty, Keskar et al. 2019, arXiv:1909.05858, section 4.1; the others as in the OpenAI API.
     """
 
     max_tokens: int
@@ -42,16 +49,40 @@ class SamplingParams:
     top_p: float = 1.0  # 1 keeps every token
     top_k: int = 0  # 0 keeps every token
     min_p: float = 0.0  # 0 keeps every token
+    repetition_penalty: float = 1.0  # 1 changes nothing
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # texts that end a completion, in its decoded text without special tokens
+    guided_choice: tuple[str, ...] = ()  # the completion is one of these texts
+    guided_regex: str = ""  # the completion matches this
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.guided_choice or self.guided_regex)
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn with the softmax of the model's logits over the temperature, unchanged."""
+        is_truncated = self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return not (is_truncated or self.has_penalties or self.is_guided)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine sampled for one prompt and one seed.
 
-    `sampling_logprobs[t]` is the log-probability with which token t was drawn: log-softmax of the logits divided by
-    the temperature, renormalised over the tokens that top_p, top_k and min_p kept. Greedy sampling reports the
-    log-softmax of the plain logits.
+    `sampling_logprobs[t]` is the log-probability with which token t was drawn: log-softmax of the penalised logits
+    divided by the temperature, renormalised over the tokens that the guide, top_p, top_k and min_p kept. Greedy
+    sampling reports the log-softmax of the penalised logits.
+
+    `plain_logprobs[t]` is the log-softmax of the model's own logits divided by the temperature, without any of that:
+    what a trainer's logprobs compare with. Where only truncation is on, the log of the probability mass that was kept
+    is plain_logprobs - sampling_logprobs.
 
     Example:
         Completion(token_ids=(5, 2), sampling_logprobs=(-0.1, -1.2), finish_reason="stop", seed=7, policy_version=3,
@@ -64,6 +95,12 @@ class Completion:
     seed: int
     policy_version: int  # of the weights that sampled
     adapter_fingerprint: str  # of the adapter tensors that sampled; "base" for none
+    plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
+
+    @property
+    def engine_logprobs(self) -> tuple[float, ...]:
+        """Logprobs of the engine's model at the temperature of sampling, one a token."""
+        return self.plain_logprobs or self.sampling_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,3 +159,9 @@ class TrainingSample:
     sampling_logprobs: tuple[float, ...]
     advantages: tuple[float, ...]  # per token
     loss_mask: tuple[bool, ...]  # True on trained tokens
+    plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
+
+    @property
+    def engine_logprobs(self) -> tuple[float, ...]:
+        """As in `Completion`."""
+        return self.plain_logprobs or self.sampling_logprobs

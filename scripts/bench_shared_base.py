@@ -142,14 +142,14 @@ def measure(name: str, quantization: str, smollm2: str) -> None:
 
 
 def generate(engine: Any, prompts: list[list[int]], seeds: list[int], seeded: bool) -> None:
-    from rlbench.engine.vllm_engine import _params
+    from rlbench.engine.vllm_requests import params
     from rlbench.records import SamplingParams
 
     if seeded:
         engine.generate(prompts, SamplingParams(max_tokens=256), seeds)
         return
     engine._drop_prefixes()
-    engine._run(prompts, [_params(max_tokens=256, temperature=1.0, logprobs=0) for _ in prompts], use_adapter=True)
+    engine._run(prompts, [params(max_tokens=256, temperature=1.0, logprobs=0) for _ in prompts], use_adapter=True)
 
 
 def report_gap(engine: Any, policy: Any, report: Any, sampling: Any) -> None:

@@ -1,23 +1,198 @@
-"""Proof that rollouts were sampled from the weights that are about to be trained."""
+"""Proof that rollouts were sampled from the weights that are about to be trained.
+
+Every step, bit for bit: each completion's version and fingerprint, the engine's adapter against the trainer's, the
+base weights against their state at the start. At the first step and every N steps, in nats: logprobs of the same
+tokens on both sides, as they were sampled, scored with the adapter, scored without it.
+
+Shapes: N completion tokens of the probe, one sequence after the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from rlbench.records import Completion
+import torch
+from torch import Tensor
+
+from rlbench.checks.limits import Gap
+from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
+from rlbench.checks.weight_copies import BaseGuard, differing_layers, explain, signature
+from rlbench.engine.interface import Engine
+from rlbench.models.adapter import Adapter
+from rlbench.models.policy import Policy
+from rlbench.records import Completion, Prompt
+
+_REMEMBERED_VERSIONS = 4
+ADVICE = "nothing of this step was trained; the last checkpoint is sound"
 
 
 class PolicyIdentityError(Exception):
     """The engine sampled from other weights than the trainer holds."""
 
 
-def check_policy_identity(completions: Iterable[Completion], *, policy_version: int, adapter_fingerprint: str) -> None:
-    """Compare the version and fingerprint that every completion carries with the trainer's.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """|engine - trainer| of the same tokens: as they were sampled, scored with the adapter, scored without it."""
 
-    Args:
-        completions: of one step.
-        policy_version: optimizer steps that the trainer has applied.
-        adapter_fingerprint: of the trainer's adapter tensors now.
+    rollouts: Gap
+    adapter: Gap
+    base: Gap
+    adapter_effect: float  # mean |trainer with adapter - trainer without|: what the second row could show at all
+    num_tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        gaps = {"rollout": self.rollouts, "adapter": self.adapter, "base": self.base}
+        metrics = {
+            f"identity/{name}_gap_{statistic}": getattr(gap, statistic)
+            for name, gap in gaps.items()
+            for statistic in ("mean", "p99", "max")
+        }
+        effect = {"identity/adapter_effect_mean": self.adapter_effect, "identity/num_tokens": float(self.num_tokens)}
+        return metrics | effect
+
+    def verdict(self, limit: Gap) -> str:
+        """Which side moved, in words; empty if every gap is within the limit."""
+        is_wrong = [gap.exceeds(limit) for gap in (self.rollouts, self.adapter, self.base)]
+        if not any(is_wrong):
+            return ""
+        _, is_adapter_wrong, is_base_wrong = is_wrong
+        if is_base_wrong and is_adapter_wrong:
+            cause = "they disagree without the adapter too: other base weights or other kernels on one side"
+        elif is_base_wrong:
+            cause = "they agree with the adapter and not without it: one side does not switch its adapter off"
+        elif is_adapter_wrong:
+            cause = "they agree without the adapter and not with it: the engine's adapter is not the trainer's"
+        else:
+            cause = (
+                "they agree when the tokens are scored anew, so the weights are right now: the rollouts were sampled "
+                "with other weights, or with cached keys and values of an older version"
+            )
+        return (
+            f"engine and trainer disagree on {self.num_tokens} tokens by (mean / p99 / max nats) {self.rollouts} as "
+            f"sampled, {self.adapter} scored with the adapter, {self.base} without; expected at most {limit}: {cause}"
+        )
+
+
+class PolicyIdentity:
+    """The checks of one run; `check` is called once a step, between sampling and training."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        base: torch.nn.Module,
+        *,
+        limit: Gap,
+        every_steps: int,
+        max_tokens: int,
+        temperature: float,
+    ) -> None:
+        """
+        Args:
+            engine: samples the rollouts.
+            policy: is trained.
+            base: the trainer's base model.
+            limit: most that engine and trainer may disagree; see `rlbench.checks.limits`.
+            every_steps: logprobs are compared at the first step checked, then at multiples of this.
+            max_tokens: of one comparison, prompts included; at least one sequence is always taken.
+            temperature: of sampling.
+        """
+        self._engine, self._policy = engine, policy
+        self._limit, self._every_steps, self._max_tokens = limit, every_steps, max_tokens
+        self._temperature = temperature
+        self._guard = BaseGuard(engine.base_tensors(), {n: p.detach() for n, p in base.named_parameters()})
+        self._signatures: dict[int, list[int]] = {}  # of the engine's adapter, by the version that was synced
+        self._is_first = True
+
+    def record_sync(self, version: int) -> None:
+        """Remember what the engine holds after a sync, to name an older version later."""
+        self._signatures[version] = _adapter_signature(self._engine.held_adapter())
+        self._signatures = dict(sorted(self._signatures.items())[-_REMEMBERED_VERSIONS:])
+
+    def check(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        *,
+        policy_version: int,
+        fingerprint: str,
+    ) -> dict[str, float]:
+        """Everything that is due at this step; metrics of the comparison, if there was one.
+
+        Args:
+            step: the optimizer step that the completions were sampled for, from 1.
+            prompts: of the step.
+            completions: of each prompt.
+            policy_version: updates that the trainer has applied.
+            fingerprint: of the trainer's adapter.
+
+        Raises:
+            PolicyIdentityError: at the first check that fails; says which side moved.
+        """
+        check_completions((c for group in completions for c in group), policy_version, fingerprint)
+        self.check_weights(policy_version)
+        if not (self._is_first or step % self._every_steps == 0):
+            return {}
+        self._is_first = False
+        proof = self.compare(prompts, completions)
+        if verdict := proof.verdict(self._limit):
+            raise PolicyIdentityError(
+                f"step {step}, policy version {policy_version}: {verdict}; {ADVICE}. Only a model whose honest gap is "
+                "larger than that of rlbench/checks/limits.py needs a higher checks.identity_limit_scale"
+            )
+        return proof.metrics()
+
+    def check_weights(self, policy_version: int) -> None:
+        """Compare the engine's adapter with the trainer's, and all base weights with their state at the start."""
+        held, trained = self._engine.held_adapter(), self._policy.adapter()
+        if layers := differing_layers(held, trained):
+            raise PolicyIdentityError(
+                f"policy version {policy_version}: the adapter in the engine is not the trainer's: "
+                f"{self._older_version(held, policy_version) or explain(held, trained, layers)}; {ADVICE}"
+            )
+        if changed := self._guard.changed():
+            side, name = changed[0].split(" ", 1)
+            owner = {"engine": "the engine's base", "trainer": "the trainer's base", "shared": "the shared base"}[side]
+            raise PolicyIdentityError(
+                f"policy version {policy_version}: {owner} changed since the run started, in {len(changed)} weights, "
+                f"the first is {name}; {ADVICE}"
+            )
+
+    def compare(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Proof:
+        """Logprobs of a few of the step's completions on both sides."""
+        probe = choose_probe(prompts, completions, self._max_tokens)
+        prompt_ids = [prompt.token_ids for prompt, _ in probe]
+        token_ids = [completion.token_ids for _, completion in probe]
+        sampled = _flat(completion.engine_logprobs for _, completion in probe)  # [N]
+        scored = _flat(self._engine.score(prompt_ids, token_ids))  # [N]
+        scored_base = _flat(self._engine.score(prompt_ids, token_ids, use_adapter=False))  # [N]
+        self._engine.sleep()
+        microbatch = pack_sequences(prompt_ids, token_ids, self._policy.device)
+        drawn, trained = (
+            logprobs.cpu()
+            for logprobs in trainer_logprobs(self._policy, microbatch, temperatures=(self._temperature, 1.0))
+        )
+        (base,) = trainer_logprobs(self._policy, microbatch, use_adapter=False)
+        return Proof(
+            rollouts=gap(sampled, drawn),
+            adapter=gap(scored, trained),
+            base=gap(scored_base, base.cpu()),
+            adapter_effect=float((trained - base.cpu()).abs().mean()),
+            num_tokens=len(sampled),
+        )
+
+    def _older_version(self, held: Adapter, policy_version: int) -> str:
+        found = _adapter_signature(held)
+        for version, known in self._signatures.items():
+            if known == found and version != policy_version:
+                return f"the engine holds the adapter of policy version {version}"
+        return ""
+
+
+def check_completions(completions: Iterable[Completion], policy_version: int, fingerprint: str) -> None:
+    """Compare the version and fingerprint that every completion carries with the trainer's.
 
     Raises:
         PolicyIdentityError: at the first completion that differs; says which side is behind.
@@ -26,23 +201,49 @@ def check_policy_identity(completions: Iterable[Completion], *, policy_version: 
         if completion.policy_version != policy_version:
             raise PolicyIdentityError(
                 f"a completion was sampled by policy version {completion.policy_version}, but the trainer is at "
-                f"{policy_version}: the last weight sync did not reach the engine"
+                f"{policy_version}: the last weight sync did not reach the engine; {ADVICE}"
             )
-        if completion.adapter_fingerprint != adapter_fingerprint:
+        if completion.adapter_fingerprint != fingerprint:
             raise PolicyIdentityError(
                 f"a completion of policy version {policy_version} was sampled with adapter "
-                f"{completion.adapter_fingerprint}, but the trainer holds {adapter_fingerprint}: other bytes"
+                f"{completion.adapter_fingerprint}, but the trainer holds {fingerprint}: other bytes; {ADVICE}"
             )
 
 
-def check_logprob_gap(gap_mean: float, *, limit: float) -> None:
-    """Stop when engine and trainer disagree on the sampled tokens by more than `limit` nats on average.
+def choose_probe(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], max_tokens: int
+) -> list[tuple[Prompt, Completion]]:
+    """Completions of together at most `max_tokens` tokens with their prompts: first ones of all groups, then second.
 
-    Source: measured gaps of an honest pair (design.md, section 6; tests/checks): 0.04 nats in bf16, 1e-5 in float32.
-    An adapter of another version shows as several tenths.
+    If none fits, the shortest.
     """
-    if gap_mean > limit:
-        raise PolicyIdentityError(
-            f"logprobs of the sampled tokens differ by {gap_mean:.3f} nats on average between engine and trainer, "
-            f"expected at most {limit}: the engine does not compute the trainer's policy"
-        )
+    pairs = [
+        (prompt, group[i])
+        for i in range(max(map(len, completions)))
+        for prompt, group in zip(prompts, completions, strict=True)
+        if i < len(group)
+    ]
+    chosen, room = [], max_tokens
+    for prompt, completion in pairs:
+        size = len(prompt.token_ids) + len(completion.token_ids)
+        if size <= room:
+            chosen.append((prompt, completion))
+            room -= size
+    return chosen or [min(pairs, key=lambda pair: len(pair[0].token_ids) + len(pair[1].token_ids))]
+
+
+def gap(engine: Tensor, trainer: Tensor) -> Gap:
+    """Mean, 99th percentile and maximum of |engine - trainer|; both float32 [N]."""
+    differences = (engine - trainer).abs()
+    return Gap(float(differences.mean()), float(differences.quantile(0.99)), float(differences.max()))
+
+
+def _adapter_signature(adapter: Adapter) -> list[int]:
+    tensors: Mapping[str, Tensor] = {f"{n} a": t for n, t in adapter.lora_a.items()} | {
+        f"{n} b": t for n, t in adapter.lora_b.items()
+    }
+    return signature(tensors)
+
+
+def _flat(rows: Iterable[Sequence[float]]) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)

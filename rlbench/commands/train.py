@@ -63,6 +63,7 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
 
 
 def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> int:
+    from rlbench.checks.drift import DriftError
     from rlbench.checks.policy_identity import PolicyIdentityError
     from rlbench.engine.interface import EngineCorruptedError
     from rlbench.loops.rl import NonFiniteError, RlLoop
@@ -77,6 +78,7 @@ def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: 
         TrackingError: 4,
         RewardFailure: 5,
         PolicyIdentityError: 6,
+        DriftError: 6,
         EngineCorruptedError: 6,
     }
     start = time.monotonic()

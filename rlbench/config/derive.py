@@ -35,6 +35,8 @@ _SIZES = {
         "training.tokens_per_microbatch": (4096, "cpu profile: about 3 GiB of activations for a 135M model"),
         "evaluation.num_prompts": (64, "cpu profile: about ten seconds for each evaluation"),
         "engine.max_num_seqs": (64, "cpu profile: matmul rate no longer rises above 64 rows"),
+        "checks.identity_every_steps": (20, "cpu profile: all checks then take 0.5 (hf) to 0.8% (vllm) of a step"),
+        "checks.identity_tokens": (256, "cpu profile: one sequence or a few; four forwards of them each time"),
     },
     "gpu": {
         "model.path": ("Qwen/Qwen2.5-1.5B-Instruct", "fits every GPU from 16 GiB with room for long completions"),
@@ -44,6 +46,8 @@ _SIZES = {
         "training.tokens_per_microbatch": (8192, "gpu profile: keeps matmuls large, activations in a few GiB"),
         "evaluation.num_prompts": (256, "gpu profile"),
         "engine.max_num_seqs": (256, "gpu profile"),
+        "checks.identity_every_steps": (10, "gpu profile: four forwards of identity_tokens against a step's thousands"),
+        "checks.identity_tokens": (4096, "gpu profile: enough for a 99th percentile"),
     },
 }
 
@@ -87,6 +91,7 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
             f"algorithm.num_minibatches is {num_parts}, expected at most algorithm.prompts_per_step ({num_prompts}): "
             "a group is not cut"
         )
+    _check_sampling(config)
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
     return derived
 
@@ -132,4 +137,16 @@ def _check_base(config: RunConfig) -> None:
         raise ValueError(
             f"model.quantization is {config.model.quantization}, which needs engine=vllm with engine.share=true on a "
             f"GPU; found engine={engine.kind}, engine.share={str(engine.share).lower()}, hardware={profile}"
+        )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    engine, profile = config.engine, config.hardware.profile
+    if config.sampling.is_guided and engine.kind != "vllm":
+        key = "guided_choice" if config.sampling.guided_choice else "guided_regex"
+        raise ValueError(f"sampling.{key} is set, which engine={engine.kind} cannot follow; expected engine=vllm")
+    if engine.deterministic and (engine.kind != "vllm" or profile != "gpu"):
+        raise ValueError(
+            f"engine.deterministic is true, which needs engine=vllm on a GPU (VLLM_BATCH_INVARIANT); found "
+            f"engine={engine.kind}, hardware={profile}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "rewards.num_workers", "model.cache_dir")
+_FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "rewards.num_workers",
+         "model.cache_dir")  # fmt: skip
 _WARN = ("training.", "optim.", "engine.", "rewards.", "algorithm.", "sampling.", "name")
 
 

@@ -151,14 +151,37 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
+    repetition_penalty: float = 1.0  # 1: off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     max_tokens: int = 64  # per completion
+    stop: list[str] = field(default_factory=list)  # texts that end a completion; they stay in it
+    stop_token_ids: list[int] = field(default_factory=list)  # besides the model's own end-of-sequence tokens
+    guided_choice: list[str] = field(default_factory=list)  # engine=vllm: the completion is one of these texts
+    guided_regex: str = ""  # engine=vllm: the completion matches this regular expression
 
     def __post_init__(self) -> None:
+        check_range("sampling.repetition_penalty", self.repetition_penalty, low=0, is_low_open=True)
+        check_range("sampling.presence_penalty", self.presence_penalty, low=-2, high=2)
+        check_range("sampling.frequency_penalty", self.frequency_penalty, low=-2, high=2)
+        if not all(self.stop):
+            raise ValueError(f"sampling.stop is {self.stop}, expected texts of at least one character")
+        if self.guided_choice and self.guided_regex:
+            raise ValueError("sampling.guided_choice and sampling.guided_regex are both set, expected one of them")
+        if self.is_guided and self.temperature != 1:
+            raise ValueError(
+                f"sampling.temperature is {self.temperature}, but guided decoding needs 1: the logprobs without the "
+                "guide are scored afterwards, which vLLM does at temperature 1 only"
+            )
         check_range("sampling.temperature", self.temperature, low=0, is_low_open=True)
         check_range("sampling.top_p", self.top_p, low=0, high=1, is_low_open=True)
         check_range("sampling.top_k", self.top_k, low=0)
         check_range("sampling.min_p", self.min_p, low=0, high=1)
         check_range("sampling.max_tokens", self.max_tokens, low=1)
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.guided_choice or self.guided_regex)
 
 
 @dataclass
@@ -167,11 +190,36 @@ class EngineConfig:
     max_num_seqs: int | None = None  # most sequences decoded together
     kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
     share: bool | None = None  # one copy of the base for engine and trainer
+    deterministic: bool = False  # vllm on a GPU: kernels whose results do not depend on the batch; slower
 
     def __post_init__(self) -> None:
         check_choice("engine.kind", self.kind, [AUTO, "hf", "vllm"])
         check_range("engine.max_num_seqs", self.max_num_seqs, low=1)
         check_range("engine.kv_cache_gib", self.kv_cache_gib, low=0, is_low_open=True)
+
+
+@dataclass
+class ChecksConfig:
+    """Proof that engine and trainer hold the same weights, and what happens when their logprobs drift apart."""
+
+    identity_every_steps: int | None = None  # engine and trainer score the same tokens: first step, then this often
+    identity_tokens: int | None = None  # most tokens of one such comparison, prompts included
+    identity_limit_scale: float = 1.0  # multiplies the limits of rlbench/checks/limits.py
+    drift_warn_nats: float | None = None  # mean |trainer - engine| of a batch: a warning
+    drift_correct_ess_frac: float = 0.98  # effective sample size / tokens: below it importance weights are called for
+    drift_stop_nats: float | None = None  # mean |trainer - engine| of a batch: the run stops
+    drift_stop_ess_frac: float = 0.5  # below it the run stops
+    drift_max_ratio: float = 2.0  # importance ratios are truncated here
+
+    def __post_init__(self) -> None:
+        check_range("checks.identity_every_steps", self.identity_every_steps, low=1)
+        check_range("checks.identity_tokens", self.identity_tokens, low=16)
+        check_range("checks.identity_limit_scale", self.identity_limit_scale, low=0, is_low_open=True)
+        check_range("checks.drift_warn_nats", self.drift_warn_nats, low=0, is_low_open=True)
+        check_range("checks.drift_correct_ess_frac", self.drift_correct_ess_frac, low=0, high=1)
+        check_range("checks.drift_stop_nats", self.drift_stop_nats, low=0, is_low_open=True)
+        check_range("checks.drift_stop_ess_frac", self.drift_stop_ess_frac, low=0, high=1)
+        check_range("checks.drift_max_ratio", self.drift_max_ratio, low=1)
 
 
 @dataclass
@@ -257,6 +305,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -60,6 +60,8 @@ class Microbatch:
     targets: Tensor  # int64 [N]
     advantages: Tensor  # float32 [N]
     sampling_logprobs: Tensor  # float32 [N]
+    engine_logprobs: Tensor  # float32 [N], the same without truncation and penalties: the trainer's counterpart
+    positions: Tensor  # int64 [N], place of the target in its completion, from 0
     loss_mask: Tensor  # bool [N]
     sequence_ids: Tensor  # int64 [N], the completion of each position, from 0 to num_sequences - 1
     num_sequences: int  # whole completions: none is cut between microbatches
@@ -168,6 +170,8 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
         targets=targets,
         advantages=flat("advantages", torch.float32),
         sampling_logprobs=flat("sampling_logprobs", torch.float32),
+        engine_logprobs=flat("engine_logprobs", torch.float32),
+        positions=int64([position for sample in samples for position in range(len(sample.token_ids))]),
         loss_mask=flat("loss_mask", torch.bool),
         sequence_ids=int64([index for index, sample in enumerate(samples) for _ in sample.token_ids]),
         num_sequences=len(samples),

@@ -29,6 +29,7 @@ class AdapterLinear(nn.Module):
         self.rows = [slice(end - part.weight.shape[0], end) for end, part in zip(ends, parts, strict=True)]
         self._lora_a: Tensor | None = None  # [sum R, in]
         self._lora_b: Tensor | None = None  # [out, sum R], scaling folded in
+        self._columns: list[slice | None] = []  # of each part in sum R; None for a part without adapter
         self.use_adapter = True
 
     def load(self, parts: Sequence[tuple[Tensor, Tensor] | None], scaling: float) -> None:
@@ -37,16 +38,29 @@ class AdapterLinear(nn.Module):
         The scaling is folded into B before the cast to the layer's dtype, as the trainer does.
         """
         self._lora_a = self._lora_b = None
+        self._columns = []
         if all(part is None for part in parts):
             return
         place = {"dtype": self.weight.dtype, "device": self.weight.device}
-        pairs = [(rows, part) for rows, part in zip(self.rows, parts, strict=True) if part is not None]
-        self._lora_a = torch.cat([a.detach() for _, (a, _) in pairs]).to(**place, copy=True)
+        self._lora_a = torch.cat([part[0].detach() for part in parts if part is not None]).to(**place, copy=True)
         self._lora_b = torch.zeros(self.weight.shape[0], self._lora_a.shape[0], **place)
         column = 0
-        for rows, (_, b) in pairs:
-            self._lora_b[rows, column : column + b.shape[1]] = (b.detach() * scaling).to(**place)
-            column += b.shape[1]
+        for rows, part in zip(self.rows, parts, strict=True):
+            if part is None:
+                self._columns.append(None)
+                continue
+            self._columns.append(slice(column, column + part[1].shape[1]))
+            self._lora_b[rows, self._columns[-1]] = (part[1].detach() * scaling).to(**place)
+            column += part[1].shape[1]
+
+    def held(self) -> list[tuple[Tensor, Tensor] | None]:
+        """The live (A [R, in], s B [out_i, R]) of each part; None for a part without adapter."""
+        if self._lora_a is None or self._lora_b is None:
+            return [None] * len(self.rows)
+        return [
+            None if columns is None else (self._lora_a[columns], self._lora_b[rows, columns])
+            for rows, columns in zip(self.rows, self._columns, strict=True)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -96,6 +110,15 @@ class AdapterSlots:
                 (adapter.lora_a[name], adapter.lora_b[name]) if name in adapter.lora_a else None for name in slot.names
             ]
             slot.layer.load(parts, adapter.scaling)
+
+    def held(self) -> Adapter:
+        """Live tensors in the layers' dtype, scaling folded into B."""
+        parts = {n: p for slot in self._slots for n, p in zip(slot.names, slot.layer.held(), strict=True) if p}
+        return Adapter(
+            lora_a={name: a for name, (a, _) in parts.items()},
+            lora_b={name: b for name, (_, b) in parts.items()},
+            scaling=1.0,
+        )
 
     def enable(self, use_adapter: bool) -> None:
         for slot in self._slots:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 from rlbench.engine.decoders import make_decoder
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
 from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
-from rlbench.engine.sampling import counter_uniforms, draw_tokens
+from rlbench.engine.penalties import Penalties
+from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
+from rlbench.engine.stop_strings import StopStrings
 from rlbench.models.base import output_weight
 from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
 
@@ -35,12 +38,15 @@ class HfEngine:
 
     name = "hf"
 
-    def __init__(self, base: PreTrainedModel, *, max_num_seqs: int = 64) -> None:
+    def __init__(self, base: PreTrainedModel, *, max_num_seqs: int = 64, tokenizer: Any = None) -> None:
         """
         Args:
             base: frozen model; its tensors are shared, its modules are not changed.
             max_num_seqs: most rows decoded together; more samples are run in waves.
+            tokenizer: the model's fast tokenizer, for stop strings.
         """
+        self._base = base
+        self._tokenizer = tokenizer
         self._decoder = make_decoder(base)
         self._head = output_weight(base)
         self._max_num_seqs = max_num_seqs
@@ -60,6 +66,7 @@ class HfEngine:
         self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
         """See `Engine.generate`."""
+        check_unguided(sampling, self.name)
         prompts = check_prompts(prompt_token_ids, seeds, sampling.max_tokens, self._context)
         completions: list[Completion] = []
         with torch.inference_mode():
@@ -87,6 +94,14 @@ class HfEngine:
         self._decoder.slots.load(adapter)
         self.adapter_fingerprint = adapter.fingerprint()
         self.policy_version = version
+
+    def held_adapter(self) -> Adapter:
+        """See `Engine.held_adapter`."""
+        return self._decoder.slots.held()
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """See `Engine.base_tensors`: the very tensors of the base."""
+        return {name: parameter.detach() for name, parameter in self._base.named_parameters()}
 
     def sleep(self) -> None:
         """Nothing to give back: key-value memory lives only while `generate` runs."""
@@ -116,10 +131,10 @@ class HfEngine:
         groups = torch.tensor([group_index[p] for p in prompts], device=self._head.device)
         logits = F.linear(hidden[last_rows], self._head)[groups]  # [B, V]
         own = DecodeCache(self._cache_shape, cache, groups, max(1, sampling.max_tokens - 1))
-        rows = _Rows.start(seeds, sampling)
+        rows = _Rows.start(prompts, seeds, sampling, self._tokenizer)
         positions = cache.lengths[groups]  # [B] position of the token drawn next
         while True:
-            tokens = rows.draw(logits)
+            tokens = rows.draw(logits)  # [B]
             if not rows.alive:
                 return [self._completion(rows, i, seed) for i, seed in enumerate(seeds)]
             kept = rows.compact()
@@ -136,6 +151,7 @@ class HfEngine:
         return Completion(
             token_ids=tuple(rows.token_ids[sample]),
             sampling_logprobs=tuple(rows.logprobs[sample]),
+            plain_logprobs=tuple(rows.plain[sample]),
             finish_reason=rows.finish_reasons[sample],
             seed=seed,
             policy_version=self.policy_version,
@@ -165,34 +181,66 @@ class _Rows:
 
     sampling: SamplingParams
     seeds: Sequence[int]
+    prompts: Sequence[tuple[int, ...]]
+    stops: StopStrings | None
     samples: list[int]
     token_ids: list[list[int]]
     logprobs: list[list[float]]
+    plain: list[list[float]]  # stay empty where they equal logprobs
     finish_reasons: list[str]
     position: int = 0
     alive: set[int] = field(default_factory=set)
+    penalties: Penalties | None = None  # made at the first draw
 
     @classmethod
-    def start(cls, seeds: Sequence[int], sampling: SamplingParams) -> _Rows:
+    def start(
+        cls, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: SamplingParams, tokenizer: Any
+    ) -> _Rows:
         n = len(seeds)
         return cls(
-            sampling, seeds, list(range(n)), [[] for _ in seeds], [[] for _ in seeds], [""] * n, 0, set(range(n))
+            sampling=sampling,
+            seeds=seeds,
+            prompts=prompts,
+            stops=StopStrings(tokenizer, prompts, sampling.stop) if sampling.stop else None,
+            samples=list(range(n)),
+            token_ids=[[] for _ in seeds],
+            logprobs=[[] for _ in seeds],
+            plain=[[] for _ in seeds],
+            finish_reasons=[""] * n,
+            alive=set(range(n)),
         )
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw a token for every row; rows that had finished before draw too but nothing is recorded. -> [B]."""
         uniforms = counter_uniforms([self.seeds[s] for s in self.samples], self.position).to(logits.device)
-        tokens, logprobs = draw_tokens(logits, self.sampling, uniforms)
+        tokens, logprobs = draw_tokens(self._penalised(logits), self.sampling, uniforms)
+        if self.penalties is not None:
+            self.penalties.count(tokens)
         self.position += 1
         for sample, token, logprob in zip(self.samples, tokens.tolist(), logprobs.tolist(), strict=True):
             if sample in self.alive:
-                self._record(sample, token, logprob)
+                self.token_ids[sample].append(token)
+                self.logprobs[sample].append(logprob)
+        if not self.sampling.is_plain:
+            plain = plain_logprobs(logits, tokens, self.sampling.temperature)
+            for sample, logprob in zip(self.samples, plain.tolist(), strict=True):
+                if sample in self.alive:
+                    self.plain[sample].append(logprob)
+        for sample in list(self.alive):
+            self._finish(sample)
         return tokens
 
-    def _record(self, sample: int, token: int, logprob: float) -> None:
-        self.token_ids[sample].append(token)
-        self.logprobs[sample].append(logprob)
-        if token in self.sampling.stop_token_ids:
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if not self.sampling.has_penalties:
+            return logits
+        if self.penalties is None:
+            self.penalties = Penalties(self.prompts, self.sampling, logits.shape[-1], logits.device)
+        return self.penalties.apply(logits)
+
+    def _finish(self, sample: int) -> None:
+        """End the sample if its last token ends it."""
+        token = self.token_ids[sample][-1]
+        if token in self.sampling.stop_token_ids or (self.stops and self.stops.is_completed_by(sample, token)):
             self.finish_reasons[sample] = FINISH_STOP
         elif self.position == self.sampling.max_tokens:
             self.finish_reasons[sample] = FINISH_LENGTH
@@ -207,7 +255,17 @@ class _Rows:
             return None
         kept = [row for row, sample in enumerate(self.samples) if sample in self.alive]
         self.samples = [self.samples[row] for row in kept]
-        return torch.tensor(kept)
+        rows = torch.tensor(kept)
+        if self.penalties is not None:
+            self.penalties.keep_rows(rows)
+        return rows
+
+
+def check_unguided(sampling: SamplingParams, engine_name: str) -> None:
+    """Raises ValueError if the completion should follow a guide: only vLLM has one."""
+    if sampling.is_guided:
+        key = "guided_choice" if sampling.guided_choice else "guided_regex"
+        raise ValueError(f"sampling.{key} is set, which engine={engine_name} cannot follow; expected engine=vllm")
 
 
 def check_prompts(

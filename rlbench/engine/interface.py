@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlbench.models.adapter import Adapter
 from rlbench.records import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError"]
 
@@ -43,7 +46,8 @@ class Engine(Protocol):
             Completions in the order of the prompts.
 
         Raises:
-            ValueError: if the lengths differ, a prompt is empty, or a prompt plus `max_tokens` exceeds the context.
+            ValueError: if the lengths differ, a prompt is empty, a prompt plus `max_tokens` exceeds the context, or the
+                engine cannot draw in this way.
         """
         ...
 
@@ -72,6 +76,17 @@ class Engine(Protocol):
         Raises:
             ValueError: if `version` is lower than the current one, or a module or shape does not fit the base.
         """
+        ...
+
+    def held_adapter(self) -> Adapter:
+        """The LoRA weights that it computes with: live tensors in its own dtype, scaling folded into B (scaling 1).
+
+        Layers without an adapter are absent or hold zeros; ranks may be padded with zeros.
+        """
+        ...
+
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        """Live weights of the base that it computes with, as far as it keeps them as tensors, by name."""
         ...
 
     def sleep(self) -> None:

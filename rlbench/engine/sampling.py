@@ -22,19 +22,19 @@ def draw_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> t
     Each row is computed on its own: its token does not depend on the other rows.
 
     Args:
-        logits: [B, V], any float dtype; not changed.
+        logits: [B, V], any float dtype, after penalties; not changed.
         sampling: temperature 0 takes the argmax. Order of truncation: temperature, min_p, top_k, then top_p of what is
             left, as in vLLM.
         uniforms: float64 [B] in [0, 1).
 
     Returns:
         Token ids int64 [B] and their log-probabilities float32 [B] under the distribution drawn from (for temperature
-        0: under the softmax of the plain logits).
+        0: under the softmax of `logits`).
     """
     scores = logits.float()
     if sampling.temperature == 0:
         tokens = scores.argmax(dim=-1)
-        return tokens, scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        return tokens, plain_logprobs(scores, tokens, 0)
     if sampling.temperature != 1:
         scores = scores / sampling.temperature
     scores = truncate(scores, sampling)
@@ -46,6 +46,14 @@ def draw_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> t
     tokens = torch.searchsorted(cumulative, target, right=True)
     logprobs = torch.log(weights.gather(1, tokens) / total)
     return tokens[:, 0], logprobs[:, 0]
+
+
+def plain_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log_softmax(logits / temperature) at the drawn tokens; temperature 0 counts as 1. [B, V], [B] -> float32 [B]."""
+    scores = logits.float()
+    if temperature not in (0, 1):
+        scores = scores / temperature
+    return scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
 
 
 def truncate(scores: Tensor, sampling: SamplingParams) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlbench.engine.hf_engine import check_prompts, check_sequences
+from rlbench.engine.hf_engine import check_prompts, check_sequences, check_unguided
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
-from rlbench.engine.sampling import counter_uniforms, draw_tokens
+from rlbench.engine.penalties import Penalties
+from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
+from rlbench.engine.stop_strings import StopStrings
 from rlbench.models.adapter import check_adapter
 from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
 
@@ -23,12 +26,20 @@ class ScriptedEngine:
         logits: the model; called with a copy of the adapter last synced, or None.
         context: most tokens of prompt and completion together.
         shapes: (out, in) of the layers that can have an adapter; None takes any adapter.
+        tokenizer: a fast tokenizer, for stop strings.
     """
 
     name = "scripted"
 
-    def __init__(self, logits: Logits, context: int, shapes: Mapping[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        logits: Logits,
+        context: int,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         self._logits = logits
+        self._tokenizer = tokenizer
         self._context = context
         self._shapes = shapes
         self._adapter: Adapter | None = None
@@ -39,6 +50,7 @@ class ScriptedEngine:
         self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
         """See `Engine.generate`."""
+        check_unguided(sampling, self.name)
         prompts = check_prompts(prompt_token_ids, seeds, sampling.max_tokens, self._context)
         return [self._complete(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
@@ -77,22 +89,44 @@ class ScriptedEngine:
     def close(self) -> None:
         """Nothing to release."""
 
+    def held_adapter(self) -> Adapter:
+        """See `Engine.held_adapter`."""
+        if self._adapter is None:
+            return Adapter(lora_a={}, lora_b={}, scaling=1.0)
+        lora_b = {name: tensor * self._adapter.scaling for name, tensor in self._adapter.lora_b.items()}
+        return Adapter(lora_a=self._adapter.lora_a, lora_b=lora_b, scaling=1.0)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """A function has none."""
+        return {}
+
     def _complete(self, prompt: tuple[int, ...], sampling: SamplingParams, seed: int) -> Completion:
         token_ids: list[int] = []
         logprobs: list[float] = []
+        plain: list[float] = []
         finish_reason = FINISH_LENGTH
+        stops = StopStrings(self._tokenizer, [prompt], sampling.stop) if sampling.stop else None
         with torch.inference_mode():
             while len(token_ids) < sampling.max_tokens:
                 logits = self._logits([*prompt, *token_ids], self._adapter)[-1:]
-                token, logprob = draw_tokens(logits, sampling, counter_uniforms([seed], len(token_ids)))
+                scores = logits
+                if sampling.has_penalties:
+                    penalties = Penalties([prompt], sampling, logits.shape[-1], logits.device)
+                    for earlier in token_ids:
+                        penalties.count(torch.tensor([earlier]))
+                    scores = penalties.apply(logits)
+                token, logprob = draw_tokens(scores, sampling, counter_uniforms([seed], len(token_ids)))
                 token_ids.append(int(token))
                 logprobs.append(float(logprob))
-                if token_ids[-1] in sampling.stop_token_ids:
+                plain.append(float(plain_logprobs(logits, token, sampling.temperature)))
+                is_text_complete = stops is not None and stops.is_completed_by(0, token_ids[-1])
+                if token_ids[-1] in sampling.stop_token_ids or is_text_complete:
                     finish_reason = FINISH_STOP
                     break
         return Completion(
             token_ids=tuple(token_ids),
             sampling_logprobs=tuple(logprobs),
+            plain_logprobs=() if sampling.is_plain else tuple(plain),
             finish_reason=finish_reason,
             seed=seed,
             policy_version=self.policy_version,

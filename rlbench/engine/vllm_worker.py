@@ -1,4 +1,4 @@
-"""What vLLM's worker learns from us: adapter sync in place, LoRA as plain matmuls on a CPU, KV memory given back.
+"""What vLLM's worker learns from us: adapter sync in place, LoRA as matmuls on a CPU, KV memory given back.
 
 `AdapterWorker` is mixed into vLLM's own worker class by `LLM(worker_extension_cls=...)`; the engine calls its methods
 by `collective_rpc`. Nothing here imports vllm.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
 
 
@@ -79,6 +80,17 @@ class AdapterWorker:
     def rlbench_has_adapter(self, adapter_id: int) -> bool:
         """Whether the buffers still belong to `adapter_id`: vLLM would reload an evicted one from its (empty) file."""
         return adapter_id in self._rlbench_manager().lora_index_to_id
+
+    def rlbench_held_adapter(self, adapter_id: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Live A [R, in] and scaled B [out, R] of every slot, by the linear layer's path in the checkpoint."""
+        manager = self._rlbench_manager()
+        index = manager.lora_index_to_id.index(adapter_id)
+        slots = _adapter_slots(manager)
+        return {n: s.lora_a(index) for n, s in slots.items()}, {n: s.lora_b(index) for n, s in slots.items()}
+
+    def rlbench_report_plain_logprobs(self) -> None:
+        """From now on a request for one more logprob gets the plain one; see `PlainLogprobs`."""
+        report_plain_logprobs(self.model_runner.sampler)
 
     def rlbench_use_matmuls(self) -> None:
         """Compute LoRA by two matmuls a layer part instead of vLLM's CPU path; see `OneAdapterMatmul`."""

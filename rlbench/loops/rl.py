@@ -11,12 +11,14 @@ from typing import Any
 
 from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.build import Inputs, Parts, greedy_sampling, training_sampling
-from rlbench.checks.policy_identity import check_logprob_gap, check_policy_identity
+from rlbench.checks.drift import STOP, WARN, Decision, Drift, DriftError, decide, measure_batch
+from rlbench.checks.limits import identity_limit
+from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation, evaluate
 from rlbench.loops.stopping import StopRequest
-from rlbench.records import Prompt, RolloutGroup
+from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
 from rlbench.rollouts.seeds import sampling_seed
@@ -29,8 +31,6 @@ from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.reference_kl import reference_kl
 from rlbench.training.update import Minibatch, UpdateResult, make_minibatches, update_policy
 from rlbench.weight_sync import sync
-
-MAX_LOGPROB_GAP = {"bfloat16": 0.3, "float32": 0.02}  # nats on average; honest pairs: 0.02 to 0.05, 1e-5
 
 
 def make_entropy_control(config: AlgorithmConfig) -> EntropyControl:
@@ -62,6 +62,8 @@ class RlLoop:
     stop: StopRequest
     stream: PromptStream = field(init=False)
     entropy_control: EntropyControl = field(init=False)
+    identity: PolicyIdentity = field(init=False)
+    drift: Decision | None = None  # on the last batch that was trained on
     step: int = 0  # batches of rollouts trained on, skipped ones included
     policy_version: int = 0  # optimizer steps applied to the adapter
     num_bad_steps: int = 0  # in a row
@@ -75,6 +77,16 @@ class RlLoop:
         data = self.inputs.config.data
         self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
         self.entropy_control = make_entropy_control(self.inputs.config.algorithm)
+        config = self.inputs.config
+        self.identity = PolicyIdentity(
+            self.parts.engine,
+            self.parts.policy,
+            self.parts.base,
+            limit=identity_limit(config),
+            every_steps=config.checks.identity_every_steps or 1,
+            max_tokens=config.checks.identity_tokens or 1,
+            temperature=config.sampling.temperature,
+        )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -93,6 +105,7 @@ class RlLoop:
 
         Raises:
             PolicyIdentityError: rollouts did not come from the trained weights.
+            DriftError: the trainer's logprobs are too far from the engine's.
             RewardFailure: too many rollouts without a reward.
             NonFiniteError: too many steps in a row without a finite gradient.
             TrackingError: metrics, rollouts or a checkpoint could not be written.
@@ -142,8 +155,8 @@ class RlLoop:
         start = time.monotonic()
         self._seconds = {}
         step = self.step + 1
-        groups, num_refills = self._collect(step)
-        metrics: dict[str, float | None] = {**summarise_rollouts(groups), **self.parts.scorer.metrics()}
+        groups, num_refills, proof = self._collect(step)
+        metrics: dict[str, float | None] = {**summarise_rollouts(groups), **self.parts.scorer.metrics(), **proof}
         if self.inputs.config.algorithm.max_refills:
             metrics["groups/num_refills"] = float(num_refills)
         self.parts.engine.sleep()
@@ -156,25 +169,29 @@ class RlLoop:
         self.step = step
         self._record(step, num_steps, groups, credited, metrics, start)
 
-    def _collect(self, step: int) -> tuple[list[RolloutGroup], int]:
-        """The step's groups and the number of refills: with dynamic sampling, groups without signal are drawn anew."""
+    def _collect(self, step: int) -> tuple[list[RolloutGroup], int, dict[str, float]]:
+        """The step's groups, the number of refills, and the metrics of the proof that the trained policy sampled them.
+
+        With dynamic sampling, groups without signal are drawn anew.
+        """
         config = self.inputs.config.algorithm
         wanted = config.prompts_per_step or 1
-        groups = self._sample_groups(self.stream.next(wanted), step)
+        groups, proof = self._sample_groups(self.stream.next(wanted), step)
         for refill in range(config.max_refills):
             num_missing = wanted - sum(self._has_signal(group) for group in groups)
             seen = {group.prompt.prompt_id for group in groups}
             prompts = [p for p in self.stream.next(num_missing) if p.prompt_id not in seen] if num_missing else []
             if not prompts:
-                return groups, refill
-            groups += self._sample_groups(prompts, step)
-        return groups, config.max_refills
+                return groups, refill, proof
+            more, more_proof = self._sample_groups(prompts, step)
+            groups, proof = groups + more, proof | more_proof
+        return groups, config.max_refills, proof
 
     def _has_signal(self, group: RolloutGroup) -> bool:
         config = self.inputs.config
         return has_signal(group, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
 
-    def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> list[RolloutGroup]:
+    def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         config, parts = self.inputs.config, self.parts
         with self._phase("generation"):
             completions = sample_completions(
@@ -185,13 +202,17 @@ class RlLoop:
                 run_seed=config.seed,
                 step=step,
             )
-        check_policy_identity(
-            (completion for group in completions for completion in group),
-            policy_version=self.policy_version,
-            adapter_fingerprint=self.fingerprint,
-        )
+        proof = self._prove(step, prompts, completions)
         with self._phase("rewards"):
-            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step)
+            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step), proof
+
+    def _prove(
+        self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> dict[str, float]:
+        with self._phase("identity"):
+            return self.identity.check(
+                step, prompts, completions, policy_version=self.policy_version, fingerprint=self.fingerprint
+            )
 
     def _credit(self, groups: Sequence[RolloutGroup]) -> Credit:
         config = self.inputs.config
@@ -239,18 +260,28 @@ class RlLoop:
                 seed=sampling_seed(config.seed, step, "token choice", 0),
             )
         self._count_updates(result)
+        drift = measure_batch(result.microbatches, result.logprobs, max_ratio=config.checks.drift_max_ratio)
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
             | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
+            | (self._judge(drift) if drift is not None and result.num_applied else {})
             | self._sizes(minibatches)
         )
+
+    def _judge(self, drift: Drift) -> dict[str, float]:
+        """Metrics of the drift; warns once for each climb of the ladder."""
+        decision = decide(drift, self.inputs.config.checks)
+        if decision.level == STOP:
+            raise DriftError(f"step {self.step + 1}: {decision.reason}")
+        if decision.level >= WARN and (self.drift is None or decision.level > self.drift.level):
+            self.console.warning(f"step {self.step + 1}: {decision.reason}")
+        self.drift = decision
+        return drift.metrics | {"drift/level": float(decision.level)}
 
     def _count_updates(self, result: UpdateResult) -> None:
         metrics = result.metrics
         self.policy_version += result.num_applied
-        if result.num_applied:
-            check_logprob_gap(metrics["drift/logprob_gap_mean"], limit=MAX_LOGPROB_GAP[self.inputs.config.model.dtype])
         if result.is_finite:
             self.num_bad_steps = 0
             return
@@ -275,6 +306,7 @@ class RlLoop:
     def _sync(self) -> None:
         with self._phase("weight sync"):
             self.fingerprint = sync(self.parts.policy.adapter(), self.parts.engine, self.policy_version)
+            self.identity.record_sync(self.policy_version)
 
     def _record(
         self,

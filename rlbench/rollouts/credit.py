@@ -165,6 +165,7 @@ def _sample(rollout: Rollout, advantages: Sequence[float], algorithm: AlgorithmC
         prompt_token_ids=rollout.prompt.token_ids,
         token_ids=completion.token_ids,
         sampling_logprobs=completion.sampling_logprobs,
+        plain_logprobs=completion.plain_logprobs,
         advantages=tuple(advantages),
         loss_mask=(is_trained,) * len(completion.token_ids),
     )

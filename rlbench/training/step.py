@@ -27,6 +27,7 @@ Columns = Mapping[str, Tensor]  # per-token tensors [N] that are fixed before th
 class StepResult:
     is_applied: bool  # False: the loss or the gradient was not finite; parameters and optimizer are unchanged
     metrics: dict[str, float]
+    logprobs: list[Tensor]  # of each microbatch, float32 [N], detached: the trainer's before the update
 
 
 def train_step(
@@ -69,9 +70,12 @@ def train_step(
     )
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
+    all_logprobs: list[Tensor] = []
     for microbatch, fixed in zip(microbatches, columns, strict=True):
         weights = _weights(microbatch, config, totals, len(microbatches))
-        for name, value in _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature).items():
+        shares, logprobs = _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature)
+        all_logprobs.append(logprobs)
+        for name, value in shares.items():
             sums[name] = torch.maximum(sums[name], value) if name in sums and name.endswith("_max") else (
                 sums.get(name, 0.0) + value  # type: ignore[operator]
             )  # fmt: skip
@@ -82,7 +86,7 @@ def train_step(
     if is_finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(is_applied=is_finite, metrics=metrics)
+    return StepResult(is_applied=is_finite, metrics=metrics, logprobs=all_logprobs)
 
 
 def count_totals(microbatches: Sequence[Microbatch], max_completion_tokens: int | None = None) -> BatchTotals:
@@ -108,8 +112,8 @@ def _weights(microbatch: Microbatch, config: AlgorithmConfig, totals: BatchTotal
 
 def _backward(
     policy: Policy, microbatch: Microbatch, fixed: Columns, objective: Objective, temperature: float
-) -> dict[str, Tensor]:
-    """Accumulate the microbatch's gradient; returns its share of the step's metrics."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Accumulate the microbatch's gradient; returns its share of the step's metrics and its logprobs [N]."""
     columns = {
         "advantages": microbatch.advantages,
         "loss_mask": microbatch.loss_mask,
@@ -127,11 +131,11 @@ def _backward(
         loss, metrics = loss_of(logprobs, entropy if objective.entropy_coef else entropy.detach(), columns)
         metrics = {name: value.detach() for name, value in metrics.items()}
     else:
-        loss, metrics, _ = linear_token_loss(
+        loss, metrics, logprobs = linear_token_loss(
             hidden, policy.head_weight, microbatch.targets, loss_of, columns, temperature=temperature
         )
     loss.backward()
-    return metrics | {"loss/total": loss.detach()}
+    return metrics | {"loss/total": loss.detach()}, logprobs.detach()
 
 
 def fixed_columns(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.algorithms.reduce import BatchTotals
@@ -29,6 +30,8 @@ class UpdateResult:
     num_applied: int  # optimizer steps
     is_finite: bool  # False: the last step had no finite loss or gradient and was not made, nor were those after it
     metrics: dict[str, float]  # means over the steps; maxima where the name ends in _max
+    microbatches: list[Microbatch]  # that were trained on
+    logprobs: list[Tensor]  # of each, float32 [N]: the trainer's before the batch's first update
 
 
 def make_minibatches(
@@ -89,6 +92,7 @@ def update_policy(
         seed: of the random choice that some losses make.
     """
     columns = _columns(policy, minibatches, config, temperature, seed)
+    before: dict[int, list[Tensor]] = {}  # by minibatch
     steps: list[dict[str, float]] = []
     is_finite, num_applied = True, 0
     for index in range(config.num_updates):
@@ -106,6 +110,9 @@ def update_policy(
             columns=columns[part],
             entropy_coef=entropy_control.applied,
         )
+        # without them no step came before this one
+        own = zip(columns[part], result.logprobs, strict=True)
+        before.setdefault(part, [fixed.get("old_logprobs", logprobs) for fixed, logprobs in own])
         steps.append(result.metrics)
         is_finite = result.is_applied
         if not is_finite:
@@ -114,7 +121,13 @@ def update_policy(
         if config.has_entropy_bonus:
             entropy_control.observe(result.metrics["entropy/bonus_tokens_mean"])
             result.metrics["entropy/coef"] = entropy_control.coef
-    return UpdateResult(num_applied=num_applied, is_finite=is_finite, metrics=_merge(steps))
+    return UpdateResult(
+        num_applied=num_applied,
+        is_finite=is_finite,
+        metrics=_merge(steps),
+        microbatches=[microbatch for part in before for microbatch in minibatches[part].microbatches],
+        logprobs=[logprobs for part in before.values() for logprobs in part],
+    )
 
 
 def _columns(

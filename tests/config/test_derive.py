@@ -3,7 +3,7 @@
 import pytest
 
 from rlbench.config.derive import HardwareFacts, derive
-from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, RunConfig
+from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, RunConfig, SamplingConfig
 
 
 def facts(device="cpu", problem="vllm is not installed"):
@@ -72,3 +72,19 @@ def test_what_the_user_set_is_not_derived():
 def test_what_does_not_go_together_is_one_sentence(config, options, message):
     with pytest.raises(ValueError, match=message):
         derive(config, facts(**options))
+
+
+def test_a_guide_needs_vllm():
+    config = RunConfig(sampling=SamplingConfig(guided_regex="[0-9]+"))
+
+    with pytest.raises(ValueError, match=r"sampling\.guided_regex is set, which engine=hf cannot follow"):
+        derive(config, facts())
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "hf"), ("cpu", "vllm"), ("cuda", "hf")])
+def test_deterministic_kernels_need_vllm_on_a_gpu(device, kind):
+    config = RunConfig(engine=EngineConfig(kind=kind, deterministic=True))
+
+    with pytest.raises(ValueError, match=f"needs engine=vllm on a GPU .*; found engine={kind}"):
+        derive(config, facts(device=device, problem=""))
+    derive(RunConfig(engine=EngineConfig(deterministic=True)), facts(device="cuda", problem=""))

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.register_assert_rewrite("tests.engine.contract")
 
@@ -50,6 +51,8 @@ class TinyModel:
         self.folder = folder
         self.model = LlamaForCausalLM(config).requires_grad_(False).eval()
         self.model.save_pretrained(folder)
+        self.tokenizer = _character_tokenizer(config.vocab_size)
+        self.tokenizer.save_pretrained(folder)
         peft_config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
         self._peft = get_peft_model(copy.deepcopy(self.model), peft_config)
 
@@ -86,14 +89,30 @@ class TinyModel:
         return self._peft
 
 
+def _character_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One character a token: printable ASCII from id 2 on, then letters of other scripts."""
+    characters = [*map(chr, range(32, 127)), *map(chr, range(0x4E00, 0x4E00 + vocab_size))]
+    vocab = {"<pad>": 0, "<eos>": 1, **{char: i for i, char in enumerate(characters[: vocab_size - 2], start=2)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
 def _subject(engine: Any, tiny: TinyModel) -> Subject:
-    return Subject(engine=engine, logits=tiny.logits, make_adapter=tiny.make_adapter, context=CONTEXT)
+    return Subject(
+        engine=engine,
+        logits=tiny.logits,
+        make_adapter=tiny.make_adapter,
+        context=CONTEXT,
+        tokenizer=tiny.tokenizer,
+    )
 
 
 @contextmanager
 def hf_subject(tiny: TinyModel) -> Iterator[Subject]:
     hf_engine = pytest.importorskip("rlbench.engine.hf_engine", reason="the hf engine is not written yet")
-    engine = hf_engine.HfEngine(copy.deepcopy(tiny.model), max_num_seqs=16)
+    engine = hf_engine.HfEngine(copy.deepcopy(tiny.model), max_num_seqs=16, tokenizer=tiny.tokenizer)
     yield _subject(engine, tiny)
     engine.close()
 
@@ -104,14 +123,14 @@ def scripted_subject(tiny: TinyModel) -> Iterator[Subject]:
 
     linears = {n: m for n, m in tiny.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    engine = ScriptedEngine(tiny.logits, CONTEXT, shapes)
+    engine = ScriptedEngine(tiny.logits, CONTEXT, shapes, tokenizer=tiny.tokenizer)
     yield _subject(engine, tiny)
     engine.close()
 
 
 @contextmanager
 def vllm_subject(tiny: TinyModel) -> Iterator[Subject]:
-    engine = start_vllm(tiny)
+    engine = start_vllm(tiny, with_tokenizer=True)
     yield _subject(engine, tiny)
     engine.close()
 

@@ -1,4 +1,4 @@
-"""Every engine keeps the contract of `rlbench.engine.interface`: each check of `tests.engine.contract`, each engine."""
+"""Every engine keeps the contract of `rlbench.engine.interface`: each check, each engine."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.engine.contract")
+pytest.register_assert_rewrite("tests.engine.contract", "tests.engine.contract_adapter")
 
 from rlbench.engine.interface import BASE_FINGERPRINT, Engine  # noqa: E402
 from tests.engine.contract import CHECKS, Subject, score_equals_a_plain_forward  # noqa: E402
+from tests.engine.contract_adapter import ADAPTER_CHECKS  # noqa: E402
 from tests.engine.factories import FACTORIES, TinyModel  # noqa: E402
+
+ALL_CHECKS = [*CHECKS, *ADAPTER_CHECKS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +45,6 @@ def check_start(subject: Subject) -> None:
     score_equals_a_plain_forward(subject)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("check", ALL_CHECKS, ids=[check.__name__ for check in ALL_CHECKS])
 def test_the_engine_keeps_the_contract(subject: Subject, check: Callable[[Subject], None]):
     check(subject)

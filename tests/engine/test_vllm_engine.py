@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from rlbench.engine import vllm_engine
+from rlbench.engine import vllm_engine, vllm_requests
 from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start
 from rlbench.records import SamplingParams
@@ -37,6 +38,13 @@ def tiny(tmp_path_factory) -> TinyModel:
 @pytest.fixture(scope="module")
 def engine(tiny) -> Iterator[vllm_engine.VllmEngine]:
     engine = start_vllm(tiny)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def text_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
+    engine = start_vllm(tiny, with_tokenizer=True)
     yield engine
     engine.close()
 
@@ -104,7 +112,7 @@ def test_the_engine_lives_in_this_process_and_leaves_it_as_it_was(engine):
 
 @needs_vllm
 def test_equal_prompts_are_prefilled_once(engine):
-    sampling = [vllm_engine._params(max_tokens=1, seed=i, logprobs=0) for i in range(4)]
+    sampling = [vllm_requests.params(max_tokens=1, seed=i, logprobs=0) for i in range(4)]
     prompt = [i % 90 + 100 for i in range(70)]
 
     outputs = engine._run([prompt] * 4, sampling, use_adapter=False)
@@ -230,6 +238,68 @@ def test_our_matmuls_equal_vllms_own_lora_path(engine, tiny):
 
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+
+
+def texts_and_logprobs(engine, tiny, sampling):
+    completions = engine.generate([PROMPT] * 8, sampling, list(range(8)))
+    for completion in completions:
+        rows = tiny.logits([*PROMPT, *completion.token_ids], None).log_softmax(-1)[len(PROMPT) - 1 : -1]
+        expected = [float(row[token]) for row, token in zip(rows, completion.token_ids, strict=True)]
+        assert completion.engine_logprobs == pytest.approx(expected, abs=1e-3)
+        assert all(s > p for s, p in zip(completion.sampling_logprobs, completion.plain_logprobs, strict=True))
+    return [tiny.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+
+
+@needs_vllm
+def test_a_guided_choice_gives_one_of_the_choices_and_the_logprobs_of_model_and_drawing(text_engine, tiny):
+    sampling = SamplingParams(max_tokens=12, guided_choice=("yes", "no"), stop_token_ids=(1,))
+
+    assert set(texts_and_logprobs(text_engine, tiny, sampling)) == {"yes", "no"}
+
+
+@needs_vllm
+def test_a_guided_regex_is_matched(text_engine, tiny):
+    sampling = SamplingParams(max_tokens=12, guided_regex=r"[0-9]{2}\.[ab]", stop_token_ids=(1,))
+
+    texts = texts_and_logprobs(text_engine, tiny, sampling)
+
+    assert all(re.fullmatch(sampling.guided_regex, text) for text in texts)
+    assert len(set(texts)) > 4
+
+
+@needs_vllm
+@pytest.mark.parametrize("options", [{"stop": ("a",)}, {"guided_regex": "a"}])
+def test_what_needs_text_is_refused_without_a_tokenizer(engine, options):
+    with pytest.raises(ValueError, match="started without the model's tokenizer"):
+        engine.generate([PROMPT], SamplingParams(max_tokens=1, **options), [1])
+
+
+@needs_vllm
+def test_guided_decoding_at_another_temperature_is_refused(text_engine):
+    with pytest.raises(ValueError, match=r"temperature is 0\.7, but guided decoding needs 1"):
+        text_engine.generate([PROMPT], SamplingParams(max_tokens=1, guided_regex="a", temperature=0.7), [1])
+
+
+@needs_vllm
+def test_deterministic_kernels_are_refused_on_a_cpu(tiny):
+    with pytest.raises(ValueError, match=r"engine\.deterministic is true, which vLLM can do on a GPU only"):
+        start_vllm(tiny, deterministic=True)
+    assert "VLLM_BATCH_INVARIANT" not in os.environ
+
+
+@needs_vllm
+def test_cached_prefixes_of_another_version_are_never_used_even_if_they_are_kept(engine, tiny, monkeypatch):
+    monkeypatch.setattr(engine, "_drop_prefixes", lambda: None)
+    sampling = SamplingParams(max_tokens=4)
+    for seed in (31, 32):
+        adapter = tiny.make_adapter(seed)
+        engine.sync(adapter, engine.policy_version + 1)
+
+        (completion,) = engine.generate([PROMPT], sampling, [3])
+
+        rows = tiny.logits([*PROMPT, *completion.token_ids], adapter).log_softmax(-1)[len(PROMPT) - 1 : -1]
+        expected = [float(row[token]) for row, token in zip(rows, completion.token_ids, strict=True)]
+        assert completion.sampling_logprobs == pytest.approx(expected, abs=1e-3)
 
 
 @needs_vllm

@@ -27,6 +27,13 @@ CONFIG_ERRORS = {
     "wrong group choice": (["optim=adam"], "optim=adam: there is no such choice, expected one of: adamw"),
     "wrong experiment": (["+exp=grpo_gsm"], "did you mean grpo_gsm8k?"),
     "wrong command": (["trian"], "there is no command 'trian', expected one of: train"),
+    "empty stop string": (["sampling.stop=['']"], "sampling.stop is [''], expected texts of at least one character"),
+    "two guides": (["sampling.guided_regex=a", "sampling.guided_choice=[a]"], "are both set, expected one of them"),
+    "guide and temperature": (
+        ["sampling.guided_regex=a", "sampling.temperature=0.5"],
+        "sampling.temperature is 0.5, but guided decoding needs 1",
+    ),
+    "penalty": (["sampling.presence_penalty=3"], "sampling.presence_penalty is 3.0, expected at most 2"),
     "output folder": (["hydra.run.dir=/proc/no"], "hydra.run.dir=/proc/no must be writable"),
 }
 
@@ -98,6 +105,26 @@ def test_a_reward_that_does_not_exist(tmp_path, tiny_overrides):
     done = run(*tiny_overrides, "+rewards.components.x={path:rlbench_rewards.math_answer.MathAnswr}", folder=tmp_path)
 
     check(done, "rlbench_rewards.math_answer has no MathAnswr; nearest names: MathAnswer")
+
+
+def test_a_guide_that_the_engine_cannot_follow(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "sampling.guided_choice=[yes,no]", folder=tmp_path)
+
+    check(done, "sampling.guided_choice is set, which engine=hf cannot follow; expected engine=vllm")
+
+
+def test_deterministic_kernels_on_a_cpu(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "engine.deterministic=true", folder=tmp_path)
+
+    check(
+        done, "engine.deterministic is true, which needs engine=vllm on a GPU (VLLM_BATCH_INVARIANT); found engine=hf"
+    )
+
+
+def test_a_stop_token_that_the_model_does_not_have(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "sampling.stop_token_ids=[5,98]", folder=tmp_path)
+
+    check(done, "sampling.stop_token_ids names 98, but")
 
 
 def test_a_gpu_that_is_not_there(tmp_path, tiny_overrides):

@@ -1,0 +1,49 @@
+"""The trainer's logprobs of given tokens, computed as a training step computes them, without gradient.
+
+Shapes: N completion tokens, one sequence after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlbench.data.packing import Microbatch, pack
+from rlbench.models.policy import Policy
+from rlbench.records import TrainingSample
+from rlbench_kernels import linear_logprobs
+
+
+def pack_sequences(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+) -> Microbatch:
+    """One microbatch whose targets are the completions' tokens in the given order."""
+    samples = [
+        TrainingSample(
+            group_id=str(index),
+            prompt_token_ids=tuple(prompt),
+            token_ids=tuple(completion),
+            sampling_logprobs=(0.0,) * len(completion),
+            advantages=(0.0,) * len(completion),
+            loss_mask=(True,) * len(completion),
+        )
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]
+    num_tokens = sum(len(s.prompt_token_ids) + len(s.token_ids) for s in samples)
+    (microbatch,) = pack(samples, tokens_per_microbatch=num_tokens, device=device)
+    return microbatch
+
+
+@torch.no_grad()
+def trainer_logprobs(
+    policy: Policy, microbatch: Microbatch, *, use_adapter: bool = True, temperatures: Sequence[float] = (1.0,)
+) -> list[Tensor]:
+    """float32 [N] for each temperature: log_softmax(logits / temperature) at the targets."""
+    if use_adapter:
+        hidden = policy.hidden(microbatch)
+    else:
+        with policy.reference():
+            hidden = policy.hidden(microbatch)
+    return [linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=t)[0] for t in temperatures]

@@ -1,0 +1,67 @@
+"""What vLLM's sampler learns from us: the plain logprob of each drawn token, beside the one that it was drawn with.
+
+vLLM reports logprobs either before or after temperature, penalties and truncation, for the whole engine. We need
+both: the second is what a token was drawn with, the first is what the trainer's logprobs compare with. Nothing here
+imports vllm.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GREEDY = 1e-5  # vLLM takes lower temperatures for greedy
+
+
+class PlainLogprobs:
+    """Mixed into vLLM's `Sampler`. Asked for one logprob besides the sampled token's, it reports the plain one there.
+
+    vLLM would put the most likely token into that column. Instead it gets `log_softmax(logits / temperature)` of the
+    sampled token, under a token id that is not the sampled one (`plain_key`): each row's columns become a mapping.
+    """
+
+    _rlbench_plain: Tensor | None = None  # [B, V], while a batch is sampled
+
+    def forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        if sampling_metadata.max_num_logprobs == 1:
+            self._rlbench_plain = _plain(logits, sampling_metadata.temperature)  # before vLLM writes into the logits
+        try:
+            return super().forward(logits, sampling_metadata, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._rlbench_plain = None
+
+    def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
+        gathered = super().gather_logprobs(logprobs, num_logprobs, token_ids)  # type: ignore[misc]
+        if self._rlbench_plain is not None:
+            gathered.logprob_token_ids[:, 1] = (token_ids == 0).to(gathered.logprob_token_ids.dtype)
+            gathered.logprobs[:, 1] = self._rlbench_plain.gather(1, token_ids[:, None])[:, 0]
+        return gathered
+
+
+def report_plain_logprobs(sampler: Any) -> None:
+    """Make a live vLLM sampler one with `PlainLogprobs`; again changes nothing.
+
+    Raises:
+        ValueError: this vLLM's sampler has not the two methods that are extended.
+    """
+    kind = type(sampler)
+    if issubclass(kind, PlainLogprobs):
+        return
+    if not all(hasattr(kind, name) for name in ("forward", "gather_logprobs")) or kind.__name__ != "Sampler":
+        raise ValueError(
+            f"sampling: this vLLM samples with {kind.__module__}.{kind.__name__}, whose plain logprobs cannot be "
+            "read; expected top_p=1, top_k=0, min_p=0 and no penalties, or engine.kind=hf"
+        )
+    sampler.__class__ = type("RlbenchSampler", (PlainLogprobs, kind), {})
+
+
+def _plain(logits: Tensor, temperature: Tensor | None) -> Tensor:
+    """float32 [B, V]; rows without a temperature, or with a greedy one, count as 1."""
+    scores = logits.float()
+    if temperature is not None:
+        scores = scores / torch.where(temperature < _GREEDY, 1.0, temperature)[:, None]
+    return scores.log_softmax(dim=-1)

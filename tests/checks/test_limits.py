@@ -1,0 +1,61 @@
+"""Limits come from measurements: committed ones, with a margin, each pair its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlbench.checks.limits import FLOORS, MARGIN, MEASURED, Gap, derive_drift_limits, honest_gap, identity_limit
+from rlbench.config.schema import ChecksConfig, EngineConfig, HardwareConfig, ModelConfig, RunConfig
+
+NAMES = ("mean", "p99", "max")
+RESULTS = Path(__file__).parents[2] / "scripts" / "results" / "identity_cpu.json"
+
+
+def config(engine="hf", profile="cpu", dtype="bfloat16", **checks) -> RunConfig:
+    return RunConfig(
+        hardware=HardwareConfig(profile=profile),
+        model=ModelConfig(dtype=dtype),
+        engine=EngineConfig(kind=engine),
+        checks=ChecksConfig(**checks),
+    )
+
+
+@pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu"])
+def test_the_table_holds_what_the_committed_measurement_says(key):
+    engine, _, dtype, _ = key
+    cases = [f"{dtype}, {case}" for case in ("as sampled", "scored", "scored, base")]
+    rows = json.loads(RESULTS.read_text())["rows"]
+    rows = [row for row in rows if row["impl"] == engine and row["case"] in cases]
+
+    for name in NAMES:
+        found = max(row["value"] for row in rows if row["metric"] == name)
+        assert getattr(MEASURED[key], name) == pytest.approx(found, rel=0.1)
+
+
+def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor():
+    measured = MEASURED["hf", "cpu", "bfloat16", "none"]
+
+    limit = identity_limit(config())
+
+    assert limit.mean == max(MARGIN * measured.mean, FLOORS["bfloat16"].mean)
+    assert limit.max == max(MARGIN * measured.max, FLOORS["bfloat16"].max)
+    assert identity_limit(config(dtype="float32")).mean == FLOORS["float32"].mean
+    assert identity_limit(config(identity_limit_scale=2.0)).p99 == pytest.approx(2 * limit.p99)
+
+
+def test_a_pair_that_was_not_measured_gets_the_widest_of_its_dtype_and_says_so():
+    gap, source = honest_gap("hf", "cuda", "bfloat16", "none")
+
+    assert gap == Gap(*(max(getattr(g, n) for k, g in MEASURED.items() if k[2] == "bfloat16") for n in NAMES))
+    assert "no measurement of its own" in source
+
+
+def test_drift_limits_are_derived_with_a_reason_and_a_users_value_wins():
+    run = config(drift_warn_nats=0.7)
+
+    (derived,) = derive_drift_limits(run)
+
+    assert (derived.key, derived.value) == ("checks.drift_stop_nats", run.checks.drift_stop_nats)
+    assert "mean gap of an honest pair" in derived.reason and "engine=hf on cpu in bfloat16" in derived.reason
+    assert run.checks.drift_warn_nats == 0.7
