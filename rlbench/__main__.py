@@ -37,7 +37,11 @@ Every key and its default: python -m rlbench --cfg job. Hydra's own options: pyt
 
 def main() -> None:
     arguments = sys.argv[1:]
-    is_named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~"))
+    is_named = (
+        bool(arguments)
+        and not any(sign in arguments[0] for sign in "=.")
+        and not arguments[0].startswith(("-", "+", "~"))
+    )
     command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
     if command != "help" and command not in COMMANDS:
         _fail_unknown_command(command)
