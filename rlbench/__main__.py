@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import rlbench
+
 COMMANDS = {
     "train": "train a policy (the default)",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
+_SIGNALLED = 128  # plus the signal's number: exit status of a run that a signal ended
 
 _HELP = """rlbench: reinforcement learning for reasoning language models
 
@@ -39,12 +43,19 @@ Every key and its default: python -m rlbench --cfg job. Hydra's own options: pyt
 
 def main() -> None:
     arguments = sys.argv[1:]
-    is_named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~"))
+    is_named = (
+        bool(arguments)
+        and not any(sign in arguments[0] for sign in "=.")
+        and not arguments[0].startswith(("-", "+", "~"))
+    )
     command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
-    if command not in COMMANDS:
+    if command != "help" and command not in COMMANDS:
         _fail_unknown_command(command)
-    if any(argument in ("-h", "--help") for argument in arguments):
+    if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
+        return
+    if "--version" in arguments:
+        print(f"rlbench {rlbench.__version__}")
         return
     if command == "sandbox":
         from rlbench.commands.sandbox import sandbox
@@ -86,11 +97,15 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
         CONFIG_ERRORS,
         config_folder,
         explain_config_error,
+        explain_dashed_setting,
         register_schema,
         resolve_model_shorthand,
     )
 
     register_schema()
+    dashed = explain_dashed_setting(arguments)
+    if dashed:
+        return _fail(dashed)
     arguments, notes = resolve_model_shorthand(arguments)
     # Hydra prints its own traceback and exits unless this is set; we turn its exceptions into one sentence.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -98,12 +113,18 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     def run(composed: Any) -> None:
-        # Nothing may leave this function: Hydra would print about it in its own words.
+        # No error may leave this function: Hydra would print about it in its own words.
         statuses.append(_run_command(composed, notes, action))
+        if statuses[-1] > _SIGNALLED:
+            raise KeyboardInterrupt  # a stopped run ends its sweep
 
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = ["rlbench", *arguments]
     try:
         run()
+    except KeyboardInterrupt:
+        if not statuses or statuses[-1] <= _SIGNALLED:
+            print("stopped before the first step; nothing was saved", file=sys.stderr)
+            return _SIGNALLED + signal.SIGINT
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))
     except OSError as error:

@@ -9,7 +9,7 @@ from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import RunConfig, SamplingConfig
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
-from rlbench.data.sources import LoadedRows, load_rows
+from rlbench.data.sources import LoadedRows, check_paths, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
 from rlbench.records import SamplingParams
 from rlbench.rollouts.score import Scorer
@@ -55,12 +55,13 @@ def prepare(config: RunConfig) -> Inputs:
     Raises:
         ValueError: anything a user can get wrong.
     """
-    # Data first: a wrong path must not wait for torch to be imported.
+    # What costs nothing to check comes first: a wrong path must not wait for rows to be made or torch to be imported.
+    check_paths(config.data)
+    _check_model_exists(config)
     rows = {"train": load_rows(config.data, "train")}
     has_test = config.data.path is None or config.data.eval_path is not None
     if has_test and config.evaluation.num_prompts != 0:
         rows["test"] = load_rows(config.data, "test")
-    _check_model_exists(config)
 
     from rlbench.models.device import hardware_facts
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rlbench.commands.plan import plan_rows
-from rlbench.config.resume import check_resumable
+from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
@@ -29,13 +29,18 @@ if TYPE_CHECKING:
 
 
 def train(config: RunConfig, notes: Sequence[str]) -> int:
-    """Run the whole job; the exit status is 0, 128 + signal, or 3 to 6 for a run that had to stop."""
+    """Run the whole job; the exit status is 0, 128 + signal, or 3 to 6 for a run that had to stop.
+
+    Raises:
+        ValueError: a mistake of the user.
+        KeyboardInterrupt: stopped before the loop began.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     hydra_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return _train(config, notes, hydra_folder)
-    except ValueError:
+    except (ValueError, KeyboardInterrupt):
         _remove_if_unused(hydra_folder)
         raise
 
@@ -45,6 +50,9 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
     for note in notes:
         console.note(note)
     checkpoint, run_folder = _find_resume(config, hydra_folder, console)
+    if checkpoint is not None:
+        kept = keep_derived(config, json.loads((run_folder / "derived.json").read_text()))
+        console.note(f"kept from the run that is resumed: {', '.join(kept) or 'nothing'}")
     with console.phase("reading data and model"):
         from rlbench.build import build, prepare
 
@@ -94,6 +102,11 @@ def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: 
             parts.policy.save_adapter(run_folder / "adapter", inputs.model.name)
         _summarise(loop, console, is_done=is_done, seconds=time.monotonic() - start)
         return 0 if is_done else stop.exit_status
+    except KeyboardInterrupt:
+        console.close()
+        kept = f"to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else "no checkpoint was written yet"
+        print(f"stopped in step {loop.step + 1} without saving; {kept}", file=sys.stderr)
+        return stop.exit_status
     except tuple(failures) as error:
         console.close()
         resume = f"; to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else ""
@@ -108,8 +121,9 @@ def _tracker(inputs: Inputs, checkpoint: Checkpoint | None, run_folder: Path, co
     run_folder.mkdir(parents=True, exist_ok=True)
     plain = asdict(config)
     (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
-    (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))
+    if checkpoint is None:
+        reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
+        (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))
     wandb = WandbTracker(
         config.tracking.wandb,
         config.tracking.wandb_project,
@@ -129,9 +143,14 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
     """The checkpoint to go on from, if any, and the folder of this run."""
     if config.resume is None:
         return None, hydra_folder
+    place = Path(config.resume).expanduser()
+    if not place.is_dir():
+        raise ValueError(
+            f"resume is {config.resume}, but there is no such folder; expected a run's folder or one of its checkpoints"
+        )
     from rlbench.training.checkpoint import find_checkpoint
 
-    checkpoint, damaged = find_checkpoint(Path(config.resume).expanduser())
+    checkpoint, damaged = find_checkpoint(place)
     for line in damaged:
         console.warning(f"{line}; an older checkpoint is taken")
     _remove_if_unused(hydra_folder)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -70,6 +70,16 @@ def resolve_model_shorthand(overrides: Sequence[str]) -> tuple[list[str], list[s
     return rewritten, notes
 
 
+def explain_dashed_setting(arguments: Sequence[str]) -> str:
+    """A sentence if a setting is written like a command-line option (--seed=3), else ""."""
+    known = set(schema_keys())
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and (name in known or "." in name):
+            return f"{argument} is no option: settings are written without dashes, {name}={value if equals else '...'}"
+    return ""
+
+
 def schema_keys(node: Any = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema."""
     instance = node() if isinstance(node, type) else node
@@ -98,18 +108,53 @@ def explain_config_error(error: Exception, overrides: Sequence[str]) -> str:
         root = root.__cause__
     text = " ".join(str(root).split())
     if isinstance(root, OverrideParseException):
-        return f"cannot read the override {root.override!r}: expected key=value, e.g. optim.lr=1e-4"
+        return _explain_unreadable(str(root.override))
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)' 1\. To use it as a list", text)
+    if ambiguous:
+        key, _, values = ambiguous.group(1).partition("=")
+        return f"{key} has several values ({values}); add -m to sweep over them, or write {key}=[{values}] for a list"
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown or "Could not override" in str(error):
         return _explain_unknown_key(unknown.group(1) if unknown else "", str(error), overrides)
     key = getattr(root, "full_key", None)
     message = re.sub(r" full_key: .*", "", text)
-    return f"{key}: {message}" if key else message
+    return _explain_wrong_type(key, message) if key else message
+
+
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def _explain_unreadable(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        return f"cannot read the override {override!r}: expected key=value, e.g. optim.lr=1e-4"
+    return f"cannot read the value of {override!r}: quote text with brackets, quotes or commas: '{key}=\"{value}\"'"
+
+
+def _explain_wrong_type(key: str, message: str) -> str:
+    kind = _type_of(key)
+    expected = next((words for name, words in _WORDS.items() if kind in (name, name | None)), None)
+    if expected is None:
+        return f"{key}: {message}"
+    value = re.match(r"Value ('.*') (?:of type|is not)", message)
+    got = value.group(1) if value else "null" if "not Optional" in message else None
+    return f"{key} is {got}, expected {expected}" if got else f"{key}: {message}; expected {expected}"
+
+
+def _type_of(key: str) -> Any:
+    """The annotation of a dotted key in the schema; None if there is none."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return kind
 
 
 def _explain_unknown_key(last_part: str, message: str, overrides: Sequence[str]) -> str:
     named = re.search(r"Could not override '([^']+)'", message)
     key = named.group(1) if named else _override_key(last_part, overrides)
+    if key == "exp":
+        override = next((o for o in overrides if o.startswith("exp=")), "exp=...")
+        return f"an experiment is added to the base config: write +{override}"
     return _unknown_key(key)
 
 
@@ -131,7 +176,14 @@ def _explain_missing_config(error: MissingConfigException) -> str:
         return f"there is no config group {group or name!r}; expected one of: {', '.join(group_names())}"
     guess = nearest(choice, choices, count=1)
     hint = f"; did you mean {guess[0]}?" if guess else ""
-    return f"{group}={choice}: there is no such choice, expected one of: {', '.join(choices)}{hint}"
+    places = _PLACES.get(group, "")
+    return f"{group}={choice}: there is no such choice, expected one of: {', '.join(choices)}{places}{hint}"
+
+
+_PLACES = {
+    "model": ", or model.path=HUB_ID, FOLDER or FILE.gguf",
+    "data": ", or data.path=FILE.jsonl",
+}
 
 
 def group_names() -> list[str]:

@@ -1,13 +1,38 @@
-"""Which settings a resumed run may change."""
+"""What a resumed run keeps of its settings, and which it may change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from rlbench.config.schema import AUTO, RunConfig
+
 _FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "rewards.num_workers",
          "model.cache_dir")  # fmt: skip
 _WARN = ("training.", "optim.", "engine.", "rewards.", "algorithm.", "sampling.", "name")
+
+
+_OF_THIS_MACHINE = ("hardware.", "rewards.num_workers")
+
+
+def keep_derived(config: RunConfig, derived: dict[str, Any]) -> list[str]:
+    """Fill what is left open with what the run derived when it began: a busier machine must not change its course.
+
+    Args:
+        config: of this call, changed in place; what the user set stays.
+        derived: derived.json of the run.
+
+    Returns:
+        "key=value" for each value that was taken over.
+    """
+    kept = []
+    for key, entry in derived.items():
+        section, name = key.split(".")
+        part = getattr(config, section, None)
+        if not key.startswith(_OF_THIS_MACHINE) and getattr(part, name, "") in (None, AUTO):
+            setattr(part, name, entry["value"])
+            kept.append(f"{key}={entry['value']}")
+    return kept
 
 
 def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

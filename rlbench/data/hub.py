@@ -26,5 +26,5 @@ def hub_problem() -> str | None:
         socket.create_connection((host.hostname or "", port), timeout=_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        return f"{host.hostname}: {error}"
+        return f"{host.hostname}: {getattr(error, 'strerror', None) or error}"
     return None

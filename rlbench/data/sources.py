@@ -31,12 +31,24 @@ class LoadedRows:
     bad_rows: tuple[str, ...]  # one line for each row that was left out
 
 
+def check_paths(config: DataConfig) -> None:
+    """Fail at once if a file that the config names is not there.
+
+    Raises:
+        ValueError: as `load_rows` would.
+    """
+    for key, path in (("data.path", config.path), ("data.eval_path", config.eval_path)):
+        if path is not None and not Path(path).expanduser().is_file():
+            raise ValueError(f"{key} is {path}, but there is no such file; expected a JSONL file")
+
+
 def load_rows(config: DataConfig, split: str) -> LoadedRows:
     """Load the rows of "train" or "test".
 
     Raises:
         ValueError: the source cannot be had, a column is missing, or more rows than `data.max_bad_rows` are broken.
     """
+    check_paths(config)
     path = config.path if split == "train" else config.eval_path
     if path is not None:
         return _from_file(Path(path).expanduser(), "data.path" if split == "train" else "data.eval_path", config)
@@ -63,8 +75,6 @@ def load_rows(config: DataConfig, split: str) -> LoadedRows:
 
 
 def _from_file(path: Path, key: str, config: DataConfig) -> LoadedRows:
-    if not path.is_file():
-        raise ValueError(f"{key} is {path}, but there is no such file; expected a JSONL file")
     rows, bad_rows = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -160,6 +170,8 @@ def _generated(config: DataConfig, split: str, why: str) -> LoadedRows:
             answer = str(problem["answer"])
             rows.append({config.prompt_column: question, config.answer_column: answer, "row_number": len(rows) + 1})
     description = f"NOT {config.name}: {size} generated problems like it (reasoning-gym gsm_symbolic), {why}"
+    if split == "test":
+        description = f"NOT {config.name}: {size} more generated problems, none of them among those for training"
     return LoadedRows(dataset=_dataset(rows, "reasoning-gym"), description=description, bad_rows=())
 
 

@@ -12,6 +12,7 @@ from rlbench.config.derive import HardwareFacts
 from rlbench.config.vllm_version import vllm_problem
 
 _PROBE_SHAPE = (512, 2048, 1024)  # rows, out, in: a linear layer of a small model over one microbatch
+_PROBE_ROUNDS = 15
 
 
 def hardware_facts(profile: str) -> HardwareFacts:
@@ -25,9 +26,7 @@ def hardware_facts(profile: str) -> HardwareFacts:
         device_name=torch.cuda.get_device_name() if is_cuda else f"no GPU it may use, {num_cores} CPU cores",
         num_cores=num_cores,
         memory_gib=(torch.cuda.mem_get_info()[0] if is_cuda else _free_host_bytes()) / 2**30,
-        matmul_gflops={
-            str(d).removeprefix("torch."): _matmul_gflops(d, device) for d in (torch.bfloat16, torch.float32)
-        },
+        matmul_gflops=_matmul_gflops(device),
         vllm_problem=vllm_problem(device),
     )
 
@@ -50,16 +49,19 @@ def _free_host_bytes() -> int:
         return 0
 
 
-def _matmul_gflops(dtype: torch.dtype, device: str) -> float:
-    """Best of five, so that a busy moment of the machine does not decide."""
+def _matmul_gflops(device: str) -> dict[str, float]:
+    """Best of each dtype over rounds that take them in turn, so that a busy moment of the machine does not decide."""
     rows, out, inner = _PROBE_SHAPE
-    x = torch.randn(rows, inner, device=device).to(dtype)
-    weight = torch.randn(out, inner, device=device).to(dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * rows * out * inner / min(seconds[1:]) / 1e9
+    x = torch.randn(rows, inner, device=device)
+    weight = torch.randn(out, inner, device=device)
+    best = dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))
+    operands = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in best}
+    for number in range(_PROBE_ROUNDS + 1):
+        for dtype in best:
+            start = time.perf_counter()
+            torch.nn.functional.linear(*operands[dtype])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return {str(d).removeprefix("torch."): 2 * rows * out * inner / s / 1e9 for d, s in best.items()}

@@ -121,12 +121,7 @@ class Objective:
         self, logprobs: Tensor, entropy: Tensor, old: Tensor, columns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         mask = columns["loss_mask"]
-        gap = torch.where(mask, old - columns["sampling_logprobs"], 0.0).abs()  # [N]
-        metrics = {
-            "policy/entropy": self._mean(entropy.detach(), mask),
-            "drift/logprob_gap_mean": self._mean(gap, mask),
-            "drift/logprob_gap_max": gap.max(),
-        }
+        metrics = {"policy/entropy": self._mean(entropy.detach(), mask)}
         if "old_logprobs" in columns:
             moved = torch.where(mask, logprobs.detach() - old, 0.0)
             metrics["policy/kl_to_old"] = self._mean(torch.expm1(-moved) + moved, mask)

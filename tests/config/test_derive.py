@@ -6,13 +6,13 @@ from rlbench.config.derive import HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, RunConfig, SamplingConfig
 
 
-def facts(device="cpu", problem="vllm is not installed"):
+def facts(device="cpu", problem="vllm is not installed", bfloat16_gflops=400.0):
     return HardwareFacts(
         device=device,
         device_name="a GPU" if device == "cuda" else "no GPU",
         num_cores=2,
         memory_gib=75.0 if device == "cuda" else 20.0,
-        matmul_gflops={"bfloat16": 400.0, "float32": 150.0},
+        matmul_gflops={"bfloat16": bfloat16_gflops, "float32": 150.0},
         vllm_problem=problem,
     )
 
@@ -29,6 +29,11 @@ def test_a_cpu_takes_our_engine_on_one_shared_base_in_the_faster_dtype():
     assert (config.hardware.profile, config.engine.kind, config.engine.share) == ("cpu", "hf", True)
     assert config.model.dtype == "bfloat16"
     assert "engine.kv_cache_gib" not in found
+
+
+@pytest.mark.parametrize(("bfloat16_gflops", "dtype"), [(140.0, "bfloat16"), (40.0, "float32")])
+def test_float32_needs_a_clear_gain_not_a_busy_moment(bfloat16_gflops, dtype):
+    assert derived(RunConfig(), bfloat16_gflops=bfloat16_gflops)["model.dtype"] == dtype
 
 
 def test_a_gpu_with_a_tested_vllm_shares_vllms_weights():

@@ -88,13 +88,17 @@ def sampled(run_folder: Path) -> dict[str, list]:
     }
 
 
+def start(*overrides: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*overrides), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
     arguments = [*tiny_overrides, "training.num_steps=24", "checkpoint.every_steps=2"]
-    process = subprocess.Popen(
-        command(*arguments, "hydra.run.dir=run"), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    process = start(*arguments, "hydra.run.dir=run", folder=tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, process)
     process.send_signal(how)
@@ -115,6 +119,48 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path,
     adapters = [read_checkpoint(f / "checkpoints" / "step-000024") for f in (tmp_path / "run", undisturbed)]
     assert adapters[0].state["adapter_fingerprint"] == adapters[1].state["adapter_fingerprint"]
     assert not (tmp_path / "outputs").exists()
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tiny_overrides, tmp_path):
+    process = start(*tiny_overrides, folder=tmp_path)
+    assert process.stdout is not None
+    while "reading data and model" not in process.stdout.readline():
+        assert process.poll() is None
+
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130, output
+    assert "stopped before the first step; nothing was saved" in output and "Traceback" not in output
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_names_the_last_checkpoint(tiny_overrides, tmp_path):
+    # Long completions, so that the second signal comes while the step is still being made.
+    arguments = ["training.num_steps=500", "checkpoint.every_steps=1", "sampling.max_tokens=200", "hydra.run.dir=run",
+                 "evaluation.num_prompts=0", "algorithm.prompts_per_step=2"]  # fmt: skip
+    process = start(*tiny_overrides, *arguments, folder=tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000001").exists(), process)
+
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130, output
+    assert "without saving; to go on: resume=" in output and "Traceback" not in output
+
+
+def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
+    arguments = [*tiny_overrides, "training.num_steps=500", "seed=1,2", "hydra.sweep.dir=sweep"]
+    process = start("-m", *arguments, folder=tmp_path)
+    wait_for(lambda: (tmp_path / "sweep" / "0" / "metrics.jsonl").exists(), process)
+
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130, output
+    assert not (tmp_path / "sweep" / "1").exists() and "Traceback" not in output
 
 
 def wait_for(condition, process: subprocess.Popen, timeout_s: float = 90) -> None:

@@ -1,7 +1,8 @@
 """Every mistake gets one clear sentence, an exit status, no traceback, and soon."""
 
 import json
-import time
+import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -17,11 +18,31 @@ def check(done, message: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@contextmanager
+def cpu_seconds():
+    """One number: CPU time of the processes that ran inside. Other processes on the machine do not change it."""
+    seconds = [0.0]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds[0] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
 CONFIG_ERRORS = {
     "unknown key": (["optim.lrr=1"], "there is no key 'optim.lrr'; nearest valid keys: optim.lr"),
     "added key": (["+optim.foo=1"], "there is no key 'optim.foo'"),
     "unknown section": (["algoritm.kl_coef=1"], "algorithm.kl_coef"),
-    "wrong type": (["optim.lr=fast"], "optim.lr: Value 'fast'"),
+    "text for a number": (["optim.lr=fast"], "optim.lr is 'fast', expected a number"),
+    "fraction for a count": (["training.num_steps=2.5"], "training.num_steps is '2.5', expected a whole number"),
+    "text for a switch": (["tracking.quiet=maybe"], "tracking.quiet is 'maybe', expected true or false"),
+    "null for a number": (["optim.lr=null"], "optim.lr is null, expected a number"),
+    "experiment without +": (["exp=grpo_gsm8k"], "an experiment is added to the base config: write +exp=grpo_gsm8k"),
+    "sweep without -m": (["optim.lr=1e-4,3e-4"], "optim.lr has several values (1e-4,3e-4); add -m to sweep over them"),
+    "dashes": (["--seed=3"], "--seed=3 is no option: settings are written without dashes, seed=3"),
+    "no value": (["optim.lr"], "cannot read the override 'optim.lr': expected key=value"),
+    "unquoted text": (["data.system_prompt=be (brief"], """'data.system_prompt="be (brief"'"""),
+    "unknown model": (["model=smol"], "or model.path=HUB_ID, FOLDER or FILE.gguf"),
+    "resumed folder": (["resume=nowhere"], "resume is nowhere, but there is no such folder; expected a run's folder"),
     "out of range": (["optim.lr=-1"], "optim.lr is -1.0, expected more than 0"),
     "wrong choice": (["optim.schedule=cosin"], "did you mean cosine?"),
     "wrong group choice": (["optim=adam"], "optim=adam: there is no such choice, expected one of: adamw"),
@@ -42,21 +63,21 @@ CONFIG_ERRORS = {
 def test_config_errors_name_the_key_without_importing_torch(tmp_path, name):
     overrides, message = CONFIG_ERRORS[name]
 
-    start = time.monotonic()
-    done = run(*overrides, folder=tmp_path)
+    with cpu_seconds() as seconds:
+        done = run(*overrides, folder=tmp_path)
 
     check(done, message)
-    assert time.monotonic() - start < 3  # 0.3 to 0.5 s on an idle machine
+    assert seconds[0] < 2  # 0.3 to 0.5 s; importing torch costs more than 2
 
 
 def test_help_lists_commands_experiments_and_groups_at_once(tmp_path):
-    start = time.monotonic()
-    done = run("--help", folder=tmp_path)
+    with cpu_seconds() as seconds:
+        done = run("--help", folder=tmp_path)
 
     assert done.returncode == 0
     for expected in ("+exp=grpo_gsm8k", "train", "optim", "resume="):
         assert expected in done.stdout
-    assert time.monotonic() - start < 3
+    assert seconds[0] < 2
 
 
 def test_cfg_job_prints_the_composed_config_and_runs_nothing(tmp_path):
@@ -68,13 +89,11 @@ def test_cfg_job_prints_the_composed_config_and_runs_nothing(tmp_path):
 
 
 def test_a_missing_data_file(tmp_path):
-    start = time.monotonic()
+    with cpu_seconds() as seconds:
+        done = run("+exp=grpo_gsm8k", "data.path=nothing.jsonl", folder=tmp_path)
 
-    check(
-        run("+exp=grpo_gsm8k", "data.path=nothing.jsonl", folder=tmp_path),
-        "data.path is nothing.jsonl, but there is no",
-    )
-    assert time.monotonic() - start < 10  # 1 to 2 s on an idle machine
+    check(done, "data.path is nothing.jsonl, but there is no such file")
+    assert seconds[0] < 2
     assert not list(tmp_path.glob("outputs/*/*"))
 
 

@@ -138,7 +138,6 @@ def test_metrics_are_means_over_loss_tokens_whatever_the_split(tiny_base):
 
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-7)
     assert 0 < metrics[0]["policy/entropy"] < math.log(98)
-    assert metrics[0]["drift/logprob_gap_max"] >= metrics[0]["drift/logprob_gap_mean"] > 0
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny_base):
