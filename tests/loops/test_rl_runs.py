@@ -135,22 +135,6 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tiny_overrides, tmp_
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_second_ctrl_c_ends_at_once_and_names_the_last_checkpoint(tiny_overrides, tmp_path):
-    # Long completions, so that the second signal comes while the step is still being made.
-    arguments = ["training.num_steps=500", "checkpoint.every_steps=1", "sampling.max_tokens=200", "hydra.run.dir=run",
-                 "evaluation.num_prompts=0", "algorithm.prompts_per_step=2"]  # fmt: skip
-    process = start(*tiny_overrides, *arguments, folder=tmp_path)
-    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000001").exists(), process)
-
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-
-    assert process.returncode == 130, output
-    assert "without saving; to go on: resume=" in output and "Traceback" not in output
-
-
 def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
     arguments = [*tiny_overrides, "training.num_steps=500", "seed=1,2", "hydra.sweep.dir=sweep"]
     process = start("-m", *arguments, folder=tmp_path)
