@@ -117,7 +117,7 @@ def _backward(
     columns = {
         "advantages": microbatch.advantages,
         "loss_mask": microbatch.loss_mask,
-        "sampling_logprobs": microbatch.sampling_logprobs,
+        "sampling_logprobs": microbatch.engine_logprobs,  # like with like: without truncation and penalties
         "sequence_ids": microbatch.sequence_ids,
         **fixed,
     }
