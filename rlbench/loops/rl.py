@@ -346,6 +346,7 @@ class RlLoop:
                 self.parts.scorer,
                 step=self.step,
             )
+        self.parts.scorer.metrics()  # so that the next step's are its own
         if self.inputs.config.tracking.save_rollouts:
             write_rollouts(self.run_folder, self.step, groups, {}, phase="eval")
         self.tracker.log_evaluation(self.step, evaluation.metrics)

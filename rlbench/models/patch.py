@@ -71,8 +71,10 @@ class KernelMlp(KernelModule):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        bases, loras, _ = zip(*map(projection, (self.gate_proj, self.up_proj, self.down_proj)), strict=True)
-        return lora_mlp(x, *bases, loras)
+        (gate, of_gate, _), (up, of_up, _), (down, of_down, _) = map(
+            projection, (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return lora_mlp(x, gate, up, down, [of_gate, of_up, of_down])
 
 
 class KernelAttention(KernelModule):
@@ -104,8 +106,8 @@ class KernelAttention(KernelModule):
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
         cos, sin = (x[0] for x in position_embeddings)  # [T, d]
         query, key = apply_rope(query, key, cos, sin)
-        heads = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H or K, T, d]
-        output = attention_context.attend(self.layer_idx, *heads, self.scaling)  # [1, T, H, d]
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H or K, T, d]
+        output = attention_context.attend(self.layer_idx, query, key, value, self.scaling)  # [1, T, H, d]
         base, lora, bias = projection(self.o_proj)
         output = output.reshape(*output.shape[:2], -1)
         if lora is None:

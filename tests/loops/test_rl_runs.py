@@ -78,7 +78,10 @@ def test_peft_loads_the_adapter_and_reproduces_the_greedy_evaluation(finished, t
 def comparable(run_folder: Path) -> list[dict]:
     """Metrics without what depends on the clock, and without the proof that every process begins with."""
     lines = read_metrics(run_folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens/", "identity/"))} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "tokens/", "identity/")) and not k.endswith("_s")}
+        for line in lines
+    ]
 
 
 def sampled(run_folder: Path) -> dict[str, list]:
