@@ -26,7 +26,7 @@ def _place(size, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _activate(z, IS_SILU: tl.constexpr):
+def activate(z, IS_SILU: tl.constexpr):
     """act(z) and its derivative."""
     if IS_SILU:
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
@@ -47,7 +47,7 @@ def _activation(
     row, column, mask = _place(size, COLUMNS, BLOCK)
     z = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activate(z, IS_SILU)
+    value, _ = activate(z, IS_SILU)
     tl.store(out + row * size + column, (value * factor).to(out.dtype.element_ty), mask=mask)
 
 
@@ -60,7 +60,7 @@ def _activation_gradients(
     z = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(z, IS_SILU)
+    value, slope = activate(z, IS_SILU)
     target = row * size + column
     tl.store(grad_gate + target, (g * factor * slope).to(grad_gate.dtype.element_ty), mask=mask)
     tl.store(grad_up + target, (g * value).to(grad_up.dtype.element_ty), mask=mask)

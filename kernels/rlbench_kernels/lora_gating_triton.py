@@ -12,24 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.gated_activation_triton import activate
+
 _BLOCK = 1024
-_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
-_CUBIC = tl.constexpr(0.044715)
-
-
-@triton.jit
-def _activate(z, IS_SILU: tl.constexpr):
-    """act(z) and its derivative."""
-    if IS_SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        value = z * sigmoid
-        slope = sigmoid + value * (1.0 - sigmoid)
-    else:
-        cubic = z * z * _CUBIC
-        half = 1.0 / (1.0 + tl.exp(z * (1.0 + cubic) * _SCALE * -2.0))  # (1 + tanh) / 2
-        value = z * half
-        slope = half + value * (1.0 - half) * 2.0 * (1.0 + 3.0 * cubic) * _SCALE
-    return value, slope
 
 
 @triton.jit
@@ -39,7 +24,7 @@ def _gate(both, out, size, stride, out_stride, BLOCK: tl.constexpr, IS_SILU: tl.
     mask = column < size
     gate = tl.load(both + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(both + row * stride + size + column, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activate(gate, IS_SILU)
+    value, _ = activate(gate, IS_SILU)
     tl.store(out + row * out_stride + column, (value * up).to(out.dtype.element_ty), mask=mask)
 
 
@@ -54,7 +39,7 @@ def _gate_gradients(
     gate = tl.load(both + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(both + row * stride + size + column, mask=mask, other=0.0).to(tl.float32)
     grad_hidden = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, IS_SILU)
+    value, slope = activate(gate, IS_SILU)
     target = out + row * out_stride + column
     tl.store(target, (grad_hidden * up * slope).to(out.dtype.element_ty), mask=mask)
     tl.store(target + size, (grad_hidden * value).to(out.dtype.element_ty), mask=mask)

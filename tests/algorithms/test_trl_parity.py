@@ -17,9 +17,10 @@ from rlbench.algorithms.importance import importance_weights, off_policy_mask
 from rlbench.algorithms.loss_inputs import LossInputs
 from rlbench.algorithms.selection import top_entropy_threshold
 from rlbench.config.algorithm import LOSSES
+from rlbench.engine.vllm_process import clean_start
 from tests.algorithms.batches import MAX_TOKENS, Batch, gradient, loss_inputs, make_batch
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), clean_start():  # TRL imports vLLM where it is installed
     warnings.simplefilter("ignore")
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
     from trl.experimental.gmpo import GMPOConfig, GMPOTrainer

@@ -94,8 +94,13 @@ def sampled(run_folder: Path) -> dict[str, list]:
 def start(*overrides: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         command(*overrides), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, start_new_session=True,
+        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
+
+
+def hear_ctrl_c() -> None:
+    """A shell's background jobs, this test among them perhaps, ignore SIGINT and hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
