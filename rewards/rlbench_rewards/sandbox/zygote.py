@@ -13,7 +13,8 @@ import gc
 import os
 import select
 
-from rlbench_rewards.sandbox import job
+# candidate and tester too: a job, whose /tmp is its own, could not import them from a project that lies there
+from rlbench_rewards.sandbox import candidate, job, tester  # noqa: F401
 from rlbench_rewards.sandbox.codec import decode, encode
 from rlbench_rewards.sandbox.frames import ChannelClosed, receive_frame, send_frame
 from rlbench_rewards.sandbox.jails import JAILS
