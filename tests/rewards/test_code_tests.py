@@ -2,11 +2,18 @@
 
 import base64
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 
+import rlbench_rewards
 from rlbench_rewards import RewardError, RewardSample
 from rlbench_rewards.code_extraction import extract_program, suspicious_marks
 from rlbench_rewards.code_outputs import outputs_equal
@@ -39,6 +46,21 @@ def test_right_wrong_and_missing_programs(reward):
     assert score(reward, WRONG, ADD).value == 0.0
     assert score(reward, "I do not know.", ADD).value == 0.0
     assert score(reward, "<think>```python\nx = 1\n```", ADD).details["reason"] == "no program in the completion"
+
+
+def test_a_project_below_tmp_is_not_hidden_by_the_scratch_of_the_jobs(reward):
+    program = (
+        "from rlbench_rewards import RewardSample; from rlbench_rewards.code_tests import CodeTests\n"
+        f"reward = CodeTests(backend={reward.backend!r}, timeout_s=5.0)\n"
+        f"print(reward(RewardSample(prompt='', completion={RIGHT!r}, columns={ADD!r})).value)\nreward.close()"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shutil.copytree(Path(rlbench_rewards.__file__).parent, Path(folder) / "rlbench_rewards")
+        environment = os.environ | {"PYTHONPATH": folder}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+    assert done.stdout == "1.0\n", done.stderr
 
 
 def test_details_show_the_level_and_the_gap_between_visible_and_hidden_tests(reward):

@@ -18,7 +18,6 @@ KINDS = (*ISOLATED, UNSAFE)
 WITH_OWN_SCRATCH = ("bubblewrap", "namespaces")  # a mount of the job; the others need a folder of the host
 
 PRELOAD = (
-    *(f"rlbench_rewards.sandbox.{name}" for name in ("candidate", "tester")),
     *("typing", "collections", "math", "re", "itertools", "functools", "heapq", "bisect", "string", "operator", "copy"),
     *("random", "decimal", "fractions", "datetime", "json", "enum", "dataclasses", "io", "array", "statistics"),
 )
