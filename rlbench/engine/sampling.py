@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlbench.records import SamplingParams
 
 _SHORTLIST = 1024  # a full sort of [64, 49152] takes 117 ms on 2 CPU cores, topk of 1024 about 5 ms
+_BLOCK = 128  # divides most vocabulary sizes
 
 
 def draw_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,13 +41,41 @@ def draw_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> t
         scores = scores / sampling.temperature
     scores = truncate(scores, sampling)
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # A value just under the total may round up to it: the last token with weight is then the right answer.
-    target = torch.minimum(uniforms[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True)
-    logprobs = torch.log(weights.gather(1, tokens) / total)
-    return tokens[:, 0], logprobs[:, 0]
+    tokens, total = invert_cumulative(weights, uniforms)
+    logprobs = torch.log(weights.gather(1, tokens[:, None])[:, 0] / total)
+    return tokens, logprobs.float()
+
+
+def invert_cumulative(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row in whose part of the row's total weight the uniform number lies.
+
+    Two steps, first the block of `_BLOCK` tokens, then the token: a cumulative sum over the vocabulary costs several
+    passes over [B, V], and on a GPU its rounding depends on the number of rows.
+
+    Args:
+        weights: float32 [B, V], not negative, at least one positive a row; they need not sum to 1.
+        uniforms: float64 [B] in [0, 1).
+
+    Returns:
+        Token ids int64 [B], never one of weight 0; total weights float64 [B].
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))  # [B, V / block, block]
+    sums = blocks.sum(dim=-1).double()
+    ends = sums.cumsum(dim=-1)
+    total = ends[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, _just_below(total))
+    block = torch.searchsorted(ends, target, right=True)  # [B, 1]
+    chosen = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].double()  # [B, block]
+    ends_inside = chosen.cumsum(dim=-1)
+    inside = target - (ends - sums).gather(1, block)
+    # The float32 sum of the block rounds: the last token with weight is then the right answer.
+    inside = torch.minimum(inside.clamp(min=0), _just_below(ends_inside[:, -1:]))
+    tokens = block * _BLOCK + torch.searchsorted(ends_inside, inside, right=True)
+    return tokens[:, 0], total[:, 0]
+
+
+def _just_below(value: Tensor) -> Tensor:
+    return torch.nextafter(value, torch.zeros_like(value))
 
 
 def plain_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -83,25 +113,26 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     return scores.masked_fill(~keep, float("-inf"))
 
 
-def counter_uniforms(seeds: Sequence[int], position: int) -> Tensor:
+def counter_uniforms(seeds: Sequence[int], positions: int | Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1), one per seed, as a pure function of (seed, position): splitmix64 of their mix.
 
     Args:
-        seeds: unsigned 63-bit integers.
-        position: index of the token in its completion, from 0.
+        seeds: unsigned 64-bit integers.
+        positions: index of the token in its completion, from 0; one for all seeds, or one a seed.
 
     Returns:
         float64 [B], multiples of 2**-53.
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators" (splitmix64 finaliser).
     """
-    golden, mix1, mix2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-    mask = 2**64 - 1
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    steps = np.atleast_1d(np.asarray(positions, dtype=np.uint64)) + np.uint64(1)
+    mixed = _finalise(_finalise(np.asarray(seeds, dtype=np.uint64)) + steps * golden)
+    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
-    def finalise(z: int) -> int:
-        z = ((z ^ (z >> 30)) * mix1) & mask
-        z = ((z ^ (z >> 27)) * mix2) & mask
-        return z ^ (z >> 31)
 
-    values = [(finalise((finalise(seed) + (position + 1) * golden) & mask) >> 11) * 2.0**-53 for seed in seeds]
-    return torch.tensor(values, dtype=torch.float64)
+def _finalise(z: np.ndarray) -> np.ndarray:
+    """uint64 to uint64; arithmetic wraps around."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
