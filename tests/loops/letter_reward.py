@@ -1,5 +1,7 @@
 """A reward with a known optimum: the share of the letter `a`."""
 
+import time
+
 from rlbench_rewards import RewardOutput
 
 
@@ -18,3 +20,9 @@ def rarely(sample):
 
 def share_of_lowercase(sample):
     return RewardOutput(value=sum(c.islower() for c in sample.completion) / max(1, len(sample.completion)))
+
+
+def takes_a_minute(sample):
+    """For tests that must meet a run in the middle of a step."""
+    time.sleep(60)
+    return RewardOutput(value=0.0)

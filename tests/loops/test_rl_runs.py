@@ -131,9 +131,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path,
 
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tiny_overrides, tmp_path):
     process = start(*tiny_overrides, folder=tmp_path)
-    assert process.stdout is not None
-    while "reading data and model" not in process.stdout.readline():
-        assert process.poll() is None
+    read_until("reading data and model", process)
 
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
@@ -141,6 +139,24 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tiny_overrides, tmp_
     assert process.returncode == 130, output
     assert "stopped before the first step; nothing was saved" in output and "Traceback" not in output
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_second_ctrl_c_ends_the_run_within_the_step(tiny_overrides, tmp_path):
+    slow = "+rewards.components.slow={path:tests.loops.letter_reward.takes_a_minute}"
+    process = start(
+        *tiny_overrides, slow, "rewards.timeout_s=100", "evaluation.num_prompts=0", "hydra.run.dir=run", folder=tmp_path
+    )
+    read_until("rewards ...", process)
+
+    process.send_signal(signal.SIGINT)
+    read_until("SIGINT: finishing this step, then saving", process)
+    start_s = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130, output
+    assert "stopped in step 1 without saving; no checkpoint was written yet" in output and "Traceback" not in output
+    assert time.monotonic() - start_s < 30  # the reward sleeps on for longer: its worker was killed
 
 
 def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
@@ -153,6 +169,14 @@ def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
 
     assert process.returncode == 130, output
     assert not (tmp_path / "sweep" / "1").exists() and "Traceback" not in output
+
+
+def read_until(text: str, process: subprocess.Popen) -> None:
+    assert process.stdout is not None
+    lines = [""]
+    while text not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
 
 
 def wait_for(condition, process: subprocess.Popen, timeout_s: float = 90) -> None:
