@@ -87,7 +87,7 @@ def rlbench_step(dtype: str) -> tuple[Any, Any]:
 
     def step(optimizer: Any) -> None:
         batches = pack(samples, tokens_per_microbatch=4096, device="cpu")
-        train_step(policy, batches, optimizer, AlgorithmConfig(), temperature=1.0, max_grad_norm=0)
+        train_step(policy, batches, optimizer, AlgorithmConfig(importance="off"), temperature=1.0, max_grad_norm=0)
 
     return policy.model, step
 
