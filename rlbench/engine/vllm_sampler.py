@@ -18,10 +18,11 @@ _GREEDY = 1e-5  # vLLM takes lower temperatures for greedy
 
 
 class PlainLogprobs:
-    """Mixed into vLLM's `Sampler`. Asked for one logprob besides the sampled token's, it reports the plain one there.
+    """Mixed into the `Sampler` of vLLM's first model runner (CPU).
 
-    vLLM would put the most likely token into that column. Instead it gets `log_softmax(logits / temperature)` of the
-    sampled token, under a token id that is not the sampled one (`plain_key`): each row's columns become a mapping.
+    Asked for one logprob besides the sampled token's, it reports the plain one there. vLLM would put the most likely
+    token into that column. Instead it gets `log_softmax(logits / temperature)` of the sampled token, under a token id
+    that is not the sampled one (`plain_key`): each row's columns become a mapping.
     """
 
     _rlbench_plain: Tensor | None = None  # [B, V], while a batch is sampled
@@ -37,26 +38,45 @@ class PlainLogprobs:
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
         gathered = super().gather_logprobs(logprobs, num_logprobs, token_ids)  # type: ignore[misc]
         if self._rlbench_plain is not None:
-            gathered.logprob_token_ids[:, 1] = (token_ids == 0).to(gathered.logprob_token_ids.dtype)
-            gathered.logprobs[:, 1] = self._rlbench_plain.gather(1, token_ids[:, None])[:, 0]
+            _write_plain(gathered, self._rlbench_plain, token_ids)
         return gathered
 
 
+class PlainLogprobsV2:
+    """`PlainLogprobs` for the `Sampler` of vLLM's second model runner (GPU)."""
+
+    sampling_states: Any
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+        if self.sampling_states.max_num_logprobs(input_batch.idx_mapping_np) != 1:
+            return super().__call__(logits, input_batch)  # type: ignore[misc]
+        temperature = self.sampling_states.temperature.gpu[input_batch.expanded_idx_mapping]
+        plain = _plain(logits, temperature)  # before vLLM writes into the logits
+        output = super().__call__(logits, input_batch)  # type: ignore[misc]
+        _write_plain(output.logprobs_tensors, plain, output.sampled_token_ids[:, 0])
+        return output
+
+
 def report_plain_logprobs(sampler: Any) -> None:
-    """Make a live vLLM sampler one with `PlainLogprobs`; again changes nothing.
+    """Make a live vLLM sampler one that reports plain logprobs too; again changes nothing.
 
     Raises:
-        ValueError: this vLLM's sampler has not the two methods that are extended.
+        ValueError: this vLLM's sampler is neither of the two that are extended.
     """
     kind = type(sampler)
-    if issubclass(kind, PlainLogprobs):
+    if issubclass(kind, (PlainLogprobs, PlainLogprobsV2)):
         return
-    if not all(hasattr(kind, name) for name in ("forward", "gather_logprobs")) or kind.__name__ != "Sampler":
+    is_sampler = kind.__name__ == "Sampler"
+    if is_sampler and all(hasattr(kind, name) for name in ("forward", "gather_logprobs")):
+        extension: type = PlainLogprobs
+    elif is_sampler and hasattr(sampler, "sampling_states"):
+        extension = PlainLogprobsV2
+    else:
         raise ValueError(
             f"sampling: this vLLM samples with {kind.__module__}.{kind.__name__}, whose plain logprobs cannot be "
             "read; expected top_p=1, top_k=0, min_p=0 and no penalties, or engine.kind=hf"
         )
-    sampler.__class__ = type("RlbenchSampler", (PlainLogprobs, kind), {})
+    sampler.__class__ = type("RlbenchSampler", (extension, kind), {})
 
 
 def _plain(logits: Tensor, temperature: Tensor | None) -> Tensor:
@@ -65,3 +85,9 @@ def _plain(logits: Tensor, temperature: Tensor | None) -> Tensor:
     if temperature is not None:
         scores = scores / torch.where(temperature < _GREEDY, 1.0, temperature)[:, None]
     return scores.log_softmax(dim=-1)
+
+
+def _write_plain(reported: Any, plain: Tensor, token_ids: Tensor) -> None:
+    """Into column 1 of vLLM's `LogprobsTensors`; plain [B, V], token_ids int64 [B]."""
+    reported.logprob_token_ids[:, 1] = (token_ids == 0).to(reported.logprob_token_ids.dtype)
+    reported.logprobs[:, 1] = plain.gather(1, token_ids[:, None].long())[:, 0]

@@ -36,6 +36,17 @@ class AdapterSlot:
         return self.layer.lora_b_stacked[self.part][index, 0]
 
 
+@dataclass(frozen=True, slots=True)
+class CopyTargets:
+    """Views of the stacked buffers that an adapter of these ranks fills; the buffers stay where they are."""
+
+    index: int  # of the LoRA in the buffers
+    ranks: dict[str, int]  # of every layer that the adapter names
+    names: list[str]  # those that have a slot
+    copied: list[Tensor]  # A [rank, in] of each name, then B [rank, out], transposed, of each
+    zeroed: list[Tensor]  # the rest of the buffers
+
+
 class AdapterWorker:
     """Mixed into vLLM's worker. Every name starts with `rlbench_`, so that none can meet one of vLLM's own."""
 
@@ -56,26 +67,17 @@ class AdapterWorker:
 
         The scaling is folded into B in float32, before the cast to the buffers' dtype. Shapes were checked before.
         """
-        manager = self._rlbench_manager()
-        index = manager.lora_index_to_id.index(adapter_id)
-        slots = _adapter_slots(manager)
-        named = [name for name in slots if name in lora_a]
-        scaled = dict(zip(named, torch._foreach_mul([lora_b[name].detach() for name in named], scaling), strict=True))
-        targets, sources, zeros = [], [], []
-        for name, slot in slots.items():
-            for target, source in (
-                (slot.lora_a(index), lora_a.get(name)),
-                (slot.lora_b(index).T, scaled[name].T if name in scaled else None),
-            ):
-                rows = 0 if source is None else source.shape[0]
-                if source is not None:
-                    targets.append(target[:rows])
-                    sources.append(source.detach())
-                if rows < len(target):
-                    zeros.append(target[rows:])
-        torch._foreach_copy_(targets, sources)  # casts, and crosses devices
-        if zeros:
-            torch._foreach_zero_(zeros)
+        index = self._rlbench_manager().lora_index_to_id.index(adapter_id)
+        ranks = {name: tensor.shape[0] for name, tensor in lora_a.items()}
+        targets = self.__dict__.get("rlbench_targets")
+        if targets is None or (targets.index, targets.ranks) != (index, ranks):
+            targets = self.__dict__["rlbench_targets"] = _copy_targets(self._rlbench_manager(), index, ranks)
+        with torch.no_grad():
+            scaled = torch._foreach_mul([lora_b[name] for name in targets.names], scaling)
+            sources = [lora_a[name] for name in targets.names] + [b.T for b in scaled]
+            torch._foreach_copy_(targets.copied, sources)  # casts, and crosses devices
+            if targets.zeroed:
+                torch._foreach_zero_(targets.zeroed)
 
     def rlbench_has_adapter(self, adapter_id: int) -> bool:
         """Whether the buffers still belong to `adapter_id`: vLLM would reload an evicted one from its (empty) file."""
@@ -162,6 +164,19 @@ class OneAdapterMatmul:
         for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             y[:, start : start + width].addmm_(x @ a[0, 0].T, b[0, 0].T)
             start += width
+
+
+def _copy_targets(manager: Any, index: int, ranks: dict[str, int]) -> CopyTargets:
+    slots = _adapter_slots(manager)
+    names = [name for name in slots if name in ranks]
+    rows_a = [slots[name].lora_a(index) for name in names]
+    rows_b = [slots[name].lora_b(index).T for name in names]
+    used = [ranks[name] for name in names] * 2
+    rests = [row[rank:] for row, rank in zip(rows_a + rows_b, used, strict=True)]
+    for name in slots.keys() - ranks.keys():
+        rests += [slots[name].lora_a(index), slots[name].lora_b(index)]
+    copied = [row[:rank] for row, rank in zip(rows_a + rows_b, used, strict=True)]
+    return CopyTargets(index, ranks, names, copied, [rest for rest in rests if rest.numel()])
 
 
 def _adapter_slots(manager: Any) -> dict[str, AdapterSlot]:

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
 from rlbench.config.schema import LoraConfig, ModelConfig
 from rlbench.config.vllm_version import vllm_problem
-from rlbench.data.packing import pack
 from rlbench.engine.interface import EngineCorruptedError
 from rlbench.models.source import resolve_model
-from rlbench.records import SamplingParams, TrainingSample
+from rlbench.records import SamplingParams
 from rlbench_kernels import linear_logprobs
 
 pytestmark = [
@@ -85,33 +85,17 @@ def prompts(count: int, length: int = 40) -> list[list[int]]:
     return [torch.randint(10, 5000, (length,), generator=generator).tolist() for _ in range(count)]
 
 
-def logprobs_with_gradient(pair, prompt, completion) -> torch.Tensor:
-    """float32 [L]: the trainer's logprobs of one completion."""
-    length = len(completion)
-    sample = TrainingSample(
-        group_id="0",
-        prompt_token_ids=tuple(prompt),
-        token_ids=tuple(completion),
-        sampling_logprobs=(0.0,) * length,
-        advantages=(1.0,) * length,
-        loss_mask=(True,) * length,
-    )
-    (microbatch,) = pack([sample], tokens_per_microbatch=1000, device="cuda")
-    return linear_logprobs(pair.policy.hidden(microbatch), pair.policy.head_weight, microbatch.targets)[0]
-
-
-def trainer_logprobs(pair, prompt_ids, completion_ids) -> list[list[float]]:
-    with torch.no_grad():
-        return [logprobs_with_gradient(pair, p, c).tolist() for p, c in zip(prompt_ids, completion_ids, strict=True)]
+def scored(pair, prompt_ids, completion_ids) -> torch.Tensor:
+    """float32 [N]: the trainer's logprobs of all completions."""
+    return trainer_logprobs(pair.policy, pack_sequences(prompt_ids, completion_ids, pair.policy.device))[0].cpu()
 
 
 def gaps(pair) -> torch.Tensor:
     """|engine - trainer| of the logprobs of 32 x 32 sampled tokens."""
     chosen = prompts(32)
     completions = pair.engine.generate(chosen, SamplingParams(max_tokens=32), list(range(32)))
-    found = trainer_logprobs(pair, chosen, [c.token_ids for c in completions])
-    pairs = zip(completions, found, strict=True)
-    return torch.cat([(torch.tensor(c.sampling_logprobs) - torch.tensor(f)).abs() for c, f in pairs])
+    sampled = torch.tensor([logprob for c in completions for logprob in c.sampling_logprobs])
+    return (sampled - scored(pair, chosen, [c.token_ids for c in completions])).abs()
 
 
 def test_the_bound_base_takes_no_device_memory(pair):
@@ -137,7 +121,7 @@ def test_an_adapter_of_another_version_shows_as_a_gap(pair):
 
     assert gaps(pair).mean() > 3 * honest
     sync(pair)
-    assert gaps(pair).mean() < MAX_GAP[pair.quantization]
+    assert gaps(pair).mean() < 1.5 * honest
 
 
 def test_sleep_gives_kv_memory_back_and_the_trainer_goes_on_computing(pair):
@@ -150,12 +134,12 @@ def test_sleep_gives_kv_memory_back_and_the_trainer_goes_on_computing(pair):
     pair.engine.sleep()
 
     assert torch.cuda.mem_get_info()[0] - free > 0.95 * KV_GIB * 2**30
-    logprobs = trainer_logprobs(pair, chosen, [c.token_ids for c in before])
+    logprobs = scored(pair, chosen, [c.token_ids for c in before])
     pair.engine.wake()
     assert abs(torch.cuda.mem_get_info()[0] - free) < 256 * MIB
     after = pair.engine.generate(chosen, greedy, [0] * 4)
     assert [c.token_ids for c in after] == [c.token_ids for c in before]
-    assert logprobs == trainer_logprobs(pair, chosen, [c.token_ids for c in before])
+    assert logprobs.equal(scored(pair, chosen, [c.token_ids for c in before]))
 
 
 def test_twenty_cycles_of_sleep_sync_and_wake_grow_nothing(pair):
@@ -184,7 +168,8 @@ def test_a_changed_base_weight_is_caught_when_the_engine_wakes(pair):
 
 
 def test_gradients_flow_through_the_shared_base(pair):
-    logprobs_with_gradient(pair, prompts(1)[0], [7, 8, 9]).sum().backward()
+    batch = pack_sequences(prompts(1), [[7, 8, 9]], pair.policy.device)
+    linear_logprobs(pair.policy.hidden(batch), pair.policy.head_weight, batch.targets)[0].sum().backward()
 
     for name, parameter in pair.policy.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
