@@ -1,15 +1,18 @@
 """One base for vLLM and the trainer on one GPU: memory, adapter sync, sleep and wake, generation, agreement.
 
-    python scripts/bench_shared_base.py [--cases smollm2-135m:nf4,qwen2.5-1.5b:nf4] [--output FILE.json]
+    python scripts/bench_shared_base.py [--cases rlbench:smollm2-135m:nf4,vllm:llama-3.1-8b:nf4] [--output FILE.json]
 
 SmolLM2-135M has its real weights (--smollm2 names a folder, GGUF file or hub id); the other shapes have random ones,
-made on the spot. Every case runs in a process of its own.
+made on the spot. Every case runs in a process of its own. Implementations: rlbench; vllm, which generates with a LoRA
+of the same size that it loaded from a folder; unsloth (fast_inference) and trl (colocate), of which the memory is
+measured once trainer and engine are up, less their keys and values. One that cannot run is listed with its error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,7 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-CASES = ("smollm2-135m:none", "smollm2-135m:nf4", "qwen2.5-1.5b:nf4", "qwen2.5-1.5b:none", "llama-3.1-8b:nf4")
+CASES = (
+    "rlbench:smollm2-135m:none", "rlbench:smollm2-135m:nf4", "rlbench:qwen2.5-1.5b:nf4", "rlbench:llama-3.1-8b:nf4",
+    "vllm:llama-3.1-8b:nf4", "unsloth:llama-3.1-8b:nf4", "rlbench:llama-3.1-8b:none", "trl:llama-3.1-8b:none",
+)  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
         "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -31,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MIB = 2**20
 RANK = 16
+KV_GIB = 16.0
 
 
 def random_model(shape: str) -> str:
@@ -80,34 +87,38 @@ def timed(call: Any) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, quantization: str, smollm2: str) -> None:
+def reporter(impl: str, name: str, quantization: str) -> Any:
+    def report(metric: str, value: float, unit: str) -> None:
+        row = {"case": f"{name}, {quantization}", "impl": impl, "metric": metric, "value": value, "unit": unit}
+        print("ROW " + json.dumps(row), flush=True)
+
+    return report
+
+
+def measure(folder: str, name: str, quantization: str, report: Any) -> None:
     import torch
 
     from rlbench.config.schema import LoraConfig
     from rlbench.engine.vllm_engine import VllmEngine
     from rlbench.models.policy import Policy
     from rlbench.models.shared_base import bind_base
-    from rlbench.records import SamplingParams
 
-    def report(metric: str, value: float, unit: str) -> None:
-        row = {"case": f"{name}, {quantization}", "impl": "rlbench", "metric": metric, "value": value, "unit": unit}
-        print("ROW " + json.dumps(row), flush=True)
-
-    folder = model_folder(name, smollm2)
-    kv_gib = 16.0
+    nothing = used_mib()
     engine = VllmEngine(
         folder, device="cuda", dtype="bfloat16", quantization=quantization, max_model_len=1024, max_num_seqs=256,
-        lora_rank=RANK, kv_cache_gib=kv_gib,
+        lora_rank=RANK, kv_cache_gib=KV_GIB,
     )  # fmt: skip
     report("engine start", engine.start_s, "s")
     alone = used_mib()
-    report("vLLM alone, KV cache included", alone, "MiB")
+    report("vLLM alone, less KV", alone - nothing - KV_GIB * 1024, "MiB")
     base = bind_base(folder, engine.base_weights(), dtype=torch.bfloat16)
     report("bound base", used_mib() - alone, "MiB")
     policy = Policy(base, LoraConfig(rank=RANK), seed=0)
-    adapter_mib = sum(p.numel() * p.element_size() for p in policy.parameters()) / MIB
+    report("adapter", sum(p.numel() * p.element_size() for p in policy.parameters()) / MIB, "MiB")
     report("trainer and adapter, above vLLM alone", used_mib() - alone, "MiB")
-    report("adapter", adapter_mib, "MiB")
+    report("engine and trainer, less KV", used_mib() - nothing - KV_GIB * 1024, "MiB")
+    if name not in SHAPES:
+        report_gap(folder, engine, policy, report, "without adapter")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in policy.named_parameters():
@@ -118,65 +129,162 @@ def measure(name: str, quantization: str, smollm2: str) -> None:
     worker_call = lambda: engine._call("rlbench_write_adapter", 1, adapter.lora_a, adapter.lora_b, adapter.scaling)  # noqa: E731
     report("adapter copy into the engine", 1e3 * statistics.median(timed(worker_call) for _ in range(10)), "ms")
     report("whole sync with fingerprint", 1e3 * timed(lambda: engine.sync(adapter, 2)), "ms")
-    sleeps, wakes, freed = [], [], []
-    for _ in range(5):
+    sleeps, wakes, freed, reserved = [], [], [], []
+    for _ in range(20):
         before = used_mib()
         sleeps.append(timed(engine.sleep))
         freed.append(before - used_mib())
         wakes.append(timed(engine.wake))
+        reserved.append(torch.cuda.memory_reserved() / MIB)
     report("sleep", 1e3 * statistics.median(sleeps), "ms")
     report("wake with canary", 1e3 * statistics.median(wakes), "ms")
     report("given back by sleep", statistics.median(freed), "MiB")
-    prompts = [torch.randint(10, 40_000, (128,), generator=generator).tolist() for _ in range(256)]
+    report("growth of reserved memory over 20 cycles", reserved[-1] - reserved[0], "MiB")
     for seeded in (True, False):
-        rates = []
-        for round_number in range(3):
-            seeds = [1000 * round_number + i for i in range(256)]
-            seconds = timed(lambda: generate(engine, prompts, seeds, seeded))  # noqa: B023
-            rates.append(256 * 256 / seconds)
-        label = "a seed a sample" if seeded else "no seeds"
-        report(f"generation with adapter, 256 x 256 tokens, {label}", statistics.median(rates), "tokens/s")
+        report_rate(lambda n: generate(engine, random_prompts(n), n, seeded), report, seeded)  # noqa: B023
     if name not in SHAPES:
-        report_gap(engine, policy, report, SamplingParams(max_tokens=64))
+        report_gap(folder, engine, policy, report, "with adapter")
     engine.close()
 
 
-def generate(engine: Any, prompts: list[list[int]], seeds: list[int], seeded: bool) -> None:
+def measure_vllm(folder: str, name: str, quantization: str, report: Any) -> None:
+    """vLLM as its users start it, with a LoRA of all linear layers from a folder."""
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as adapter:
+        write_adapter(folder, adapter)
+        start = time.perf_counter()
+        start_llm: Any = LLM
+        llm = start_llm(
+            folder, dtype="bfloat16", **({"quantization": "bitsandbytes"} if quantization == "nf4" else {}),
+            max_model_len=1024, max_num_seqs=256, kv_cache_memory_bytes=int(KV_GIB * 2**30), skip_tokenizer_init=True,
+            enable_lora=True, max_loras=1, max_lora_rank=RANK, logprobs_mode="processed_logprobs",
+        )  # fmt: skip
+        report("engine start", time.perf_counter() - start, "s")
+        request = LoRARequest("policy", 1, adapter)
+
+        def run(number: int, seeded: bool) -> None:
+            llm.reset_prefix_cache()
+            seeds = [1000 * number + i if seeded else None for i in range(256)]
+            sampling = [
+                SamplingParams(max_tokens=256, logprobs=0, seed=seed, ignore_eos=True, detokenize=False)
+                for seed in seeds
+            ]
+            prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts(number)]
+            llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
+
+        for seeded in (True, False):
+            report_rate(lambda n: run(n, seeded), report, seeded)  # noqa: B023
+
+
+def write_adapter(folder: str, adapter: str) -> None:
+    """Random LoRA in PEFT's format for all linear layers but the head."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tensors, targets = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            key = f"base_model.model.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, module.in_features) / module.in_features**0.5
+            tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, RANK) * 0.01
+            targets.add(name.rsplit(".", 1)[-1])
+    save_file(tensors, f"{adapter}/adapter_model.safetensors")
+    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=sorted(targets)).save_pretrained(adapter)
+
+
+def measure_unsloth(folder: str, name: str, quantization: str, report: Any) -> None:
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    nothing = used_mib()
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=1024, load_in_4bit=quantization == "nf4", fast_inference=True, max_lora_rank=RANK,
+        gpu_memory_utilization=0.5,
+    )  # fmt: skip
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, target_modules=linears)
+    report("engine and trainer, less KV", used_mib() - nothing - kv_mib(model.vllm_engine), "MiB")
+
+
+def measure_trl(folder: str, name: str, quantization: str, report: Any) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore
+
+    nothing = used_mib()
+    options = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5, bf16=True,
+        per_device_train_batch_size=8, num_generations=8, max_completion_length=256, report_to="none",
+        model_init_kwargs={"dtype": "bfloat16"}, vllm_max_model_length=1024,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=folder,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=options,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 8),
+        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
+    )
+    report("engine and trainer, less KV", used_mib() - nothing - kv_mib(trainer.vllm_generation.llm), "MiB")
+
+
+def kv_mib(llm: Any) -> float:
+    """Keys and values of an in-process vLLM."""
+    return llm.collective_rpc(lambda worker: sum(cache.nbytes for cache in worker.model_runner.kv_caches))[0] / MIB
+
+
+def random_prompts(number: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randint(10, 40_000, (128,), generator=generator).tolist() for _ in range(256)]
+
+
+def report_rate(run: Any, report: Any, seeded: bool) -> None:
+    rates = [256 * 256 / timed(lambda: run(number)) for number in range(3)]  # noqa: B023
+    label = "a seed a sample" if seeded else "no seeds"
+    report(f"generation with adapter, 256 x 256 tokens, {label}", statistics.median(rates), "tokens/s")
+
+
+def generate(engine: Any, prompts: list[list[int]], number: int, seeded: bool) -> None:
     from rlbench.engine.vllm_requests import params
     from rlbench.records import SamplingParams
 
     if seeded:
-        engine.generate(prompts, SamplingParams(max_tokens=256), seeds)
+        engine.generate(prompts, SamplingParams(max_tokens=256), [1000 * number + i for i in range(256)])
         return
     engine._drop_prefixes()
     engine._run(prompts, [params(max_tokens=256, temperature=1.0, logprobs=0) for _ in prompts], use_adapter=True)
 
 
-def report_gap(engine: Any, policy: Any, report: Any, sampling: Any) -> None:
-    """|engine - trainer| in nats on sampled tokens, after short English-like prompts, with the adapter off and on."""
+def report_gap(folder: str, engine: Any, policy: Any, report: Any, adapter: str) -> None:
+    """|engine - trainer| in nats on 128 x 64 tokens sampled at temperature 1 after short questions."""
     import torch
+    from transformers import AutoTokenizer
 
-    from rlbench.data.packing import pack
-    from rlbench.records import TrainingSample
-    from rlbench_kernels import linear_logprobs
+    from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
+    from rlbench.records import SamplingParams
 
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(200, 8_000, (24,), generator=generator).tolist() for _ in range(128)]
-    completions = engine.generate(prompts, sampling, list(range(128)))
-    gaps = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        length = len(completion.token_ids)
-        sample = TrainingSample(
-            group_id="0", prompt_token_ids=tuple(prompt), token_ids=completion.token_ids,
-            sampling_logprobs=completion.sampling_logprobs, advantages=(1.0,) * length, loss_mask=(True,) * length,
-        )  # fmt: skip
-        (microbatch,) = pack([sample], tokens_per_microbatch=10_000, device="cuda")
-        with torch.no_grad():
-            found = linear_logprobs(policy.hidden(microbatch), policy.head_weight, microbatch.targets)[0]
-        gaps.append((found.cpu() - torch.tensor(completion.sampling_logprobs)).abs())
-    gap = torch.cat(gaps)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [
+        f"A box holds {3 + i} pens and costs ${i % 9 + 1}. Ann buys {i % 7 + 2} boxes. Explain." for i in range(128)
+    ]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
+    completions = engine.generate(prompts, SamplingParams(max_tokens=64), list(range(128)))
+    batch = pack_sequences(prompts, [c.token_ids for c in completions], policy.device)
+    sampled = torch.tensor([logprob for c in completions for logprob in c.sampling_logprobs])
+    gap = (trainer_logprobs(policy, batch)[0].cpu() - sampled).abs()
     for metric, value in (("mean", gap.mean()), ("p99", gap.quantile(0.99)), ("max", gap.max())):
-        report(f"logprob gap of sampled tokens, with adapter, {metric}", float(value), "nats")
+        report(f"logprob gap of sampled tokens, {adapter}, {metric}", float(value), "nats")
+
+
+IMPLS = {"rlbench": measure, "vllm": measure_vllm, "unsloth": measure_unsloth, "trl": measure_trl}
 
 
 def main() -> None:
@@ -189,8 +297,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "shared_base_h100.json")
     arguments = parser.parse_args()
     if arguments.worker:
-        name, quantization = arguments.worker.split(":")
-        measure(name, quantization, arguments.smollm2)
+        impl, name, quantization = arguments.worker.split(":")
+        IMPLS[impl](model_folder(name, arguments.smollm2), name, quantization, reporter(impl, name, quantization))
         return
     rows: list[dict[str, Any]] = []
     for case in arguments.cases.split(","):
@@ -199,21 +307,28 @@ def main() -> None:
 
 
 def run_case(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Its rows; a last one with the error if it did not finish."""
     command = [sys.executable, __file__, "--worker", case, "--smollm2", arguments.smollm2]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=arguments.timeout_s, check=False
-            )
-            output, failed = done.stdout, done.returncode != 0
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=arguments.timeout_s, check=False,
+                env=environment,
+            )  # fmt: skip
+            output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
         except subprocess.TimeoutExpired as expired:
-            output, failed = (expired.stdout or b"").decode(), True
+            output, failure = (expired.stdout or b"").decode(), f"not done after {arguments.timeout_s:.0f} s"
         errors.seek(0)
-        if failed:
-            print(f"{case} did not finish:\n{errors.read()[-3000:]}", flush=True)
+        lines = errors.read().strip().splitlines()
     rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
     for row in rows:
-        print(f"{row['case']}: {row['metric']}: {row['value']:.4g} {row['unit']}", flush=True)
+        print(f"{row['impl']}: {row['case']}: {row['metric']}: {row['value']:.4g} {row['unit']}", flush=True)
+    if failure:
+        print(f"{case} did not finish ({failure}):\n" + "\n".join(lines[-25:]), flush=True)
+        impl, name, quantization = case.split(":")
+        last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]
+        rows.append({"case": f"{name}, {quantization}", "impl": impl, "error": f"{failure}; {last}"})
     return rows
 
 
