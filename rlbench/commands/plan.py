@@ -42,13 +42,11 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
         rows.append(row("Sizes", "engine.kv_cache_gib"))
     algorithm = ("advantage", "loss", "normalization", "num_updates", *config.algorithm.resolved_defaults())
     rows += [row("Algorithm", f"algorithm.{name}") for name in algorithm]
+    kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
+    rows.append(PlanRow("Algorithm", "algorithm.kl_coef", kl))
     checks = ("identity_every_steps", "identity_tokens", "drift_warn_nats", "drift_stop_nats")
     rows += [row("Checks", f"checks.{name}") for name in checks]
-    kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
-    rows += [
-        PlanRow("Algorithm", "algorithm.kl_coef", kl),
-        PlanRow("Files", "run folder", str(run_folder)),
-    ]
+    rows.append(PlanRow("Files", "run folder", str(run_folder)))
     return rows
 
 

@@ -63,6 +63,8 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
             console.warning(line)
     with console.phase("loading the model"):
         parts = build(inputs)
+    if parts.policy.patched:
+        console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
     try:
         return _run(inputs, parts, checkpoint, run_folder, console)
     finally:
