@@ -105,8 +105,8 @@ class VllmEngine:
             _use_batch_invariant_kernels(device)
         if device == "cuda" and dtype == "float32":
             raise ValueError(
-                "model.dtype is float32, which vLLM's LoRA kernels on a GPU do not compute; expected bfloat16 or float16"
-                ", or engine.kind=hf"
+                "model.dtype is float32, which vLLM's LoRA kernels on a GPU do not compute; expected bfloat16, float16 "
+                "or engine.kind=hf"
             )
         self._platform = device
         slot_rank = _slot_rank(lora_rank)
