@@ -14,6 +14,8 @@ import rlbench
 
 COMMANDS = {
     "train": "train a policy (the default)",
+    "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
+    "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
@@ -63,7 +65,29 @@ def main() -> None:
         sys.exit(sandbox(arguments))
     if command == "reward":
         sys.exit(_reward(arguments))
+    if command in ("replay", "rescore"):
+        sys.exit(_on_a_recorded_run(command, arguments))
     sys.exit(_run_with_hydra(arguments))
+
+
+def _on_a_recorded_run(command: str, arguments: list[str]) -> int:
+    from rlbench.config.compose import CONFIG_ERRORS, explain_config_error
+    from rlbench.tracking.errors import TrackingError
+
+    try:
+        if command == "replay":
+            from rlbench.commands.replay import replay as action
+        else:
+            from rlbench.commands.rescore import rescore as action
+        return action(arguments)
+    except CONFIG_ERRORS as error:
+        return _fail(explain_config_error(error, arguments))
+    except TrackingError as error:
+        return _fail(str(error))
+    except ValueError as error:
+        if not _is_raised_by_us(error):
+            raise
+        return _fail(str(error))
 
 
 def _reward(arguments: list[str]) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlbench.records import Rollout, RolloutGroup
+from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
 from rlbench.tracking.plain_json import to_json
@@ -88,6 +89,67 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     for row in rows:
         row.update({name: json.loads(row[name]) for name in json_columns if row[name] is not None})
     return rows
+
+
+def read_groups(path: str | Path) -> list[RolloutGroup]:
+    """The groups of a rollout file as they were recorded, rewards and components included, in their order.
+
+    Raises:
+        TrackingError: as `read_rollouts`.
+    """
+    rows = read_rollouts(path)
+    names = (
+        [name.removeprefix("component_").removesuffix("_status") for name in rows[0] if _is_status(name)]
+        if rows
+        else []
+    )
+    groups = []
+    for _, members in groupby(rows, key=lambda row: row["prompt_id"]):
+        rollouts = tuple(_rollout(row, names) for row in members)
+        groups.append(RolloutGroup(prompt=rollouts[0].prompt, rollouts=rollouts))
+    return groups
+
+
+def _is_status(column: str) -> bool:
+    return column.startswith("component_") and column.endswith("_status")
+
+
+def _rollout(row: Mapping[str, Any], names: Sequence[str]) -> Rollout:
+    prompt = Prompt(
+        prompt_id=row["prompt_id"],
+        text=row["prompt_text"],
+        token_ids=tuple(row["prompt_token_ids"]),
+        columns=row["columns"],
+    )
+    completion = Completion(
+        token_ids=tuple(row["token_ids"]),
+        sampling_logprobs=tuple(row["sampling_logprobs"]),
+        finish_reason=row["finish_reason"],
+        seed=row["seed"],
+        policy_version=row["policy_version"],
+        adapter_fingerprint=row["adapter_fingerprint"],
+    )
+    return Rollout(
+        rollout_id=row["rollout_id"],
+        prompt=prompt,
+        completion=completion,
+        completion_text=row["completion_text"],
+        sample_index=row["sample_index"],
+        components={name: _component(row, name) for name in names if row[f"component_{name}_status"] is not None},
+        reward=row["reward"],
+    )
+
+
+def _component(row: Mapping[str, Any], name: str) -> RewardComponent:
+    """Weights are the config's, not the file's: 1 here."""
+    column = f"component_{name}"
+    return RewardComponent(
+        status=row[f"{column}_status"],
+        value=row[column],
+        weight=1.0,
+        message=row[f"{column}_message"] or "",
+        details=row[f"{column}_details"] or {},
+    )
 
 
 def _table(step: int, rollouts: Sequence[Rollout], advantages: Mapping[str, float]) -> pyarrow.Table:

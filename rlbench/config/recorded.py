@@ -1,0 +1,55 @@
+"""The config of a run that was recorded, with a call's overrides on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlbench.config.compose import config_folder, group_choices, to_run_config
+from rlbench.config.schema import RunConfig
+
+
+def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """What `config.yaml` of the run says, derived values included, changed as the overrides say.
+
+    Args:
+        run_folder: of the run.
+        overrides: `key=value`; `group=choice`, which replaces the whole group; `~key`, which removes one entry.
+
+    Raises:
+        ValueError: no run is there, or an override cannot be applied.
+    """
+    saved = run_folder / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(
+            f"{run_folder} holds no config.yaml; expected the folder of a run, e.g. outputs/grpo_gsm8k/..."
+        )
+    config: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(saved))
+    for override in overrides:
+        _apply(config, override)
+    return to_run_config(config)
+
+
+def _apply(config: Any, override: str) -> None:
+    if override.startswith("~"):
+        parent, _, name = override[1:].rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else None
+        if node is None or name not in node:
+            raise ValueError(f"{override}: the run has no {override[1:]}, so it cannot be removed")
+        del node[name]
+        return
+    key, equals, value = override.lstrip("+").partition("=")
+    if not equals or not key:
+        raise ValueError(f"cannot read the override {override!r}: expected key=value, group=choice or ~key")
+    choices = [] if "." in key else group_choices(key)
+    if not choices:
+        entry: Any = OmegaConf.from_dotlist([f"{key}={value}"])
+        config.merge_with(entry)
+        return
+    if value not in choices:
+        raise ValueError(f"{key}={value}: there is no such choice, expected one of: {', '.join(choices)}")
+    config[key] = OmegaConf.structured(type(OmegaConf.to_object(config[key])))
+    config[key].merge_with(OmegaConf.load(config_folder() / key / f"{value}.yaml"))
