@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import RunConfig, SamplingConfig
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
-from rlbench.data.sources import LoadedRows, check_paths, load_rows
+from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
+from rlbench.models.warm_start import find_adapter
 from rlbench.records import SamplingParams
 from rlbench.rollouts.score import Scorer
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """Everything that is known before weights are loaded."""
+class BaseInputs:
+    """What every run knows before weights are loaded."""
 
     config: RunConfig
     facts: HardwareFacts
@@ -32,21 +33,40 @@ class Inputs:
     rows: dict[str, LoadedRows]  # by split
     model: ResolvedModel
     tokenizer: Any
-    train: PromptSet
-    evaluation: PromptSet | None
-    stop_token_ids: tuple[int, ...]
     context_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """The heavy parts of a run."""
+class Inputs(BaseInputs):
+    """Everything that an online run knows before weights are loaded."""
+
+    train: PromptSet
+    evaluation: PromptSet | None
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseParts:
+    """The heavy parts that every run has."""
 
     base: PreTrainedModel
     policy: Policy
-    engine: Engine
     optimizer: torch.optim.AdamW
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts(BaseParts):
+    """The heavy parts of an online run."""
+
+    engine: Engine
     scorer: Scorer
+
+    def close(self) -> None:
+        self.scorer.close()
+        self.engine.close()
 
 
 def prepare(config: RunConfig) -> Inputs:
@@ -55,39 +75,63 @@ def prepare(config: RunConfig) -> Inputs:
     Raises:
         ValueError: anything a user can get wrong.
     """
+    basis = prepare_base(config)
+    derived = basis.derived + derive_drift_limits(config)
+    train_rows, eval_rows = split_rows(config, basis.rows)
+    limit = basis.context_tokens - config.sampling.max_tokens
+    reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
+
+    def prompts(selected: Any, split: str) -> PromptSet:
+        return make_prompts(selected, split, config.data, basis.tokenizer, max_prompt_tokens=limit, limit_reason=reason)
+
+    return Inputs(
+        **shared_fields(basis, derived=derived),
+        train=prompts(train_rows, "train"),
+        evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
+        stop_token_ids=_stop_token_ids(basis, config.sampling),
+    )
+
+
+def shared_fields(basis: BaseInputs, **changes: Any) -> dict[str, Any]:
+    """The fields of `basis`, for a record that has more."""
+    return {f.name: getattr(basis, f.name) for f in fields(BaseInputs)} | changes
+
+
+def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> BaseInputs:
+    """Check paths, read rows, derive settings, find the model and its tokenizer.
+
+    Args:
+        config: changed in place: derived values are filled in.
+        row_problem: as in `load_rows`.
+
+    Raises:
+        ValueError: anything a user can get wrong.
+    """
     # What costs nothing to check comes first: a wrong path must not wait for rows to be made or torch to be imported.
     check_paths(config.data)
+    find_adapter(config.lora)
     _check_model_exists(config)
-    rows = {"train": load_rows(config.data, "train")}
+    rows = {"train": load_rows(config.data, "train", row_problem)}
     has_test = config.data.path is None or config.data.eval_path is not None
     if has_test and config.evaluation.num_prompts != 0:
-        rows["test"] = load_rows(config.data, "test")
+        rows["test"] = load_rows(config.data, "test", row_problem)
 
     from rlbench.models.device import hardware_facts
 
     facts = hardware_facts(config.hardware.profile)
     derived = derive(config, facts)
-    derived += derive_drift_limits(config)
     model = resolve_model(config.model)
-    tokenizer, context, stop_token_ids = _tokenizer(model, config.sampling)
-    train_rows, eval_rows = _split(config, rows)
-    limit = context - config.sampling.max_tokens
-    reason = f"the model's context of {context} less sampling.max_tokens of {config.sampling.max_tokens}"
+    from transformers import AutoTokenizer
 
-    def prompts(selected: Any, split: str) -> PromptSet:
-        return make_prompts(selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason)
-
-    return Inputs(
+    tokenizer = AutoTokenizer.from_pretrained(str(model.folder), local_files_only=True)
+    return BaseInputs(
         config=config,
         facts=facts,
         derived=derived,
         rows=rows,
         model=model,
         tokenizer=tokenizer,
-        train=prompts(train_rows, "train"),
-        evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
-        stop_token_ids=stop_token_ids,
-        context_tokens=context,
+        context_tokens=int(_text_config(model).max_position_embeddings),
     )
 
 
@@ -199,15 +243,17 @@ def _check_model_exists(config: RunConfig) -> None:
         check_model_path(config.model.path)
 
 
-def _tokenizer(model: ResolvedModel, sampling: SamplingConfig) -> tuple[Any, int, tuple[int, ...]]:
-    """Tokenizer, context length in tokens, and the ids that end a completion."""
-    from transformers import AutoConfig, AutoTokenizer
+def _text_config(model: ResolvedModel) -> Any:
+    from transformers import AutoConfig
 
-    folder = str(model.folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    text_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(str(model.folder), local_files_only=True).get_text_config()
+
+
+def _stop_token_ids(basis: BaseInputs, sampling: SamplingConfig) -> tuple[int, ...]:
+    """The ids that end a completion."""
+    model, text_config = basis.model, _text_config(basis.model)
     eos = text_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])} - {None}
+    ids = {basis.tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])} - {None}
     if not ids:
         raise ValueError(f"model.path: {model.name} names no end-of-sequence token, so no completion could ever end")
     for token_id in sampling.stop_token_ids:
@@ -215,10 +261,10 @@ def _tokenizer(model: ResolvedModel, sampling: SamplingConfig) -> tuple[Any, int
             last = text_config.vocab_size - 1
             raise ValueError(f"sampling.stop_token_ids names {token_id}, but {model.name} has tokens 0 to {last}")
     ids |= set(sampling.stop_token_ids)
-    return tokenizer, int(text_config.max_position_embeddings), tuple(sorted(ids))
+    return tuple(sorted(ids))
 
 
-def _split(config: RunConfig, rows: dict[str, LoadedRows]) -> tuple[Any, Any]:
+def split_rows(config: RunConfig, rows: dict[str, LoadedRows]) -> tuple[Any, Any]:
     """Training rows and held-out rows (None: no evaluation)."""
     num_eval = config.evaluation.num_prompts or 0
     shuffle_seed = config.data.seed if config.data.shuffle else None

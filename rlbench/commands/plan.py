@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from rlbench.build import Inputs
+from rlbench.build import BaseInputs, Inputs
 from rlbench.data.prompts import longest_prompt_tokens
 from rlbench.tracking.console import PlanRow
 
 
 def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
-    """Rows of the plan by section: model, data, rewards, sizes, files."""
+    """Rows of an online run's plan by section: model, data, rewards, sizes, files."""
     config = inputs.config
-    reasons = {d.key: d.reason for d in inputs.derived}
-
-    def row(section: str, key: str, value: object = None) -> PlanRow:
-        if value is None:
-            part, name = key.split(".")
-            value = getattr(getattr(config, part), name)
-        return PlanRow(section, key, str(value), f"derived: {reasons[key]}" if key in reasons else "")
-
-    rows = [
-        row("Model", "model.path"),
-        PlanRow("Model", "found", str(inputs.model.folder), inputs.model.description),
-        row("Model", "model.dtype"),
-        row("Model", "model.quantization"),
-        PlanRow("Model", "lora", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}"),
-    ]
-    rows += _data_rows(inputs)
+    row = row_maker(inputs)
+    rows = model_rows(inputs) + source_rows(inputs) + _prompt_rows(inputs)
     rows += [
         PlanRow("Rewards", name, f"{component.path}, weight {component.weight:g}")
         for name, component in config.rewards.components.items()
@@ -50,15 +37,43 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     return rows
 
 
-def _data_rows(inputs: Inputs) -> list[PlanRow]:
+def row_maker(inputs: BaseInputs) -> Callable[[str, str], PlanRow]:
+    """A function (section, key) -> the key's row with the reason of a derived value."""
+    reasons = {d.key: d.reason for d in inputs.derived}
+
+    def row(section: str, key: str) -> PlanRow:
+        part, name = key.split(".")
+        value = getattr(getattr(inputs.config, part), name)
+        return PlanRow(section, key, str(value), f"derived: {reasons[key]}" if key in reasons else "")
+
+    return row
+
+
+def model_rows(inputs: BaseInputs) -> list[PlanRow]:
+    lora, row = inputs.config.lora, row_maker(inputs)
+    return [
+        row("Model", "model.path"),
+        PlanRow("Model", "found", str(inputs.model.folder), inputs.model.description),
+        row("Model", "model.dtype"),
+        row("Model", "model.quantization"),
+        PlanRow("Model", "lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}"),
+        PlanRow("Model", "lora.init_from", lora.init_from or "none: random A, zero B"),
+    ]
+
+
+def source_rows(inputs: BaseInputs) -> list[PlanRow]:
     rows = [PlanRow("Data", split, loaded.description) for split, loaded in inputs.rows.items()]
     for split, loaded in inputs.rows.items():
         if loaded.bad_rows:
             rows.append(
                 PlanRow("Data", f"{split}, left out", f"{len(loaded.bad_rows)} rows", "; ".join(loaded.bad_rows[:3]))
             )
+    return rows
+
+
+def _prompt_rows(inputs: Inputs) -> list[PlanRow]:
     longest = longest_prompt_tokens(inputs.train.prompts)
-    rows.append(PlanRow("Data", "training prompts", f"{len(inputs.train.prompts)}, the longest has {longest} tokens"))
+    rows = [PlanRow("Data", "training prompts", f"{len(inputs.train.prompts)}, the longest has {longest} tokens")]
     if inputs.train.num_too_long:
         rows.append(PlanRow("Data", "too long, left out", str(inputs.train.num_too_long)))
     num_held_out = len(inputs.evaluation.prompts) if inputs.evaluation else 0

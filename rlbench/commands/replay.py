@@ -73,8 +73,7 @@ def replay(arguments: Sequence[str]) -> int:
             num_same += found.first_difference is None
             console.print(_line(found, inputs.tokenizer), markup=False, soft_wrap=True)
     finally:
-        parts.scorer.close()
-        parts.engine.close()
+        parts.close()
     console.print(f"{num_same} of {num_replayed} rollouts are identical")
     return 0 if num_same == num_replayed else DIFFERS
 

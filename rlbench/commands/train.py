@@ -6,14 +6,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlbench.commands.plan import plan_rows
+from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.console import RunConsole
@@ -23,8 +23,8 @@ from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
 
 if TYPE_CHECKING:
-    from rlbench.build import Inputs
-    from rlbench.loops.rl import RlLoop
+    from rlbench.build import BaseInputs, BaseParts
+    from rlbench.loops.training_loop import TrainingLoop
     from rlbench.training.checkpoint import Checkpoint
 
 
@@ -54,35 +54,40 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
         kept = keep_derived(config, json.loads((run_folder / "derived.json").read_text()))
         console.note(f"kept from the run that is resumed: {', '.join(kept) or 'nothing'}")
     with console.phase("reading data and model"):
-        from rlbench.build import build, prepare
-
-        inputs = prepare(config)
-    console.plan(plan_rows(inputs, run_folder))
+        stage = load_stage(config.stage)
+        inputs = stage.prepare(config)
+    console.plan(stage.plan_rows(inputs, run_folder))
     if checkpoint is not None:
         for line in check_resumable(_saved_config(run_folder), asdict(config)):
             console.warning(line)
     with console.phase("loading the model"):
-        parts = build(inputs)
+        parts = stage.build(inputs)
     if parts.policy.patched:
         console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
     try:
-        return _run(inputs, parts, checkpoint, run_folder, console)
+        return _run(stage, inputs, parts, checkpoint, run_folder, console)
     finally:
-        parts.scorer.close()
-        parts.engine.close()
+        parts.close()
 
 
-def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> int:
+def _run(
+    stage: Stage,
+    inputs: BaseInputs,
+    parts: BaseParts,
+    checkpoint: Checkpoint | None,
+    run_folder: Path,
+    console: RunConsole,
+) -> int:
     from rlbench.checks.drift import DriftError
     from rlbench.checks.policy_identity import PolicyIdentityError
     from rlbench.engine.interface import EngineCorruptedError
-    from rlbench.loops.rl import NonFiniteError, RlLoop
     from rlbench.loops.stopping import StopRequest
+    from rlbench.loops.training_loop import NonFiniteError
     from rlbench.rollouts.credit import RewardFailure
 
     tracker = _tracker(inputs, checkpoint, run_folder, console)
     stop = StopRequest(console.warning)
-    loop = RlLoop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
+    loop = stage.loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
     failures: dict[type[Exception], int] = {
         NonFiniteError: 3,
         TrackingError: 4,
@@ -102,7 +107,7 @@ def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: 
         is_done = stop.signal_number is None
         if is_done:
             parts.policy.save_adapter(run_folder / "adapter", inputs.model.name)
-        _summarise(loop, console, is_done=is_done, seconds=time.monotonic() - start)
+        _summarise(loop, stage.learned, console, is_done=is_done, seconds=time.monotonic() - start)
         return 0 if is_done else stop.exit_status
     except KeyboardInterrupt:
         console.close()
@@ -118,7 +123,7 @@ def _run(inputs: Inputs, parts: Any, checkpoint: Checkpoint | None, run_folder: 
         tracker.close()
 
 
-def _tracker(inputs: Inputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
+def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
     config = inputs.config
     run_folder.mkdir(parents=True, exist_ok=True)
     plain = asdict(config)
@@ -172,13 +177,15 @@ def _remove_if_unused(folder: Path) -> None:
                 parent.rmdir()
 
 
-def _summarise(loop: RlLoop, console: RunConsole, *, is_done: bool, seconds: float) -> None:
+def _summarise(
+    loop: TrainingLoop, learned: Mapping[str, str], console: RunConsole, *, is_done: bool, seconds: float
+) -> None:
     from rlbench.tracking.formats import format_duration
 
     folder = loop.run_folder
     config = loop.inputs.config
     files = {"metrics": folder / "metrics.jsonl", "checkpoint": loop.last_checkpoint or "none"}
-    if config.tracking.save_rollouts:
+    if config.stage == "rl" and config.tracking.save_rollouts:
         files["rollouts"] = folder / "rollouts"
     resume = f"python -m rlbench +exp={config.name} resume={folder}"
     if is_done:
@@ -194,12 +201,13 @@ def _summarise(loop: RlLoop, console: RunConsole, *, is_done: bool, seconds: flo
         history=loop.history,
         headline=f"{verb} {loop.step} steps in {format_duration(seconds)}.",
         accuracy=_accuracy_change(loop),
+        learned=learned,
         files=files,
         next_commands=commands,
     )
 
 
-def _accuracy_change(loop: RlLoop) -> Any:
+def _accuracy_change(loop: TrainingLoop) -> Any:
     from rlbench.tracking.run_summary import AccuracyChange
 
     if len(loop.evaluations) < 2 or not loop.evaluations[0].is_correct:

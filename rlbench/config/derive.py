@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from rlbench.config.schema import AUTO, RunConfig
+from rlbench.config.schema import AUTO, STAGES, RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,22 +32,32 @@ _FLOAT32_MUST_GAIN = 1.25  # a CPU without bfloat16 units gains 3 and more; a bu
 _SIZES = {
     "cpu": {
         "model.path": ("HuggingFaceTB/SmolLM2-135M-Instruct", "a model that two cores can train in minutes"),
-        "algorithm.prompts_per_step": (4, "cpu profile: a step should take seconds, not minutes"),
-        "algorithm.group_size": (8, "cpu profile: fewest completions that still rank well within a group"),
-        "training.num_steps": (24, "cpu profile: about five minutes on two cores"),
+        "training.num_steps": (24, "cpu profile: a few minutes on two cores"),
         "training.tokens_per_microbatch": (4096, "cpu profile: about 3 GiB of activations for a 135M model"),
         "evaluation.num_prompts": (64, "cpu profile: about ten seconds for each evaluation"),
+    },
+    "gpu": {
+        "model.path": ("Qwen/Qwen2.5-1.5B-Instruct", "fits every GPU from 16 GiB with room for long completions"),
+        "training.num_steps": (200, "gpu profile"),
+        "training.tokens_per_microbatch": (8192, "gpu profile: keeps matmuls large, activations in a few GiB"),
+        "evaluation.num_prompts": (256, "gpu profile"),
+    },
+}
+_OFFLINE_SIZES = {
+    "cpu": {"sft.rows_per_step": (16, "cpu profile: a step should take seconds, not minutes")},
+    "gpu": {"sft.rows_per_step": (64, "gpu profile")},
+}
+_RL_SIZES = {
+    "cpu": {
+        "algorithm.prompts_per_step": (4, "cpu profile: a step should take seconds, not minutes"),
+        "algorithm.group_size": (8, "cpu profile: fewest completions that still rank well within a group"),
         "engine.max_num_seqs": (64, "cpu profile: matmul rate no longer rises above 64 rows"),
         "checks.identity_every_steps": (20, "cpu profile: all checks then take 0.5 (hf) to 0.8% (vllm) of a step"),
         "checks.identity_tokens": (256, "cpu profile: one sequence or a few; four forwards of them each time"),
     },
     "gpu": {
-        "model.path": ("Qwen/Qwen2.5-1.5B-Instruct", "fits every GPU from 16 GiB with room for long completions"),
         "algorithm.prompts_per_step": (32, "gpu profile"),
         "algorithm.group_size": (8, "gpu profile"),
-        "training.num_steps": (200, "gpu profile"),
-        "training.tokens_per_microbatch": (8192, "gpu profile: keeps matmuls large, activations in a few GiB"),
-        "evaluation.num_prompts": (256, "gpu profile"),
         "engine.max_num_seqs": (256, "gpu profile"),
         "checks.identity_every_steps": (10, "gpu profile: four forwards of identity_tokens against a step's thousands"),
         "checks.identity_tokens": (4096, "gpu profile: enough for a 99th percentile"),
@@ -75,11 +86,26 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         )
     fill("hardware.profile", profile, f"torch sees {facts.device_name}")
     fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
-    for key, (value, reason) in _SIZES[config.hardware.profile].items():
-        fill(key, value, reason)
+    own_sizes = _RL_SIZES if config.stage == "rl" else _OFFLINE_SIZES
+    sizes = _SIZES[config.hardware.profile] | own_sizes[config.hardware.profile]
+    for key, (value, reason) in sizes.items():
+        if config.stage == "rl" or not key.startswith(STAGES[config.stage]):
+            fill(key, value, reason)
+    fill("model.dtype", *_dtype(facts))
+    if config.stage == "rl":
+        _derive_online(config, facts, fill)
+    elif config.model.quantization != "none":
+        raise ValueError(
+            f"model.quantization is {config.model.quantization}, which only stage=rl can have, from its engine; "
+            "expected none"
+        )
+    return derived
+
+
+def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str, object, str], None]) -> None:
+    """What only a run with an engine needs."""
     for name, (value, reason) in config.algorithm.resolved_defaults().items():
         fill(f"algorithm.{name}", value, reason)
-    fill("model.dtype", *_dtype(facts))
     fill("engine.kind", *_engine(config, facts))
     if config.engine.kind == "vllm" and facts.vllm_problem:
         raise ValueError(facts.vllm_problem)
@@ -95,7 +121,6 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         )
     _check_sampling(config)
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
-    return derived
 
 
 def _dtype(facts: HardwareFacts) -> tuple[str, str]:

@@ -7,13 +7,18 @@ and printed with its reason (`rlbench.config.derive`). Setting it by hand always
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_range, nearest
+from rlbench.config.sft import SftConfig
 
 AUTO = "auto"
+STAGES = {  # what a run trains on, and the sections that it does not read
+    "rl": ("sft",),
+    "sft": ("rewards", "algorithm", "sampling", "engine", "checks"),
+}
 
 
 @dataclass
@@ -44,6 +49,7 @@ class LoraConfig:
     alpha: float = 32.0
     targets: str = "all-linear"  # or a comma-separated list: q_proj,v_proj
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    init_from: str | None = None  # folder of a finished run or of a PEFT adapter: training starts from its weights
 
     def __post_init__(self) -> None:
         check_range("lora.rank", self.rank, low=1)
@@ -261,7 +267,7 @@ class TrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    num_prompts: int | None = None  # held-out problems, answered greedily; 0: no evaluation
+    num_prompts: int | None = None  # held-out problems, answered greedily (rl) or rows; 0: no evaluation
     every_steps: int = 0  # besides before and after; 0: never
 
     def __post_init__(self) -> None:
@@ -295,6 +301,7 @@ class TrackingConfig:
 @dataclass
 class RunConfig:
     name: str = "run"  # of the run's folder: outputs/<name>/<time>
+    stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions)
     seed: int = 0  # of sampling and of the adapter's initial weights
     resume: str | None = None  # folder of a run or of one of its checkpoints
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -303,6 +310,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)
@@ -313,8 +321,27 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        check_choice("stage", self.stage, list(STAGES))
+        for section in STAGES[self.stage]:
+            _check_unread(section, getattr(self, section), self.stage)
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
         if buffer > limit:
             raise ValueError(
                 f"algorithm.overlong_buffer_tokens is {buffer}, expected at most sampling.max_tokens ({limit})"
+            )
+
+
+def _check_unread(section: str, config: Any, stage: str) -> None:
+    """
+    Raises:
+        ValueError: a value of `config` is not its default.
+    """
+    default = type(config)()
+    choice = f" ({section}=none)" if section in ("algorithm", "rewards") else ""
+    for name in (f.name for f in fields(config)):
+        value, expected = getattr(config, name), getattr(default, name)
+        if value != expected and not is_dataclass(value):
+            shown = ", ".join(value) if isinstance(value, dict) else value
+            raise ValueError(
+                f"{section}.{name} is {shown}, but stage={stage} does not read it; expected its default{choice}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ _IMITATED = ("gsm8k",)  # what generated problems can stand in for
 _NUM_GENERATED = {"train": 2000, "test": 500}
 _GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."
 _NUM_LISTED = 5
+RowProblem = Callable[[dict[str, Any], DataConfig], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +44,13 @@ def check_paths(config: DataConfig) -> None:
             raise ValueError(f"{key} is {path}, but there is no such file; expected a JSONL file")
 
 
-def load_rows(config: DataConfig, split: str) -> LoadedRows:
+def load_rows(config: DataConfig, split: str, row_problem: RowProblem | None = None) -> LoadedRows:
     """Load the rows of "train" or "test".
+
+    Args:
+        config: the `data` part of the config.
+        split: "train" or "test".
+        row_problem: what is wrong with a row of a file ("" if nothing is); None: prompt and answer must be there.
 
     Raises:
         ValueError: the source cannot be had, a column is missing, or more rows than `data.max_bad_rows` are broken.
@@ -51,7 +58,8 @@ def load_rows(config: DataConfig, split: str) -> LoadedRows:
     check_paths(config)
     path = config.path if split == "train" else config.eval_path
     if path is not None:
-        return _from_file(Path(path).expanduser(), "data.path" if split == "train" else "data.eval_path", config)
+        key = "data.path" if split == "train" else "data.eval_path"
+        return _from_file(Path(path).expanduser(), key, config, row_problem or answer_problem)
     if config.name.startswith("reasoning_gym/"):
         from rlbench.data.reasoning_rows import reasoning_rows
 
@@ -74,13 +82,13 @@ def load_rows(config: DataConfig, split: str) -> LoadedRows:
     return _generated(config, split, f"because the hub cannot be reached ({problem})")
 
 
-def _from_file(path: Path, key: str, config: DataConfig) -> LoadedRows:
+def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem) -> LoadedRows:
     rows, bad_rows = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            row, problem = _parse_line(line, config)
+            row, problem = _parse_line(line, config, row_problem)
             if problem:
                 bad_rows.append(f"line {number}: {problem}")
             else:
@@ -93,7 +101,7 @@ def _from_file(path: Path, key: str, config: DataConfig) -> LoadedRows:
     )
 
 
-def _parse_line(line: bytes, config: DataConfig) -> tuple[dict[str, Any], str]:
+def _parse_line(line: bytes, config: DataConfig, row_problem: RowProblem) -> tuple[dict[str, Any], str]:
     """The row and what is wrong with it ("" if nothing is)."""
     try:
         row = json.loads(line.decode("utf-8"))
@@ -103,10 +111,11 @@ def _parse_line(line: bytes, config: DataConfig) -> tuple[dict[str, Any], str]:
         return {}, f"not JSON ({error.msg} at column {error.colno})"
     if not isinstance(row, dict):
         return {}, f"a JSON {type(row).__name__}, expected an object"
-    return row, _row_problem(row, config)
+    return row, row_problem(row, config)
 
 
-def _row_problem(row: dict[str, Any], config: DataConfig) -> str:
+def answer_problem(row: dict[str, Any], config: DataConfig) -> str:
+    """Of rows with a prompt and an answer: what is wrong, "" if nothing is."""
     for key, column in (("data.prompt_column", config.prompt_column), ("data.answer_column", config.answer_column)):
         if column not in row:
             guess = nearest(column, map(str, row), count=1)

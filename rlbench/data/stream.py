@@ -1,16 +1,17 @@
-"""The endless, seeded, resumable stream of training prompts."""
+"""The endless, seeded, resumable stream of training data: prompts, or rows of a fixed data set."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from rlbench.records import Prompt
+PromptT = TypeVar("PromptT")
 
 
 @dataclass(slots=True)
-class PromptStream:
+class PromptStream(Generic[PromptT]):
     """Goes through all prompts in a new order each epoch. The order is a function of (seed, epoch) alone.
 
     Example:
@@ -19,7 +20,7 @@ class PromptStream:
         state = stream.state()   # {"epoch": 0, "position": 4}
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PromptT]
     seed: int
     shuffle: bool = True
     epoch: int = 0
@@ -29,9 +30,9 @@ class PromptStream:
     def __post_init__(self) -> None:
         self._order = self._order_of(self.epoch)
 
-    def next(self, count: int) -> list[Prompt]:
+    def next(self, count: int) -> list[PromptT]:
         """The next `count` prompts, all different if there are that many; an epoch's end is crossed silently."""
-        chosen: list[Prompt] = []
+        chosen: list[PromptT] = []
         while len(chosen) < count:
             if self.position == len(self._order):
                 self.epoch += 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlbench.algorithms.entropy_control import EntropyControl
@@ -16,20 +14,17 @@ from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.stream import PromptStream
-from rlbench.loops.evaluate import Evaluation, evaluate
-from rlbench.loops.stopping import StopRequest
+from rlbench.loops.evaluate import evaluate
+from rlbench.loops.training_loop import TrainingLoop
 from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
 from rlbench.rollouts.seeds import sampling_seed
-from rlbench.tracking.console import RunConsole
 from rlbench.tracking.metrics import summarise_rollouts
 from rlbench.tracking.rollout_store import write_rollouts
-from rlbench.tracking.tracker import Tracker
-from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.reference_kl import reference_kl
-from rlbench.training.update import Minibatch, UpdateResult, make_minibatches, update_policy
+from rlbench.training.update import make_minibatches, update_policy
 from rlbench.weight_sync import sync
 
 
@@ -46,32 +41,20 @@ def make_entropy_control(config: AlgorithmConfig) -> EntropyControl:
     )
 
 
-class NonFiniteError(Exception):
-    """Loss or gradient stayed non-finite."""
-
-
 @dataclass(slots=True)
-class RlLoop:
-    """State of a run and the steps that change it."""
+class RlLoop(TrainingLoop[Inputs, Parts]):
+    """The online loop. Besides what `TrainingLoop.run` says, its steps raise:
 
-    inputs: Inputs
-    parts: Parts
-    tracker: Tracker
-    console: RunConsole
-    run_folder: Path
-    stop: StopRequest
-    stream: PromptStream = field(init=False)
+    PolicyIdentityError: rollouts did not come from the trained weights.
+    DriftError: the trainer's logprobs are too far from the engine's.
+    RewardFailure: too many rollouts without a reward.
+    """
+
+    stream: PromptStream[Prompt] = field(init=False)
     entropy_control: EntropyControl = field(init=False)
     identity: PolicyIdentity = field(init=False)
     drift: Decision | None = None  # on the last batch that was trained on
-    step: int = 0  # batches of rollouts trained on, skipped ones included
-    policy_version: int = 0  # optimizer steps applied to the adapter
-    num_bad_steps: int = 0  # in a row
     fingerprint: str = ""
-    history: list[Mapping[str, Any]] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    last_checkpoint: Path | None = None
-    _seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         data = self.inputs.config.data
@@ -88,68 +71,15 @@ class RlLoop:
             temperature=config.sampling.temperature,
         )
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was written."""
-        restore(checkpoint, self.parts.policy, self.parts.optimizer)
-        state = checkpoint.state
-        self.step = state["step"]
-        self.policy_version = state["policy_version"]
-        self.num_bad_steps = state["num_bad_steps"]
+    def _begin(self) -> None:
+        self._sync()
+
+    def _state(self) -> dict[str, Any]:
+        return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state()}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.stream.restore(state["stream"])
         self.entropy_control.restore(state["entropy_control"])
-        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
-        self.last_checkpoint = checkpoint.folder
-
-    def run(self) -> None:
-        """Train to the last step, or to the end of the step in which a stop was asked for.
-
-        Raises:
-            PolicyIdentityError: rollouts did not come from the trained weights.
-            DriftError: the trainer's logprobs are too far from the engine's.
-            RewardFailure: too many rollouts without a reward.
-            NonFiniteError: too many steps in a row without a finite gradient.
-            TrackingError: metrics, rollouts or a checkpoint could not be written.
-        """
-        config = self.inputs.config
-        num_steps = config.training.num_steps or 0
-        self._sync()
-        if not self.evaluations:
-            self._evaluate()
-        while self.step < num_steps and self.stop.signal_number is None:
-            self._step(num_steps)
-            every = config.checkpoint.every_steps
-            if every and self.step % every == 0 and self.step < num_steps:
-                self.save()
-            every = config.evaluation.every_steps
-            if every and self.step % every == 0 and self.step < num_steps and self.stop.signal_number is None:
-                self._evaluate()
-        if self.stop.signal_number is None and self.evaluations and self.evaluations[-1].step != self.step:
-            self._evaluate()
-        self.save()
-
-    def save(self) -> None:
-        """Write a checkpoint of the present state."""
-        state = {
-            "step": self.step,
-            "policy_version": self.policy_version,
-            "num_bad_steps": self.num_bad_steps,
-            "adapter_fingerprint": self.fingerprint,
-            "stream": self.stream.state(),
-            "entropy_control": self.entropy_control.state(),
-            "evaluations": [
-                {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
-            ],
-            "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
-        }
-        with self._phase("checkpoint"):
-            self.last_checkpoint = save_checkpoint(
-                self.run_folder,
-                self.parts.policy,
-                self.parts.optimizer,
-                state,
-                base_name=self.inputs.model.name,
-                keep_last=self.inputs.config.checkpoint.keep_last,
-            )
 
     def _step(self, num_steps: int) -> None:
         start = time.monotonic()
@@ -259,14 +189,14 @@ class RlLoop:
                 entropy_control=self.entropy_control,
                 seed=sampling_seed(config.seed, step, "token choice", 0),
             )
-        self._count_updates(result)
+        self._count_updates(result.num_applied, result.is_finite, result.metrics)
         drift = measure_batch(result.microbatches, result.logprobs, max_ratio=config.checks.drift_max_ratio)
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
             | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
             | (self._judge(drift) if drift is not None and result.num_applied else {})
-            | self._sizes(minibatches)
+            | self._sizes([microbatch for minibatch in minibatches for microbatch in minibatch.microbatches])
         )
 
     def _judge(self, drift: Drift) -> dict[str, float]:
@@ -278,30 +208,6 @@ class RlLoop:
             self.console.warning(f"step {self.step + 1}: {decision.reason}")
         self.drift = decision
         return drift.metrics | {"drift/level": float(decision.level)}
-
-    def _count_updates(self, result: UpdateResult) -> None:
-        metrics = result.metrics
-        self.policy_version += result.num_applied
-        if result.is_finite:
-            self.num_bad_steps = 0
-            return
-        self.num_bad_steps += 1
-        limit = self.inputs.config.training.max_bad_steps
-        self.console.warning(
-            f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: "
-            f"not finite, the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
-        )
-        if self.num_bad_steps >= limit:
-            raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
-
-    def _sizes(self, minibatches: Sequence[Minibatch]) -> dict[str, float | None]:
-        microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
-        num_tokens = sum(len(microbatch.token_ids) for microbatch in microbatches)
-        return {
-            "training/num_microbatches": float(len(microbatches)),
-            "training/num_tokens": float(num_tokens),
-            "tokens/training_per_s": num_tokens / self._seconds["update"],
-        }
 
     def _sync(self) -> None:
         with self._phase("weight sync"):
@@ -319,16 +225,12 @@ class RlLoop:
     ) -> None:
         tracking = self.inputs.config.tracking
         metrics["groups/no_signal_frac"] = credited.num_no_signal_groups / len(groups)
-        metrics["policy_version"] = float(self.policy_version)
         num_generated = metrics.get("completion/num_tokens") or 0.0
         metrics["tokens/generation_per_s"] = num_generated / self._seconds["generation"]
         if tracking.save_rollouts:
             with self._phase("recording"):
                 write_rollouts(self.run_folder, step, groups, credited.advantages)
-        metrics |= {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._seconds.items()}
-        metrics["time/step_s"] = time.monotonic() - start
-        self.tracker.log_step(step, metrics)
-        self.history.append(metrics)
+        self._log_step(step, metrics, start)
         every = tracking.sample_every_steps
         if every and (step == 1 or step % every == 0) and step < num_steps:
             rollout = max(groups[0].rollouts, key=lambda r: r.reward if r.reward is not None else float("-inf"))
@@ -349,9 +251,8 @@ class RlLoop:
         self.parts.scorer.metrics()  # so that the next step's are its own
         if self.inputs.config.tracking.save_rollouts:
             write_rollouts(self.run_folder, self.step, groups, {}, phase="eval")
-        self.tracker.log_evaluation(self.step, evaluation.metrics)
         first = self.evaluations[0] if self.evaluations else None
-        self.evaluations.append(evaluation)
+        self._log_evaluation(evaluation)
         name = f"held-out problems after step {self.step}" if self.step else "held-out problems before training"
         if evaluation.is_correct:
             previous = (first.num_correct, len(first.is_correct)) if first and first.is_correct else None
@@ -360,10 +261,3 @@ class RlLoop:
             self.console.note(
                 f"evaluation, {name}: mean reward {evaluation.metrics.get('eval/reward', float('nan')):.3f}"
             )
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        with self.console.phase(name):
-            yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start

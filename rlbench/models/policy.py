@@ -22,6 +22,7 @@ from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
 from rlbench.models.patch import describe, is_patch_useful, patch_model
+from rlbench.models.warm_start import find_adapter
 
 
 class Policy:
@@ -32,12 +33,18 @@ class Policy:
         Args:
             base: frozen model whose tensors are shared; its modules are not changed.
             lora: the `lora` part of the config.
-            seed: of the adapter's initial weights.
+            seed: of the adapter's initial weights, where `lora.init_from` names none.
+
+        Raises:
+            ValueError: `lora.init_from` names no adapter that fits.
         """
         tree = share_base(base)
         use_rlbench_attention(tree)
         self.model: PeftModel = add_lora(tree, lora, seed=seed)
         self._tree = tree
+        start = find_adapter(lora)
+        if start is not None:
+            self.load_adapter(start)
         self.head_weight = output_weight(tree)  # [V, D]
         self.patched = ""  # which modules compute through kernels
         if is_patch_useful(self.device):

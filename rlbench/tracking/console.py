@@ -218,6 +218,7 @@ class RunConsole:
         history: Sequence[Mapping[str, float | None]],
         headline: str = "",
         accuracy: AccuracyChange | None = None,
+        learned: Mapping[str, str] | None = None,
         phase_seconds: Mapping[str, float] | None = None,
         files: Mapping[str, str | Path] | None = None,
         next_commands: Sequence[str] = (),
@@ -228,17 +229,20 @@ class RunConsole:
             history: the metrics of each step in order.
             headline: for example "Finished 100 steps in 12m30s."
             accuracy: held-out evaluation before and after.
+            learned: metrics to compare between the first and the last steps, by their name in the text; none: rewards.
             phase_seconds: by phase; None takes what `phase` measured.
             files: path by what it is.
             next_commands: printed whole, each on its own line, to be copied.
         """
         self.close()
         seconds = self.clock.all_seconds() if phase_seconds is None else phase_seconds
-        learned = run_summary.learning_lines(history) + (run_summary.accuracy_lines(accuracy) if accuracy else [])
+        lines = run_summary.learning_lines(history, learned) + (
+            run_summary.accuracy_lines(accuracy) if accuracy else []
+        )
         width = max((len(name) for name in files or {}), default=0)
         self._print(Text())
         self._print(Text(printable(headline or "Summary"), style="bold"))
-        self._section("What was learned", learned, is_prose=True)
+        self._section("What was learned", lines, is_prose=True)
         self._section("Time by phase", run_summary.phase_lines(seconds))
         self._section("Files", [f"{name.ljust(width)}  {path}" for name, path in (files or {}).items()])
         self._section("What to run next", next_commands)

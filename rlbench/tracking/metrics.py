@@ -61,6 +61,7 @@ METRICS: dict[str, MetricSpec] = {
     "groups/num": MetricSpec("groups", "", "neither", ".0f"),
     "groups/no_signal_frac": _share("groups without a training signal", "lower"),
     "loss/policy": MetricSpec("policy loss", "", "neither", ".4f"),
+    "loss/nll": MetricSpec("negative log-likelihood of given completions", "nats/token", "lower", ".4f"),
     "loss/clip_frac": _share("loss tokens whose gradient the clip removed"),
     "kl/reference": MetricSpec("KL to the reference policy", "nats/token", "neither", ".4f"),
     "drift/ess_frac": _share("effective sample size of the importance ratios", "higher"),

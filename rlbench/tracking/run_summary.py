@@ -73,23 +73,30 @@ def quarter_change(values: Sequence[float | None]) -> QuarterChange | None:
     return QuarterChange(_mean(first), _mean(last), 2 * standard_error)
 
 
-def learning_lines(history: Sequence[Mapping[str, float | None]]) -> list[str]:
-    """Reward and each component, first against last quarter of steps, one line each.
+def learning_lines(
+    history: Sequence[Mapping[str, float | None]], metrics: Mapping[str, str] | None = None
+) -> list[str]:
+    """What training is about, first against last quarter of steps, one line each.
 
     Args:
         history: the metrics of each step, in order (`read_metrics(path, phase="train")`).
+        metrics: keys by their name in the text; none: the reward and each of its components.
     """
     if len(history) < MIN_STEPS:
         return [f"{len(history)} steps are too few to compare the first quarter with the last (at least {MIN_STEPS})."]
-    keys = dict.fromkeys(key for metrics in history for key in metrics)
-    names = ["mean", *component_names(keys)]
-    size = len(history) // 4
-    lines = [f"Training reward, first {size} steps -> last {size} steps (+- two standard errors):"]
-    width = max(len(name) for name in ["reward", *names[1:]])
-    for name in names:
-        change = quarter_change([metrics.get(f"reward/{name}") for metrics in history])
-        lines.append(f"  {('reward' if name == 'mean' else name).ljust(width)}  {_change_text(change)}")
+    names = dict(metrics or _reward_names(history))
+    size, subject = len(history) // 4, "Training" if metrics else "Training reward"
+    lines = [f"{subject}, first {size} steps -> last {size} steps (+- two standard errors):"]
+    width = max(map(len, names))
+    for name, key in names.items():
+        change = quarter_change([step.get(key) for step in history])
+        lines.append(f"  {name.ljust(width)}  {_change_text(change)}")
     return lines + _health_lines(history)
+
+
+def _reward_names(history: Sequence[Mapping[str, float | None]]) -> dict[str, str]:
+    keys = dict.fromkeys(key for step in history for key in step)
+    return {"reward": "reward/mean"} | {name: f"reward/{name}" for name in component_names(keys)}
 
 
 def accuracy_lines(change: AccuracyChange) -> list[str]:

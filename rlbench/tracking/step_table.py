@@ -50,6 +50,12 @@ _AFTER_REWARDS = (
 )
 
 
+# Of runs on given completions, which have no rewards: instead of what tells of rollouts.
+_LOSSES = (Column("loss", "loss/nll", 7, _kl, is_optional=True, help="nats a token"),)
+_LOSS_KEYS = {column.key for column in _LOSSES}
+_OF_ROLLOUTS = ("reward/mean", "completion/", "groups/", "loss/clip_frac", "tokens/generation_per_s")
+
+
 class StepTable:
     """Lays out step lines; remembers which metrics a run has, so that columns do not jump."""
 
@@ -93,6 +99,9 @@ class StepTable:
             for name in names
         ]
         columns = [Column("step", "step", max(4, step_width), format_number), _REWARD, *rewards, *_AFTER_REWARDS]
+        if _LOSS_KEYS & self._keys.keys():
+            after = [column for column in _AFTER_REWARDS if not column.key.startswith(_OF_ROLLOUTS)]
+            columns = [columns[0], *_LOSSES, *after]
         is_double = "accuracy" in names  # accuracy/train is that component
         return [
             column

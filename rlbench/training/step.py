@@ -75,10 +75,33 @@ def train_step(
         weights = _weights(microbatch, config, totals, len(microbatches))
         shares, logprobs = _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature)
         all_logprobs.append(logprobs)
-        for name, value in shares.items():
-            sums[name] = torch.maximum(sums[name], value) if name in sums and name.endswith("_max") else (
-                sums.get(name, 0.0) + value  # type: ignore[operator]
-            )  # fmt: skip
+        add_shares(sums, shares)
+    return finish_step(policy, optimizer, sums, all_logprobs, max_grad_norm=max_grad_norm)
+
+
+def add_shares(sums: dict[str, Tensor], shares: Mapping[str, Tensor]) -> None:
+    """Add a microbatch's shares of the step's metrics; those named *_max by their maximum."""
+    for name, value in shares.items():
+        sums[name] = torch.maximum(sums[name], value) if name in sums and name.endswith("_max") else (
+            sums.get(name, 0.0) + value  # type: ignore[operator]
+        )  # fmt: skip
+
+
+def finish_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    sums: Mapping[str, Tensor],
+    logprobs: list[Tensor],
+    *,
+    max_grad_norm: float,
+) -> StepResult:
+    """Clip the accumulated gradient and apply it, unless it or `loss/total` is not finite.
+
+    Args:
+        sums: the step's metrics, among them "loss/total".
+        logprobs: of each microbatch, handed on.
+        max_grad_norm: as in `train_step`.
+    """
     limit = max_grad_norm or math.inf
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit))
     metrics = {name: float(value) for name, value in sums.items()} | {"optim/grad_norm": grad_norm}
@@ -86,7 +109,7 @@ def train_step(
     if is_finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(is_applied=is_finite, metrics=metrics, logprobs=all_logprobs)
+    return StepResult(is_applied=is_finite, metrics=metrics, logprobs=logprobs)
 
 
 def count_totals(microbatches: Sequence[Microbatch], max_completion_tokens: int | None = None) -> BatchTotals:

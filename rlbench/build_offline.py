@@ -1,0 +1,77 @@
+"""From a config to the parts of a run on given completions: no engine, no rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlbench.build import BaseInputs, BaseParts, prepare_base, shared_fields, split_rows
+from rlbench.config.schema import RunConfig
+from rlbench.data.supervised import SampleSet, make_samples, supervised_problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftInputs(BaseInputs):
+    """Everything that supervised fine-tuning knows before weights are loaded."""
+
+    train: SampleSet
+    evaluation: SampleSet | None
+
+
+def prepare_sft(config: RunConfig) -> SftInputs:
+    """Derive settings, read data, find the model, tokenise rows. Loads no weights; fails fast.
+
+    Raises:
+        ValueError: anything a user can get wrong.
+    """
+    basis = prepare_base(config, supervised_problem)
+
+    def samples(rows: Any, split: str) -> SampleSet:
+        limit, reason = token_limit(basis)
+        return make_samples(
+            rows,
+            split,
+            config.data,
+            basis.tokenizer,
+            loss_on=config.sft.loss_on,
+            max_tokens=limit,
+            limit_reason=reason,
+        )
+
+    train, evaluation = both_splits(basis, samples)
+    return SftInputs(**shared_fields(basis), train=train, evaluation=evaluation)
+
+
+def build_offline(inputs: BaseInputs) -> BaseParts:
+    """Load the base and make policy and optimizer around it.
+
+    Raises:
+        ValueError: the model has an architecture that is not supported, or `lora.init_from` does not fit it.
+    """
+    import torch
+
+    from rlbench.models.base import load_base
+    from rlbench.models.policy import Policy
+    from rlbench.training.optim import make_optimizer
+
+    config = inputs.config
+    device = "cuda" if config.hardware.profile == "gpu" else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(config.hardware.num_threads or 1)
+    base = load_base(str(inputs.model.folder), dtype=getattr(torch, config.model.dtype), device=device)
+    policy = Policy(base, config.lora, seed=config.seed)
+    return BaseParts(base=base, policy=policy, optimizer=make_optimizer(policy.parameters(), config.optim))
+
+
+def token_limit(basis: BaseInputs) -> tuple[int, str]:
+    """Most tokens of a sequence, and why."""
+    budget, context = basis.config.training.tokens_per_microbatch or 1, basis.context_tokens
+    return (budget, "training.tokens_per_microbatch") if budget < context else (context, "the model's context")
+
+
+def both_splits(basis: BaseInputs, make: Callable[[Any, str], Any]) -> tuple[Any, Any]:
+    """What `make` makes of the training rows and of the held-out rows (None: no evaluation)."""
+    train_rows, eval_rows = split_rows(basis.config, basis.rows)
+    has_evaluation = eval_rows is not None and len(eval_rows)
+    return make(train_rows, "train"), make(eval_rows, "test") if has_evaluation else None

@@ -1,0 +1,36 @@
+"""The plan of a run on given completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlbench.build import BaseInputs
+from rlbench.build_offline import SftInputs
+from rlbench.commands.plan import model_rows, row_maker, source_rows
+from rlbench.tracking.console import PlanRow
+
+
+def sft_plan_rows(inputs: SftInputs, run_folder: Path) -> list[PlanRow]:
+    """Rows of the plan by section: model, data, sizes, files."""
+    row, train = row_maker(inputs), inputs.train
+    rows = [
+        PlanRow("Data", "columns read", train.format),
+        PlanRow("Data", "training rows", f"{len(train.samples)}, the longest has {train.longest_tokens} tokens"),
+        PlanRow("Data", "held-out rows", str(len(inputs.evaluation.samples) if inputs.evaluation else 0)),
+        row("Data", "sft.loss_on"),
+    ]
+    if train.num_too_long:
+        rows.append(PlanRow("Data", "too long, left out", str(train.num_too_long)))
+    rows = model_rows(inputs) + source_rows(inputs) + rows
+    return rows + [row("Sizes", "sft.rows_per_step"), *size_rows(inputs), files_row(run_folder)]
+
+
+def size_rows(inputs: BaseInputs) -> list[PlanRow]:
+    row = row_maker(inputs)
+    keys = ("hardware.profile", "hardware.num_threads", "training.num_steps", "training.tokens_per_microbatch",
+            "evaluation.num_prompts", "optim.lr")  # fmt: skip
+    return [row("Sizes", key) for key in keys]
+
+
+def files_row(run_folder: Path) -> PlanRow:
+    return PlanRow("Files", "run folder", str(run_folder))

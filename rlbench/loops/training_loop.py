@@ -1,0 +1,170 @@
+"""What every loop does alike: steps, checkpoints, evaluations, stops, and the end after non-finite gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rlbench.build import BaseInputs, BaseParts
+from rlbench.data.packing import Microbatch
+from rlbench.loops.evaluate import Evaluation
+from rlbench.loops.stopping import StopRequest
+from rlbench.tracking.console import RunConsole
+from rlbench.tracking.tracker import Tracker
+from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
+
+InputsT = TypeVar("InputsT", bound=BaseInputs)
+PartsT = TypeVar("PartsT", bound=BaseParts)
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient stayed non-finite."""
+
+
+@dataclass(slots=True)
+class TrainingLoop(Generic[InputsT, PartsT]):
+    """State of a run. A loop fills in the steps marked "of the loop"."""
+
+    inputs: InputsT
+    parts: PartsT
+    tracker: Tracker
+    console: RunConsole
+    run_folder: Path
+    stop: StopRequest
+    step: int = 0  # batches trained on, skipped ones included
+    policy_version: int = 0  # optimizer steps applied to the adapter
+    num_bad_steps: int = 0  # in a row
+    history: list[Mapping[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    last_checkpoint: Path | None = None
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was written."""
+        restore(checkpoint, self.parts.policy, self.parts.optimizer)
+        state = checkpoint.state
+        self.step = state["step"]
+        self.policy_version = state["policy_version"]
+        self.num_bad_steps = state["num_bad_steps"]
+        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.last_checkpoint = checkpoint.folder
+        self._restore(state)
+
+    def run(self) -> None:
+        """Train to the last step, or to the end of the step in which a stop was asked for.
+
+        Raises:
+            NonFiniteError: too many steps in a row without a finite gradient.
+            TrackingError: metrics, rollouts or a checkpoint could not be written.
+            Exception: what the steps of the loop raise.
+        """
+        config = self.inputs.config
+        num_steps = config.training.num_steps or 0
+        every = config.checkpoint.every_steps
+        self._begin()
+        # An evaluation that a stop put off is made up for here, when the run goes on.
+        self._evaluate_if_due(num_steps)
+        while self.step < num_steps and self.stop.signal_number is None:
+            self._step(num_steps)
+            self._evaluate_if_due(num_steps)
+            if every and self.step % every == 0 and self.step < num_steps:
+                self.save()
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        state = {
+            "step": self.step,
+            "policy_version": self.policy_version,
+            "num_bad_steps": self.num_bad_steps,
+            "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
+            "evaluations": [
+                {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
+            ],
+            "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
+            **self._state(),
+        }
+        with self._phase("checkpoint"):
+            self.last_checkpoint = save_checkpoint(
+                self.run_folder,
+                self.parts.policy,
+                self.parts.optimizer,
+                state,
+                base_name=self.inputs.model.name,
+                keep_last=self.inputs.config.checkpoint.keep_last,
+            )
+
+    def _evaluate_if_due(self, num_steps: int) -> None:
+        """Before training, every so many steps, and after training; never twice at one step, nor once a stop is due."""
+        every = self.inputs.config.evaluation.every_steps
+        is_due = not self.evaluations or (
+            self.evaluations[-1].step != self.step
+            and (self.step >= num_steps or bool(every and self.step % every == 0))
+        )
+        if is_due and self.stop.signal_number is None:
+            self._evaluate()
+
+    def _begin(self) -> None:
+        """Of the loop: what comes before the first step of this process."""
+        raise NotImplementedError
+
+    def _step(self, num_steps: int) -> None:
+        """Of the loop: one batch; counts `step` up and records its metrics."""
+        raise NotImplementedError
+
+    def _evaluate(self) -> None:
+        """Of the loop: append to `evaluations`, or do nothing if there is no held-out data."""
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """Of the loop: what it adds to a checkpoint, JSON-able."""
+        raise NotImplementedError
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Of the loop: take back what `_state` gave."""
+        raise NotImplementedError
+
+    def _count_updates(self, num_applied: int, is_finite: bool, metrics: Mapping[str, float]) -> None:
+        self.policy_version += num_applied
+        if is_finite:
+            self.num_bad_steps = 0
+            return
+        self.num_bad_steps += 1
+        limit = self.inputs.config.training.max_bad_steps
+        self.console.warning(
+            f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: "
+            f"not finite, the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
+        )
+        if self.num_bad_steps >= limit:
+            raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
+
+    def _sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, float | None]:
+        num_tokens = sum(len(microbatch.token_ids) for microbatch in microbatches)
+        return {
+            "training/num_microbatches": float(len(microbatches)),
+            "training/num_tokens": float(num_tokens),
+            "tokens/training_per_s": num_tokens / self._seconds["update"],
+        }
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        self.tracker.log_evaluation(self.step, evaluation.metrics)
+        self.evaluations.append(evaluation)
+
+    def _log_step(self, step: int, metrics: dict[str, float | None], start: float) -> None:
+        """Add the step's times and hand its metrics on."""
+        metrics["policy_version"] = float(self.policy_version)
+        metrics |= {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._seconds.items()}
+        metrics["time/step_s"] = time.monotonic() - start
+        self.tracker.log_step(step, metrics)
+        self.history.append(metrics)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        with self.console.phase(name):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start

@@ -1,0 +1,44 @@
+"""An adapter of an earlier run as the start of this one: found and checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlbench.config.schema import LoraConfig
+
+_KEYS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}  # adapter_config.json -> LoraConfig
+
+
+def find_adapter(config: LoraConfig) -> Path | None:
+    """The PEFT folder that `lora.init_from` names: itself, or `adapter/` inside a run's folder or a checkpoint.
+
+    Args:
+        config: the `lora` part of the config.
+
+    Returns:
+        The folder; None if the adapter starts from random weights.
+
+    Raises:
+        ValueError: there is no adapter, or it was made with other `lora.*` settings.
+    """
+    if config.init_from is None:
+        return None
+    place = Path(config.init_from).expanduser()
+    folder = next((f for f in (place, place / "adapter") if (f / "adapter_model.safetensors").is_file()), None)
+    if folder is None:
+        raise ValueError(
+            f"lora.init_from is {config.init_from}, but no adapter_model.safetensors is there or in its adapter/; "
+            "expected the folder of a finished run or of a PEFT adapter"
+        )
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"lora.init_from: {folder}/adapter_config.json cannot be read ({error})") from error
+    for theirs, ours in _KEYS.items():
+        if saved.get(theirs) != getattr(config, ours):
+            raise ValueError(
+                f"lora.{ours} is {getattr(config, ours)}, but the adapter of lora.init_from={config.init_from} was "
+                f"made with {saved.get(theirs)}; expected the same"
+            )
+    return folder
