@@ -14,6 +14,7 @@ import rlbench
 
 COMMANDS = {
     "train": "train a policy (the default)",
+    "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
@@ -51,6 +52,10 @@ def main() -> None:
     command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
     if command != "help" and command not in COMMANDS:
         _fail_unknown_command(command)
+    if command == "report":
+        from rlbench.commands.report import report
+
+        sys.exit(report(arguments))
     if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return
