@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a policy (the default)",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
+    "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
@@ -53,6 +54,10 @@ def main() -> None:
     command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
     if command != "help" and command not in COMMANDS:
         _fail_unknown_command(command)
+    if command == "report":
+        from rlbench.commands.report import report
+
+        sys.exit(report(arguments))
     if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return

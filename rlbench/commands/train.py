@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rlbench.commands.report import try_report
 from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import RunConfig
@@ -107,7 +108,14 @@ def _run(
         is_done = stop.signal_number is None
         if is_done:
             parts.policy.save_adapter(run_folder / "adapter", inputs.model.name)
-        _summarise(loop, stage.learned, console, is_done=is_done, seconds=time.monotonic() - start)
+        _summarise(
+            loop,
+            stage.learned,
+            console,
+            report=_report(run_folder, console),
+            is_done=is_done,
+            seconds=time.monotonic() - start,
+        )
         return 0 if is_done else stop.exit_status
     except KeyboardInterrupt:
         console.close()
@@ -118,6 +126,8 @@ def _run(
         console.close()
         resume = f"; to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else ""
         print(f"error: step {loop.step + 1}: {error}{resume}", file=sys.stderr)
+        if report := _report(run_folder, console):
+            print(f"what happened until then: {report}", file=sys.stderr)
         return failures[type(error)]
     finally:
         tracker.close()
@@ -177,14 +187,30 @@ def _remove_if_unused(folder: Path) -> None:
                 parent.rmdir()
 
 
+def _report(run_folder: Path, console: RunConsole) -> Path | None:
+    """The run's page; where it cannot be made, one line says so and the run goes on to its end."""
+    path, problem = try_report(run_folder)
+    if path is None:
+        console.warning(problem)
+    return path
+
+
 def _summarise(
-    loop: TrainingLoop, learned: Mapping[str, str], console: RunConsole, *, is_done: bool, seconds: float
+    loop: TrainingLoop,
+    learned: Mapping[str, str],
+    console: RunConsole,
+    *,
+    report: Path | None,
+    is_done: bool,
+    seconds: float,
 ) -> None:
     from rlbench.tracking.formats import format_duration
 
     folder = loop.run_folder
     config = loop.inputs.config
     files = {"metrics": folder / "metrics.jsonl", "checkpoint": loop.last_checkpoint or "none"}
+    if report is not None:
+        files["report"] = report
     if config.stage == "rl" and config.tracking.save_rollouts:
         files["rollouts"] = folder / "rollouts"
     resume = f"python -m rlbench +exp={config.name} resume={folder}"

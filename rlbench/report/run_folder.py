@@ -1,0 +1,115 @@
+"""What a run left on the disk, read for its report. Whatever is missing is left out and, if it matters, said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import read_metrics
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run.
+
+    Example:
+        load_run("outputs/grpo_gsm8k/2026-11-24_10-00-00").train[-1]["reward/mean"]
+    """
+
+    folder: Path
+    train: list[dict[str, Any]]  # metrics of each step
+    evaluations: list[dict[str, Any]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    derived: Mapping[str, Any] = field(default_factory=dict)  # config key -> {"value": ..., "reason": ...}
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[tuple[str, int], ...] = ()  # relative path or folder, bytes
+    notes: tuple[str, ...] = ()  # what could not be read, one sentence each
+
+    @property
+    def name(self) -> str:
+        """The experiment's name and the folder's: what tells runs of a sweep apart."""
+        experiment = self.config.get("name")
+        return f"{experiment} {self.folder.name}" if experiment and experiment != self.folder.name else self.folder.name
+
+
+def load_run(folder: str | Path) -> RunRecord:
+    """Read a run's folder, also of a run that is still going.
+
+    Raises:
+        ValueError: there is no such folder, or it is no run's.
+        TrackingError: its metrics cannot be read.
+    """
+    place = Path(folder).expanduser().resolve()
+    if not place.is_dir():
+        raise ValueError(f"there is no folder {folder}, expected the folder of a run")
+    path = place / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}")
+    rows, notes = read_metrics(path), []
+    num_damaged = sum(1 for line in path.read_bytes().splitlines() if line.strip()) - len(rows)
+    if num_damaged:
+        notes.append(f"{num_damaged} damaged lines of {METRICS_FILE} were left out.")
+    if not rows:
+        notes.append(f"{METRICS_FILE} holds no metrics yet.")
+    return RunRecord(
+        folder=place,
+        train=[row for row in rows if row.get("phase") == "train"],
+        evaluations=[row for row in rows if row.get("phase") == "eval"],
+        config=_mapping(place / "config.yaml", notes),
+        derived=_mapping(place / "derived.json", notes),
+        environment=_mapping(place / "environment.json", notes),
+        files=_files(place),
+        notes=tuple(notes),
+    )
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """The folder itself if it is a run's, else the runs right below it (a sweep's folder), by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir() or (place / METRICS_FILE).exists():
+        return [place]
+    below = sorted(entry for entry in place.iterdir() if (entry / METRICS_FILE).is_file())
+    if not below:
+        raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}, and neither has one below it")
+    return below
+
+
+def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    """A JSON or YAML file that holds a mapping; empty, with a note, if it is damaged; empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        value = None
+    if not isinstance(value, Mapping):
+        notes.append(f"{path.name} is damaged and was left out.")
+        return {}
+    return value
+
+
+def _files(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Entries of the folder with the bytes that each holds."""
+    try:
+        entries = sorted(folder.iterdir())
+        return tuple((e.name + ("/" if e.is_dir() else ""), _size(e)) for e in entries if e.name != "report.html")
+    except OSError as error:
+        raise TrackingError.from_os_error("list the files of", folder, error) from error
+
+
+def _size(entry: Path) -> int:
+    files = entry.rglob("*") if entry.is_dir() else [entry]
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
