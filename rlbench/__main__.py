@@ -34,7 +34,7 @@ examples
   python -m rlbench +exp=grpo_gsm8k optim.lr=3e-5 training.num_steps=50
   python -m rlbench -m +exp=grpo_gsm8k optim.lr=1e-5,3e-5 seed=1,2,3  a sweep
   python -m rlbench +exp=grpo_gsm8k --cfg job                         show the composed config, run nothing
-  python -m rlbench +exp=grpo_gsm8k resume=outputs/grpo_gsm8k/...     go on with a stopped run
+  python -m rlbench +exp=grpo_gsm8k resume=outputs/grpo_gsm8k/...     go on with a stopped run (auto: the newest)
 
 experiments (+exp=...): {experiments}
 config groups (group=choice)

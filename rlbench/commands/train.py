@@ -16,7 +16,7 @@ import yaml
 from rlbench.commands.report import try_report
 from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
-from rlbench.config.schema import RunConfig
+from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
@@ -160,6 +160,8 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
     """The checkpoint to go on from, if any, and the folder of this run."""
     if config.resume is None:
         return None, hydra_folder
+    if config.resume == AUTO:
+        return _newest_run(hydra_folder, console)
     place = Path(config.resume).expanduser()
     if not place.is_dir():
         raise ValueError(
@@ -172,6 +174,30 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
         console.warning(f"{line}; an older checkpoint is taken")
     _remove_if_unused(hydra_folder)
     return checkpoint, checkpoint.folder.parent.parent
+
+
+def _newest_run(hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | None, Path]:
+    """For resume=auto: this folder's newest valid checkpoint, else that of the runs beside it, newest first."""
+    from rlbench.training.checkpoint import find_checkpoint
+
+    beside = {file.parents[2] for file in hydra_folder.parent.glob("*/checkpoints/step-*/manifest.json")}
+    others = sorted(beside - {hydra_folder}, key=lambda folder: (folder / "checkpoints").stat().st_mtime, reverse=True)
+    for run_folder in [hydra_folder, *others]:
+        if not (run_folder / "checkpoints").is_dir():
+            continue
+        try:
+            checkpoint, damaged = find_checkpoint(run_folder)
+        except ValueError as error:
+            console.warning(f"{run_folder} is passed over: {error}")
+            continue
+        for line in damaged:
+            console.warning(f"{line}; an older checkpoint is taken")
+        console.note(f"resume=auto: going on with {run_folder}, {checkpoint.step} steps are done")
+        if run_folder != hydra_folder:
+            _remove_if_unused(hydra_folder)
+        return checkpoint, run_folder
+    console.note(f"resume=auto: no run in {hydra_folder.parent} has a checkpoint; a new run begins")
+    return None, hydra_folder
 
 
 def _saved_config(run_folder: Path) -> dict[str, Any]:

@@ -303,7 +303,7 @@ class RunConfig:
     name: str = "run"  # of the run's folder: outputs/<name>/<time>
     stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions)
     seed: int = 0  # of sampling and of the adapter's initial weights
-    resume: str | None = None  # folder of a run or of one of its checkpoints
+    resume: str | None = None  # folder of a run or of one of its checkpoints; auto: the newest valid one, or a new run
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -141,6 +141,23 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path,
     assert not (tmp_path / "outputs").exists()
 
 
+def test_resume_auto_takes_the_newest_valid_checkpoint_or_begins(tiny_overrides, tmp_path):
+    arguments = [*tiny_overrides, "checkpoint.every_steps=1", "resume=auto"]
+    first = run(*arguments, "training.num_steps=2", "hydra.run.dir=runs/a", folder=tmp_path)
+    assert "has a checkpoint; a new run begins" in first.stdout
+    run(*arguments[:-1], "training.num_steps=3", "hydra.run.dir=runs/b", folder=tmp_path)
+    (tmp_path / "runs" / "b" / "checkpoints" / "step-000003" / "state.json").write_text("{}")
+
+    again = run(*arguments, "training.num_steps=4", "hydra.run.dir=runs/c", folder=tmp_path)
+
+    assert again.returncode == 0, again.stdout + again.stderr
+    text = " ".join((again.stdout + again.stderr).split())
+    assert "step-000003 is damaged: state.json" in text and "an older checkpoint is taken" in text
+    assert f"resume=auto: going on with {tmp_path}/runs/b, 2 steps are done" in text.replace("/ ", "/")
+    assert find_checkpoint(tmp_path / "runs" / "b")[0].step == 4
+    assert not (tmp_path / "runs" / "c").exists()
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(tiny_overrides, tmp_path):
     process = start(*tiny_overrides, folder=tmp_path)
     read_until("reading data and model", process)
