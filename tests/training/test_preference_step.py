@@ -178,3 +178,21 @@ def test_a_row_that_a_step_holds_twice_is_never_cut_from_its_pair():
         pairs = zip(microbatch.samples[::2], microbatch.samples[1::2], strict=True)
         assert all(chosen.group_id == rejected.group_id for chosen, rejected in pairs)
     assert sum(m.num_sequences for m in batch.microbatches) == 8
+
+
+def test_wpo_weights_are_those_of_full_logits(tiny_base):
+    rows, model = make_rows(), plain_model(tiny_base)
+    expected = torch.zeros(())
+    for row in rows:
+        log_weight = torch.zeros(())
+        for completion in row.completions:
+            token_ids = torch.tensor([[*row.prompt_token_ids, *completion]])
+            with torch.no_grad():
+                logprobs = model(input_ids=token_ids).logits[0, -len(completion) - 1 : -1].log_softmax(-1)
+            own = logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+            log_weight = log_weight + (own - (2 * logprobs).logsumexp(-1)).mean()
+        expected = expected + log_weight.exp() / len(rows)
+
+    metrics, _, _ = captured(make_policy(tiny_base), rows, PreferenceConfig(wpo=True), 24)
+
+    assert metrics["preference/wpo_weight"] == pytest.approx(expected.item(), rel=1e-4)
