@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlbench.build import BaseInputs, BaseParts, prepare_base, shared_fields, split_rows
 from rlbench.config.schema import RunConfig
+from rlbench.data.preferences import PreferenceSet, make_preferences, preference_problem
 from rlbench.data.supervised import SampleSet, make_samples, supervised_problem
 
 
@@ -17,6 +19,14 @@ class SftInputs(BaseInputs):
 
     train: SampleSet
     evaluation: SampleSet | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceInputs(BaseInputs):
+    """Everything that the preference loop knows before weights are loaded."""
+
+    train: PreferenceSet
+    evaluation: PreferenceSet | None
 
 
 def prepare_sft(config: RunConfig) -> SftInputs:
@@ -41,6 +51,32 @@ def prepare_sft(config: RunConfig) -> SftInputs:
 
     train, evaluation = both_splits(basis, samples)
     return SftInputs(**shared_fields(basis), train=train, evaluation=evaluation)
+
+
+def prepare_preference(config: RunConfig) -> PreferenceInputs:
+    """As `prepare_sft`, of rows with preferences.
+
+    Raises:
+        ValueError: anything a user can get wrong.
+    """
+    is_unpaired = config.preference.is_unpaired
+    basis = prepare_base(config, partial(preference_problem, is_unpaired=is_unpaired))
+
+    def preferences(rows: Any, split: str) -> PreferenceSet:
+        limit, reason = token_limit(basis)
+        return make_preferences(
+            rows,
+            split,
+            config.data,
+            basis.tokenizer,
+            is_unpaired=is_unpaired,
+            max_tokens=limit,
+            max_packed_tokens=config.training.tokens_per_microbatch or 1,
+            limit_reason=reason,
+        )
+
+    train, evaluation = both_splits(basis, preferences)
+    return PreferenceInputs(**shared_fields(basis), train=train, evaluation=evaluation)
 
 
 def build_offline(inputs: BaseInputs) -> BaseParts:

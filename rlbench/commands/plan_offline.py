@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlbench.build import BaseInputs
-from rlbench.build_offline import SftInputs
+from rlbench.build_offline import PreferenceInputs, SftInputs
 from rlbench.commands.plan import model_rows, row_maker, source_rows
 from rlbench.tracking.console import PlanRow
 
@@ -23,6 +23,26 @@ def sft_plan_rows(inputs: SftInputs, run_folder: Path) -> list[PlanRow]:
         rows.append(PlanRow("Data", "too long, left out", str(train.num_too_long)))
     rows = model_rows(inputs) + source_rows(inputs) + rows
     return rows + [row("Sizes", "sft.rows_per_step"), *size_rows(inputs), files_row(run_folder)]
+
+
+def preference_plan_rows(inputs: PreferenceInputs, run_folder: Path) -> list[PlanRow]:
+    """Rows of the plan by section: model, data, losses, sizes, files."""
+    row, train, config = row_maker(inputs), inputs.train, inputs.config.preference
+    made = train.format == f"{inputs.config.data.prompt_column} and {inputs.config.data.answer_column}"
+    note = "pairs are MADE: the answer, and the answer with its last number changed" if made else ""
+    rows = [
+        PlanRow("Data", "columns read", train.format, note),
+        PlanRow("Data", "training rows", f"{len(train.rows)}, the longest packs to {train.longest_tokens} tokens"),
+        PlanRow("Data", "held-out rows", str(len(inputs.evaluation.rows) if inputs.evaluation else 0)),
+    ]
+    if train.num_too_long:
+        rows.append(PlanRow("Data", "too long, left out", str(train.num_too_long)))
+    weights = [f"{weight:g} {name}" for name, weight, _ in config.weighted_losses()]
+    rows += [PlanRow("Loss", "preference.losses", " + ".join(weights))]
+    defaults = config.resolved_defaults(has_warm_start=inputs.config.lora.init_from is not None)
+    rows += [row("Loss", f"preference.{name}") for name in (*defaults, "divergence", "wpo")]
+    rows = model_rows(inputs) + source_rows(inputs) + rows
+    return rows + [row("Sizes", "preference.pairs_per_step"), *size_rows(inputs), files_row(run_folder)]
 
 
 def size_rows(inputs: BaseInputs) -> list[PlanRow]:

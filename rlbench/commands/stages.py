@@ -18,7 +18,7 @@ class Stage:
 
 def load_stage(name: str) -> Stage:
     """The stage that `stage=` names. Heavy libraries are imported here."""
-    return {"rl": _rl, "sft": _sft}[name]()
+    return {"rl": _rl, "sft": _sft, "preference": _preference}[name]()
 
 
 def _rl() -> Stage:
@@ -40,4 +40,18 @@ def _sft() -> Stage:
         build=build_offline,
         loop=SftLoop,
         learned={"loss, nats a token": "loss/nll"},
+    )
+
+
+def _preference() -> Stage:
+    from rlbench.build_offline import build_offline, prepare_preference
+    from rlbench.commands.plan_offline import preference_plan_rows
+    from rlbench.loops.preference import PreferenceLoop
+
+    return Stage(
+        prepare=prepare_preference,
+        plan_rows=preference_plan_rows,
+        build=build_offline,
+        loop=PreferenceLoop,
+        learned={"loss": "loss/preference", "margin": "preference/margin", "accuracy": "preference/accuracy"},
     )

@@ -44,8 +44,14 @@ _SIZES = {
     },
 }
 _OFFLINE_SIZES = {
-    "cpu": {"sft.rows_per_step": (16, "cpu profile: a step should take seconds, not minutes")},
-    "gpu": {"sft.rows_per_step": (64, "gpu profile")},
+    "cpu": {
+        "sft.rows_per_step": (16, "cpu profile: a step should take seconds, not minutes"),
+        "preference.pairs_per_step": (8, "cpu profile: a step should take seconds, not minutes"),
+    },
+    "gpu": {
+        "sft.rows_per_step": (64, "gpu profile"),
+        "preference.pairs_per_step": (32, "gpu profile"),
+    },
 }
 _RL_SIZES = {
     "cpu": {
@@ -99,6 +105,10 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
             f"model.quantization is {config.model.quantization}, which only stage=rl can have, from its engine; "
             "expected none"
         )
+    if config.stage == "preference":
+        defaults = config.preference.resolved_defaults(has_warm_start=config.lora.init_from is not None)
+        for name, (value, reason) in defaults.items():
+            fill(f"preference.{name}", value, reason)
     return derived
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_range, nearest
+from rlbench.config.preference import PreferenceConfig
 from rlbench.config.sft import SftConfig
 
 AUTO = "auto"
 STAGES = {  # what a run trains on, and the sections that it does not read
-    "rl": ("sft",),
-    "sft": ("rewards", "algorithm", "sampling", "engine", "checks"),
+    "rl": ("sft", "preference"),
+    "sft": ("rewards", "algorithm", "sampling", "engine", "checks", "preference"),
+    "preference": ("rewards", "algorithm", "sampling", "engine", "checks", "sft"),
 }
 
 
@@ -301,7 +303,7 @@ class TrackingConfig:
 @dataclass
 class RunConfig:
     name: str = "run"  # of the run's folder: outputs/<name>/<time>
-    stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions)
+    stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family)
     seed: int = 0  # of sampling and of the adapter's initial weights
     resume: str | None = None  # folder of a run or of one of its checkpoints; auto: the newest valid one, or a new run
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -311,6 +313,7 @@ class RunConfig:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)

@@ -51,7 +51,12 @@ _AFTER_REWARDS = (
 
 
 # Of runs on given completions, which have no rewards: instead of what tells of rollouts.
-_LOSSES = (Column("loss", "loss/nll", 7, _kl, is_optional=True, help="nats a token"),)
+_LOSSES = (
+    Column("loss", "loss/nll", 7, _kl, is_optional=True, help="nats a token"),
+    Column("loss", "loss/preference", 7, _kl, is_optional=True),
+    Column("margin", "preference/margin", 7, _kl, is_optional=True, help="chosen less rejected, in nats"),
+    Column("acc", "preference/accuracy", 6, lambda v: format_fraction(v, 1), is_optional=True, help="told apart"),
+)
 _LOSS_KEYS = {column.key for column in _LOSSES}
 _OF_ROLLOUTS = ("reward/mean", "completion/", "groups/", "loss/clip_frac", "tokens/generation_per_s")
 
@@ -101,7 +106,8 @@ class StepTable:
         columns = [Column("step", "step", max(4, step_width), format_number), _REWARD, *rewards, *_AFTER_REWARDS]
         if _LOSS_KEYS & self._keys.keys():
             after = [column for column in _AFTER_REWARDS if not column.key.startswith(_OF_ROLLOUTS)]
-            columns = [columns[0], *_LOSSES, *after]
+            own = [column for column in _LOSSES if column.key in self._keys]
+            columns = [columns[0], *own, *(c for c in after if not c.is_optional or c.key in self._keys)]
         is_double = "accuracy" in names  # accuracy/train is that component
         return [
             column

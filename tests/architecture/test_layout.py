@@ -59,6 +59,11 @@ def test_every_group_choice_composes_and_converts(group, choice):
     to_run_config(compose(f"{group}={choice}"))
 
 
+@pytest.mark.parametrize("choice", group_choices("preference"))
+def test_every_preference_composes_and_converts(choice):
+    to_run_config(compose(f"preference={choice}", "stage=preference", "algorithm=none", "rewards=none"))
+
+
 @pytest.mark.parametrize("name", group_choices("exp"))
 def test_every_experiment_composes_and_converts(name):
     assert to_run_config(compose(f"+exp={name}")).name == name
