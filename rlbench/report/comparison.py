@@ -91,7 +91,7 @@ def _page(compared: Sequence[Compared], common: Path) -> str:
     charts = _charts(compared)
     notes = [note for item in compared for note in item.notes]
     results = join(sections.notes_list(notes), _results(compared), _seeds(compared))
-    links = [("health", "Health"), ("results", "Results"), ("curves", "Curves"), ("settings", "Settings")]
+    links = [("results", "Results"), ("health", "Health"), ("curves", "Curves"), ("settings", "Settings")]
     tiles = [(item.label, _reward_text(item.run), _accuracy_text(item.run)) for item in compared[:8]]
     parts = [
         sections.section("results", "Results", results),
@@ -136,9 +136,10 @@ def _results(compared: Sequence[Compared]) -> Html:
             _accuracy_text(item.run),
             _paired_text(compared[0], item),
             format_duration(seconds) if seconds else "",
-            ", ".join(f"{f.severity}: {f.title}" for f in item.findings) or "nothing found",
         )
-        rows.append(tag("tr", tag("th", item.label, scope="row"), *(tag("td", cell) for cell in cells)))
+        names = [tag("div", f"{f.severity}: {f.title}") for f in item.findings] or ["nothing found"]
+        rows.append(tag("tr", tag("th", item.label, scope="row"), *(tag("td", cell) for cell in cells),
+                        tag("td", *names, class_="finding-names")))  # fmt: skip
     columns = ("run", "steps", "reward, first and last quarter", "held-out accuracy (95%)",
                f"same problems, against {compared[0].label}", "time of steps", "findings")  # fmt: skip
     return sections.table(columns, rows, class_="wide")
@@ -192,7 +193,7 @@ def _seeds(compared: Sequence[Compared]) -> Html | None:
 
 def _findings(item: Compared) -> Html:
     listed = sections.findings_list(item.findings, len(RULES), heading="h4")
-    return tag("details", tag("summary", f"{item.label}: {len(item.findings)} findings"), listed, open=True)
+    return tag("details", tag("summary", f"{item.label}: {len(item.findings)} findings"), listed)
 
 
 def _values(run: RunRecord) -> dict[str, str]:

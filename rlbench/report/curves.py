@@ -112,7 +112,7 @@ def _reward(run: RunRecord) -> Chart:
     low, high = _combine(mean, std, lambda m, s: m - s), _combine(mean, std, lambda m, s: m + s)
     return Chart(
         title="Reward",
-        unit="reward",
+        unit="",
         note="Band: one standard deviation of the step's rollouts to each side.",
         curves=[
             curve(run.train, "reward/mean", "training, mean", low=low, high=high),
