@@ -115,10 +115,10 @@ def _charts(compared: Sequence[Compared]) -> list[Chart]:
 def _chart(compared: Sequence[Compared], key: str) -> Chart:
     is_evaluation = key.startswith("eval/")
     curves = []
-    for item in compared:
+    for number, item in enumerate(compared):
         rows = item.run.evaluations if is_evaluation else item.run.train
         bounds = {"low": column(rows, f"{key}_low"), "high": column(rows, f"{key}_high")} if is_evaluation else {}
-        curves.append(curve(rows, key, item.label, is_points=is_evaluation, **bounds))
+        curves.append(curve(rows, key, item.label, is_points=is_evaluation, colour=number, **bounds))
     spec = metric_spec(key)
     known = [thin(c) for c in curves if has_values(c)]
     title = spec.label[:1].upper() + spec.label[1:]

@@ -28,6 +28,7 @@ class Curve:
     low: Sequence[float | None] = ()  # of a band or of error bars
     high: Sequence[float | None] = ()
     is_points: bool = False  # evaluations: marks with error bars instead of a line with a band
+    colour: int | None = None  # None: by its place in the chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,4 @@ def thin(given: Curve, max_points: int = MAX_POINTS) -> Curve:
 
     steps = [step for step in means(given.steps) if step is not None]
     low, high = means(given.low), means(given.high)
-    return Curve(
-        label=given.label, steps=steps, values=means(given.values), low=low, high=high, is_points=given.is_points
-    )
+    return replace(given, steps=steps, values=means(given.values), low=low, high=high)
