@@ -80,9 +80,9 @@ def _read(run: RunRecord, label: str) -> Compared:
 def _last_answers(files: Sequence[RolloutFile]) -> dict[str, bool]:
     """Whether each held-out problem was right in the last evaluation; empty without an accuracy reward."""
     last = [file for file in files if file.is_evaluation][-1:]
-    if not last or "component_accuracy" not in last[0].table.column_names:
+    table = last[0].read() if last else None
+    if table is None or "component_accuracy" not in table.column_names:
         return {}
-    table = last[0].table
     pairs = zip(table.column("prompt_id").to_pylist(), table.column("component_accuracy").to_pylist(), strict=True)
     return {prompt: value == 1.0 for prompt, value in pairs if value is not None}
 
