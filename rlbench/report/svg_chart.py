@@ -12,7 +12,7 @@ from rlbench.report.markup import Html, join, tag
 WIDTH, HEIGHT = 480, 232
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 36
 NUM_COLOURS = 8
-SIDE_BY_SIDE = 5.0  # pixels between the marks of several curves at one step
+MARKS_WIDTH, MARK_DISTANCE = 48.0, 5.0  # pixels that the marks of several curves at one step take; between two of them
 Scale = Callable[[float], float]
 Point = tuple[float, float]
 
@@ -38,8 +38,8 @@ def draw(chart: Chart) -> Html:
         parts += [_band(curve, i, x, y) for i, curve in drawn if curve.low and not curve.is_points]
         parts += [_line(c, i, x, y) for i, c in drawn if not c.is_points]
         points = [(i, c) for i, c in drawn if c.is_points]
-        middle = (len(points) - 1) / 2
-        parts += [_marks(c, i, x, y, SIDE_BY_SIDE * (place - middle)) for place, (i, c) in enumerate(points)]
+        middle, distance = (len(points) - 1) / 2, _mark_distance(len(points))
+        parts += [_marks(c, i, x, y, distance * (place - middle)) for place, (i, c) in enumerate(points)]
     parts += [_limit(label, value, y) for label, value in chart.limits.items() if y_low <= value <= y_high]
     parts.append(tag("line", class_="cursor", y1=TOP, y2=HEIGHT - BOTTOM, x1=LEFT, x2=LEFT, visibility="hidden"))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=describe(chart))
@@ -86,7 +86,15 @@ def _stacked(curves: Sequence[Curve]) -> list[Curve]:
 def _x_range(curves: Sequence[Curve]) -> tuple[float, float]:
     steps = [step for curve in curves for step in (curve.steps[0], curve.steps[-1])]
     low, high = min(steps), max(steps)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high == low:
+        return low - 0.5, high + 0.5
+    num_points = sum(curve.is_points for curve in curves)
+    room = _mark_distance(num_points) * (num_points - 1) / 2 / (WIDTH - LEFT - RIGHT) if num_points > 1 else 0.0
+    return low - room * (high - low), high + room * (high - low)
+
+
+def _mark_distance(num_curves: int) -> float:
+    return min(MARK_DISTANCE, MARKS_WIDTH / max(num_curves, 1))
 
 
 def _y_ticks(chart: Chart, curves: Sequence[Curve]) -> list[float]:
