@@ -18,6 +18,7 @@ from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
+from rlbench.tracking.environment import environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
 from rlbench.tracking.tracker import Tracker
@@ -138,6 +139,7 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     run_folder.mkdir(parents=True, exist_ok=True)
     plain = asdict(config)
     (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    (run_folder / "environment.json").write_text(json.dumps(environment(), indent=1))
     if checkpoint is None:
         reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
         (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))

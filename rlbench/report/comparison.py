@@ -80,9 +80,9 @@ def _read(run: RunRecord, label: str) -> Compared:
 def _last_answers(files: Sequence[RolloutFile]) -> dict[str, bool]:
     """Whether each held-out problem was right in the last evaluation; empty without an accuracy reward."""
     last = [file for file in files if file.is_evaluation][-1:]
-    if not last or "component_accuracy" not in last[0].table.column_names:
+    table = last[0].read() if last else None
+    if table is None or "component_accuracy" not in table.column_names:
         return {}
-    table = last[0].table
     pairs = zip(table.column("prompt_id").to_pylist(), table.column("component_accuracy").to_pylist(), strict=True)
     return {prompt: value == 1.0 for prompt, value in pairs if value is not None}
 
@@ -91,7 +91,7 @@ def _page(compared: Sequence[Compared], common: Path) -> str:
     charts = _charts(compared)
     notes = [note for item in compared for note in item.notes]
     results = join(sections.notes_list(notes), _results(compared), _seeds(compared))
-    links = [("health", "Health"), ("results", "Results"), ("curves", "Curves"), ("settings", "Settings")]
+    links = [("results", "Results"), ("health", "Health"), ("curves", "Curves"), ("settings", "Settings")]
     tiles = [(item.label, _reward_text(item.run), _accuracy_text(item.run)) for item in compared[:8]]
     parts = [
         sections.section("results", "Results", results),
@@ -115,10 +115,10 @@ def _charts(compared: Sequence[Compared]) -> list[Chart]:
 def _chart(compared: Sequence[Compared], key: str) -> Chart:
     is_evaluation = key.startswith("eval/")
     curves = []
-    for item in compared:
+    for number, item in enumerate(compared):
         rows = item.run.evaluations if is_evaluation else item.run.train
         bounds = {"low": column(rows, f"{key}_low"), "high": column(rows, f"{key}_high")} if is_evaluation else {}
-        curves.append(curve(rows, key, item.label, is_points=is_evaluation, **bounds))
+        curves.append(curve(rows, key, item.label, is_points=is_evaluation, colour=number, **bounds))
     spec = metric_spec(key)
     known = [thin(c) for c in curves if has_values(c)]
     title = spec.label[:1].upper() + spec.label[1:]
@@ -136,9 +136,10 @@ def _results(compared: Sequence[Compared]) -> Html:
             _accuracy_text(item.run),
             _paired_text(compared[0], item),
             format_duration(seconds) if seconds else "",
-            ", ".join(f"{f.severity}: {f.title}" for f in item.findings) or "nothing found",
         )
-        rows.append(tag("tr", tag("th", item.label, scope="row"), *(tag("td", cell) for cell in cells)))
+        names = [tag("div", f"{f.severity}: {f.title}") for f in item.findings] or ["nothing found"]
+        rows.append(tag("tr", tag("th", item.label, scope="row"), *(tag("td", cell) for cell in cells),
+                        tag("td", *names, class_="finding-names")))  # fmt: skip
     columns = ("run", "steps", "reward, first and last quarter", "held-out accuracy (95%)",
                f"same problems, against {compared[0].label}", "time of steps", "findings")  # fmt: skip
     return sections.table(columns, rows, class_="wide")
@@ -192,7 +193,7 @@ def _seeds(compared: Sequence[Compared]) -> Html | None:
 
 def _findings(item: Compared) -> Html:
     listed = sections.findings_list(item.findings, len(RULES), heading="h4")
-    return tag("details", tag("summary", f"{item.label}: {len(item.findings)} findings"), listed, open=True)
+    return tag("details", tag("summary", f"{item.label}: {len(item.findings)} findings"), listed)
 
 
 def _values(run: RunRecord) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Curve:
     low: Sequence[float | None] = ()  # of a band or of error bars
     high: Sequence[float | None] = ()
     is_points: bool = False  # evaluations: marks with error bars instead of a line with a band
+    colour: int | None = None  # None: by its place in the chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,7 @@ def _reward(run: RunRecord) -> Chart:
     low, high = _combine(mean, std, lambda m, s: m - s), _combine(mean, std, lambda m, s: m + s)
     return Chart(
         title="Reward",
-        unit="reward",
+        unit="",
         note="Band: one standard deviation of the step's rollouts to each side.",
         curves=[
             curve(run.train, "reward/mean", "training, mean", low=low, high=high),
@@ -216,6 +217,4 @@ def thin(given: Curve, max_points: int = MAX_POINTS) -> Curve:
 
     steps = [step for step in means(given.steps) if step is not None]
     low, high = means(given.low), means(given.high)
-    return Curve(
-        label=given.label, steps=steps, values=means(given.values), low=low, high=high, is_points=given.is_points
-    )
+    return replace(given, steps=steps, values=means(given.values), low=low, high=high)

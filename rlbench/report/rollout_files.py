@@ -14,20 +14,23 @@ from rlbench.tracking.rollout_store import read_rollout_table
 if TYPE_CHECKING:
     import pyarrow
 
+_SCANNED = ("prompt_id", "token_ids", "reward", "completion_text")
 _NAME = re.compile(r"(eval-)?step-(\d+)\.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutFile:
-    """One step's rollouts, or one evaluation's, as read."""
+    """One step's rollouts, or one evaluation's. The rollouts themselves are read when they are needed."""
 
+    path: Path
     step: int
     is_evaluation: bool
-    table: pyarrow.Table
+    num_rollouts: int
+    num_tokens: int
+    metrics: Mapping[str, float]  # `group_metrics`
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.table.column("token_ids").combine_chunks().flatten())
+    def read(self) -> pyarrow.Table:
+        return read_rollout_table(self.path)
 
 
 def read_files(run_folder: Path) -> tuple[list[RolloutFile], list[str]]:
@@ -44,9 +47,21 @@ def read_files(run_folder: Path) -> tuple[list[RolloutFile], list[str]]:
     files, notes = [], []
     for is_evaluation, step, path in sorted(found):
         try:
-            files.append(RolloutFile(step=step, is_evaluation=is_evaluation, table=read_rollout_table(path)))
+            table = read_rollout_table(path, _SCANNED)
         except TrackingError as error:
             notes.append(f"A file of rollouts was left out: {error}.")
+            continue
+        num_tokens = len(table.column("token_ids").combine_chunks().flatten())
+        files.append(
+            RolloutFile(
+                path=path,
+                step=step,
+                is_evaluation=is_evaluation,
+                num_rollouts=table.num_rows,
+                num_tokens=num_tokens,
+                metrics=group_metrics(table),
+            )
+        )
     return files, notes
 
 
@@ -58,7 +73,7 @@ def choose(files: Sequence[RolloutFile], max_rollouts: int, max_tokens: int) -> 
         max_rollouts: most rollouts together.
         max_tokens: most completion tokens together.
     """
-    rollouts, tokens = sum(f.table.num_rows for f in files), sum(f.num_tokens for f in files)
+    rollouts, tokens = sum(f.num_rollouts for f in files), sum(f.num_tokens for f in files)
     share = min(1.0, max_rollouts / max(rollouts, 1), max_tokens / max(tokens, 1))
     if share == 1.0 or not files:
         return list(files)
@@ -67,13 +82,12 @@ def choose(files: Sequence[RolloutFile], max_rollouts: int, max_tokens: int) -> 
     return [file for i, file in enumerate(files) if i in places]
 
 
-def group_metrics(file: RolloutFile) -> dict[str, float]:
+def group_metrics(table: pyarrow.Table) -> dict[str, float]:
     """What metrics.jsonl does not hold and health rules can use, keys as in `rlbench.checks.health_signal`.
 
     `groups/length_reward_correlation`: of length and reward, each minus its group's mean; absent without spread.
     `groups/repeated_completion_frac`: completions that equal an earlier one of their group.
     """
-    table = file.table
     groups: dict[str, list[int]] = {}
     for row, prompt in enumerate(table.column("prompt_id").to_pylist()):
         groups.setdefault(prompt, []).append(row)
@@ -90,8 +104,8 @@ def group_metrics(file: RolloutFile) -> dict[str, float]:
 
 
 def metrics_by_step(files: Sequence[RolloutFile]) -> Mapping[int, dict[str, float]]:
-    """`group_metrics` of every training step."""
-    return {file.step: group_metrics(file) for file in files if not file.is_evaluation}
+    """The metrics of every training step."""
+    return {file.step: dict(file.metrics) for file in files if not file.is_evaluation}
 
 
 def _without_mean(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

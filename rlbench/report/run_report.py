@@ -95,7 +95,7 @@ def _page(
     run: RunRecord, files: Sequence[RolloutFile], samples: Samples, *, has_tokens: bool, notes: Sequence[str]
 ) -> str:
     charts, zero = charts_of(run)
-    num_rollouts, num_shown = sum(file.table.num_rows for file in files), len(samples.index["step"])
+    num_rollouts, num_shown = sum(file.num_rollouts for file in files), len(samples.index["step"])
     links = [("health", "Health"), ("curves", "Curves"), ("settings", "Settings"), ("files", "Files")]
     parts: list[Html | None] = [
         sections.section("health", "Health", sections.notes_list(notes),

@@ -11,10 +11,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlbench.report.rollout_files import RolloutFile
 from rlbench.report.token_pieces import Vocabulary
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _FIRST_CHARACTER = 35  # "#": above the quote, so that JSON escapes next to nothing
 MAX_LEVEL = 89
@@ -42,48 +45,50 @@ def pack_samples(files: Sequence[RolloutFile], vocabulary: Vocabulary | None, an
         vocabulary: of the model; None leaves tokens out.
         answer_column: of the data row, shown beside the completions.
     """
-    names = list(dict.fromkeys(name for file in files for name in component_columns(file)))
-    index: dict[str, Any] = {key: [] for key in _COLUMNS} | {"components": {name: [] for name in names}}
+    index: dict[str, Any] = {key: [] for key in _COLUMNS} | {"components": {}}
     prompts: dict[str, int] = {}
     chunks = []
     for number, file in enumerate(files):
-        _add_to_index(index, file, number, prompts, names)
-        chunks.append(_compress(_texts(file, vocabulary, names, answer_column)))
+        table = file.read()
+        _add_components(index, table)
+        index["chunk"] += [number] * table.num_rows
+        index["step"] += [file.step] * table.num_rows
+        index["isEval"] += [int(file.is_evaluation)] * table.num_rows
+        _add_to_index(index, table, prompts)
+        chunks.append(_compress(_texts(table, vocabulary, answer_column)))
     return Samples(index=index | {"prompts": list(prompts)}, chunks=tuple(chunks))
 
 
 _COLUMNS = ("chunk", "row", "step", "isEval", "prompt", "sample", "reward", "advantage", "isCut", "tokens")
 
 
-def component_columns(file: RolloutFile) -> list[str]:
+def component_columns(table: pyarrow.Table) -> list[str]:
     """Names of the reward components of a file."""
-    found = [name for name in file.table.column_names if name.startswith("component_") and not name.endswith(SUFFIXES)]
+    found = [name for name in table.column_names if name.startswith("component_") and not name.endswith(SUFFIXES)]
     return [name.removeprefix("component_") for name in found]
 
 
-def _add_to_index(index: dict[str, Any], file: RolloutFile, number: int, prompts: dict[str, int], names: Sequence[str]):
-    table = file.table
-    num = table.num_rows
-    index["chunk"] += [number] * num
-    index["row"] += range(num)
-    index["step"] += [file.step] * num
-    index["isEval"] += [int(file.is_evaluation)] * num
+def _add_components(index: dict[str, Any], table: pyarrow.Table) -> None:
+    """Values by component; None for the rollouts of files without it."""
+    num_before = len(index["step"])
+    for name in component_columns(table):
+        index["components"].setdefault(name, [None] * num_before)
+    for name, values in index["components"].items():
+        key = f"component_{name}"
+        values += _rounded(table.column(key).to_pylist()) if key in table.column_names else [None] * table.num_rows
+
+
+def _add_to_index(index: dict[str, Any], table: pyarrow.Table, prompts: dict[str, int]) -> None:
+    index["row"] += range(table.num_rows)
     index["prompt"] += [prompts.setdefault(p, len(prompts)) for p in table.column("prompt_id").to_pylist()]
     index["sample"] += table.column("sample_index").to_pylist()
     index["reward"] += _rounded(table.column("reward").to_pylist())
     index["advantage"] += _rounded(table.column("advantage").to_pylist())
     index["isCut"] += [int(reason == "length") for reason in table.column("finish_reason").to_pylist()]
     index["tokens"] += table.column("token_ids").combine_chunks().value_lengths().to_pylist()
-    own = set(component_columns(file))
-    for name in names:
-        values = table.column(f"component_{name}").to_pylist() if name in own else [None] * num
-        index["components"][name] += _rounded(values)
 
 
-def _texts(
-    file: RolloutFile, vocabulary: Vocabulary | None, names: Sequence[str], answer_column: str
-) -> dict[str, Any]:
-    table = file.table
+def _texts(table: pyarrow.Table, vocabulary: Vocabulary | None, answer_column: str) -> dict[str, Any]:
     texts, ids = table.column("completion_text").to_pylist(), table.column("token_ids").to_pylist()
     lengths = [
         vocabulary.lengths(tokens, text) if vocabulary else None for tokens, text in zip(ids, texts, strict=True)
@@ -98,16 +103,16 @@ def _texts(
         "logprobs": ["".join(_character(_level(p)) for p in row) for row in logprobs],
         "prompts": dict(zip(prompt_ids, table.column("prompt_text").to_pylist(), strict=True)),
         "answers": {prompt: answer for prompt, answer in zip(prompt_ids, answers, strict=True) if answer is not None},
-        "messages": _messages(file, names),
+        "messages": _messages(table),
     }  # fmt: skip
 
 
-def _messages(file: RolloutFile, names: Sequence[str]) -> dict[int, list[str]]:
+def _messages(table: pyarrow.Table) -> dict[int, list[str]]:
     """By row: what went wrong with a reward component."""
     found: dict[int, list[str]] = {}
-    for name in set(component_columns(file)) & set(names):
-        statuses = file.table.column(f"component_{name}_status").to_pylist()
-        texts = file.table.column(f"component_{name}_message").to_pylist()
+    for name in component_columns(table):
+        statuses = table.column(f"component_{name}_status").to_pylist()
+        texts = table.column(f"component_{name}_message").to_pylist()
         for row, (status, text) in enumerate(zip(statuses, texts, strict=True)):
             if status not in (None, "value"):
                 found.setdefault(row, []).append(f"{name}: {status}" + (f", {text}" if text else ""))

@@ -9,7 +9,7 @@ from rlbench.checks.health import Finding
 from rlbench.report.curves import Chart, column
 from rlbench.report.markup import Html, join, tag
 from rlbench.report.run_folder import RunRecord
-from rlbench.report.svg_chart import LEFT, NUM_COLOURS, RIGHT, WIDTH, draw, x_range
+from rlbench.report.svg_chart import LEFT, NUM_COLOURS, RIGHT, WIDTH, colour_class, colours, draw, x_range
 from rlbench.tracking.formats import format_duration, format_number
 from rlbench.tracking.metrics import metric_spec
 from rlbench.tracking.run_summary import quarter_change
@@ -101,8 +101,8 @@ def chart_grid(charts: Sequence[Chart], zero: Sequence[str] = ()) -> Html:
 
 def _figure(chart: Chart, index: int) -> Html:
     names = [
-        tag("span", tag("i", class_=f"key c{i % NUM_COLOURS}"), curve.label, class_="legend-entry")
-        for i, curve in enumerate(chart.curves)
+        tag("span", tag("i", class_=f"key {colour_class(i)}"), curve.label, _dash_text(i), class_="legend-entry")
+        for i, curve in zip(colours(chart), chart.curves, strict=True)
     ]
     title = tag("h3", chart.title, tag("small", chart.unit) if chart.unit else None)
     return tag(
@@ -112,6 +112,10 @@ def _figure(chart: Chart, index: int) -> Html:
             aria_label=f"{chart.title}. Arrow keys read the values."),
         tag("output", chart.note, class_="readout", data_note=chart.note),
     )  # fmt: skip
+
+
+def _dash_text(number: int) -> str:
+    return ("", " (dashed)", " (dotted)")[min(number // NUM_COLOURS, 2)]
 
 
 def chart_data(chart: Chart) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rlbench.report.markup import Html, join, tag
 WIDTH, HEIGHT = 480, 232
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 36
 NUM_COLOURS = 8
+MARKS_WIDTH, MARK_DISTANCE = 48.0, 5.0  # pixels that the marks of several curves at one step take; between two of them
 Scale = Callable[[float], float]
 Point = tuple[float, float]
 
@@ -29,16 +30,29 @@ def draw(chart: Chart) -> Html:
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - y_low) / (y_high - y_low))
 
-    drawn = list(enumerate(curves))
+    drawn = list(zip(colours(chart), curves, strict=True))
     parts = [_grid(chart, y_ticks, x, y, x_low, x_high)]
     if chart.is_stacked:
         parts += [_layer(curve, i, x, y) for i, curve in drawn]
     else:
         parts += [_band(curve, i, x, y) for i, curve in drawn if curve.low and not curve.is_points]
-        parts += [_marks(c, i, x, y) if c.is_points else _line(c, i, x, y) for i, c in drawn]
+        parts += [_line(c, i, x, y) for i, c in drawn if not c.is_points]
+        points = [(i, c) for i, c in drawn if c.is_points]
+        middle, distance = (len(points) - 1) / 2, _mark_distance(len(points))
+        parts += [_marks(c, i, x, y, distance * (place - middle)) for place, (i, c) in enumerate(points)]
     parts += [_limit(label, value, y) for label, value in chart.limits.items() if y_low <= value <= y_high]
     parts.append(tag("line", class_="cursor", y1=TOP, y2=HEIGHT - BOTTOM, x1=LEFT, x2=LEFT, visibility="hidden"))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=describe(chart))
+
+
+def colours(chart: Chart) -> list[int]:
+    """Number of each curve's colour; from NUM_COLOURS on they come again, dashed."""
+    return [i if curve.colour is None else curve.colour for i, curve in enumerate(chart.curves)]
+
+
+def colour_class(number: int) -> str:
+    dash = number // NUM_COLOURS
+    return f"c{number % NUM_COLOURS}" + (f" dash{min(dash, 2)}" if dash else "")
 
 
 def x_range(chart: Chart) -> tuple[float, float]:
@@ -72,7 +86,15 @@ def _stacked(curves: Sequence[Curve]) -> list[Curve]:
 def _x_range(curves: Sequence[Curve]) -> tuple[float, float]:
     steps = [step for curve in curves for step in (curve.steps[0], curve.steps[-1])]
     low, high = min(steps), max(steps)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high == low:
+        return low - 0.5, high + 0.5
+    num_points = sum(curve.is_points for curve in curves)
+    room = _mark_distance(num_points) * (num_points - 1) / 2 / (WIDTH - LEFT - RIGHT) if num_points > 1 else 0.0
+    return low - room * (high - low), high + room * (high - low)
+
+
+def _mark_distance(num_curves: int) -> float:
+    return min(MARK_DISTANCE, MARKS_WIDTH / max(num_curves, 1))
 
 
 def _y_ticks(chart: Chart, curves: Sequence[Curve]) -> list[float]:
@@ -112,10 +134,10 @@ def _line(curve: Curve, index: int, x: Scale, y: Scale) -> Html:
     for points in _runs(curve, x, y):
         if len(points) == 1:
             parts.append(
-                tag("circle", cx=_r(points[0][0]), cy=_r(points[0][1]), r=2.5, class_=f"mark {_colour(index)}")
+                tag("circle", cx=_r(points[0][0]), cy=_r(points[0][1]), r=2.5, class_=f"mark {colour_class(index)}")
             )
         else:
-            parts.append(tag("path", d=_path(points), class_=f"line {_colour(index)}"))
+            parts.append(tag("path", d=_path(points), class_=f"line {colour_class(index)}"))
     return join(*parts)
 
 
@@ -126,7 +148,7 @@ def _band(curve: Curve, index: int, x: Scale, y: Scale) -> Html:
         known = [(s, a, b) for s, a, b in stretch if is_known and a is not None and b is not None]
         if len(known) > 1:
             outline = [(x(s), y(b)) for s, _, b in known] + [(x(s), y(a)) for s, a, _ in reversed(known)]
-            parts.append(tag("path", d=_path(outline) + "Z", class_=f"band {_colour(index)}"))
+            parts.append(tag("path", d=_path(outline) + "Z", class_=f"band {colour_class(index)}"))
     return join(*parts)
 
 
@@ -135,22 +157,25 @@ def _layer(curve: Curve, index: int, x: Scale, y: Scale) -> Html:
     if len(known) == 1:  # one step has no area: a bar
         ((_, low, high),) = known
         top, bottom = y(high or 0.0), y(low or 0.0)
-        return tag("rect", x=LEFT + 8, width=40, y=_r(top), height=_r(bottom - top), class_=f"layer {_colour(index)}")
+        return tag(
+            "rect", x=LEFT + 8, width=40, y=_r(top), height=_r(bottom - top), class_=f"layer {colour_class(index)}"
+        )
     outline = [(x(s), y(b or 0.0)) for s, _, b in known] + [(x(s), y(a or 0.0)) for s, a, _ in reversed(known)]
-    return tag("path", d=_path(outline) + "Z", class_=f"layer {_colour(index)}")
+    return tag("path", d=_path(outline) + "Z", class_=f"layer {colour_class(index)}")
 
 
-def _marks(curve: Curve, index: int, x: Scale, y: Scale) -> Html:
+def _marks(curve: Curve, index: int, x: Scale, y: Scale, shift: float) -> Html:
     parts = []
     low = curve.low or [None] * len(curve.steps)
     high = curve.high or [None] * len(curve.steps)
     for step, value, a, b in zip(curve.steps, curve.values, low, high, strict=True):
         if value is None:
             continue
+        place = _r(x(step) + shift)
         if a is not None and b is not None:
-            parts.append(tag("line", x1=_r(x(step)), x2=_r(x(step)), y1=_r(y(a)), y2=_r(y(b)),
-                             class_=f"line {_colour(index)}"))  # fmt: skip
-        parts.append(tag("circle", cx=_r(x(step)), cy=_r(y(value)), r=4, class_=f"mark {_colour(index)}"))
+            parts.append(tag("line", x1=place, x2=place, y1=_r(y(a)), y2=_r(y(b)),
+                             class_=f"line {colour_class(index)}"))  # fmt: skip
+        parts.append(tag("circle", cx=place, cy=_r(y(value)), r=4, class_=f"mark {colour_class(index)}"))
     return join(*parts)
 
 
@@ -164,10 +189,6 @@ def _limit(label: str, value: float, y: Scale) -> Html:
 
 def _path(points: Sequence[Point]) -> str:
     return "M" + "L".join(f"{_r(a)} {_r(b)}" for a, b in points)
-
-
-def _colour(index: int) -> str:
-    return f"c{index % NUM_COLOURS}"
 
 
 def _r(value: float) -> float:

@@ -82,8 +82,12 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rollout_table(path: str | Path) -> pyarrow.Table:
+def read_rollout_table(path: str | Path, columns: Sequence[str] | None = None) -> pyarrow.Table:
     """A rollout file as it is stored, for those who read columns.
+
+    Args:
+        path: of the file.
+        columns: to read; None reads all.
 
     Raises:
         TrackingError: as `read_rollouts`.
@@ -93,7 +97,7 @@ def read_rollout_table(path: str | Path) -> pyarrow.Table:
 
     try:
         with Path(path).open("rb") as file:
-            return pyarrow.parquet.read_table(file)
+            return pyarrow.parquet.read_table(file, columns=None if columns is None else list(columns))
     except OSError as error:
         raise TrackingError.from_os_error("read the rollouts in", Path(path), error) from error
     except pyarrow.ArrowInvalid as error:

@@ -49,6 +49,7 @@ def test_the_run_folder_is_complete(finished):
 
     assert config["optim"]["lr"] == 0.02 and config["engine"]["kind"] == "hf"
     assert "engine.kind" in json.loads((run_folder / "derived.json").read_text())
+    assert json.loads((run_folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__
     assert len(rollouts) == 32
     assert {r["policy_version"] for r in rollouts} == {0}
     assert {r["adapter_fingerprint"] for r in rollouts} != {"base"}

@@ -47,3 +47,14 @@ def test_runs_that_differ_in_nothing_are_said_to(tmp_path, read_page):
     runs = [make_run(tmp_path / name, 1, 1e-4, 0.1) for name in "ab"]
 
     assert "All settings are the same." in read_page(write_comparison(runs, tmp_path / "x.html")).text
+
+
+def test_a_run_keeps_its_colour_in_charts_that_another_has_no_part_in(tmp_path):
+    runs = [make_run(tmp_path / name, 1, 1e-4, 0.1) for name in "ab"]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "phase": "train", "policy/entropy": 0.5}\n')
+
+    page = write_comparison(runs, tmp_path / "x.html").read_text()
+
+    entropy = page[page.index("Entropy of the policy") :]
+    assert entropy.index('class="key c1"') < entropy.index("</figcaption>") and "mark c1" in entropy

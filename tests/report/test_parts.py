@@ -8,7 +8,7 @@ import pytest
 from rlbench.report.axes import step_ticks, tick_text, ticks
 from rlbench.report.curves import Chart, Curve, thin
 from rlbench.report.markup import Html, tag
-from rlbench.report.rollout_files import choose, group_metrics, read_files
+from rlbench.report.rollout_files import choose, read_files
 from rlbench.report.samples import _level, pack_samples
 from rlbench.report.svg_chart import describe, draw
 from rlbench.report.token_pieces import Vocabulary, read_vocabulary
@@ -131,7 +131,7 @@ def test_group_metrics_are_within_groups(tmp_path):
 
     (file,), _ = read_files(write_run(tmp_path / "run", 1, groups=groups))
 
-    metrics = group_metrics(file)
+    metrics = file.metrics
     assert metrics["groups/length_reward_correlation"] == pytest.approx(1.0)
     assert metrics["groups/repeated_completion_frac"] == pytest.approx(1 / 5)
 
