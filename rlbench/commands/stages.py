@@ -12,33 +12,31 @@ class Stage:
     prepare: Callable[[Any], Any]
     plan_rows: Callable[[Any, Any], list[Any]]
     build: Callable[[Any], Any]
-    loop: Callable[..., Any]  # a TrainingLoop
+    load_loop: Callable[[], Callable[..., Any]]  # imports torch, returns the class of a TrainingLoop
     learned: Mapping[str, str]  # metrics that the summary compares, by the name it gives them; empty: the rewards
 
 
 def load_stage(name: str) -> Stage:
-    """The stage that `stage=` names. Heavy libraries are imported here."""
+    """The stage that `stage=` names. Nothing heavy is imported: a wrong path must not wait for torch."""
     return {"rl": _rl, "sft": _sft, "preference": _preference}[name]()
 
 
 def _rl() -> Stage:
     from rlbench.build import build, prepare
     from rlbench.commands.plan import plan_rows
-    from rlbench.loops.rl import RlLoop
 
-    return Stage(prepare=prepare, plan_rows=plan_rows, build=build, loop=RlLoop, learned={})
+    return Stage(prepare=prepare, plan_rows=plan_rows, build=build, load_loop=_rl_loop, learned={})
 
 
 def _sft() -> Stage:
     from rlbench.build_offline import build_offline, prepare_sft
     from rlbench.commands.plan_offline import sft_plan_rows
-    from rlbench.loops.sft import SftLoop
 
     return Stage(
         prepare=prepare_sft,
         plan_rows=sft_plan_rows,
         build=build_offline,
-        loop=SftLoop,
+        load_loop=_sft_loop,
         learned={"loss, nats a token": "loss/nll"},
     )
 
@@ -46,12 +44,29 @@ def _sft() -> Stage:
 def _preference() -> Stage:
     from rlbench.build_offline import build_offline, prepare_preference
     from rlbench.commands.plan_offline import preference_plan_rows
-    from rlbench.loops.preference import PreferenceLoop
 
     return Stage(
         prepare=prepare_preference,
         plan_rows=preference_plan_rows,
         build=build_offline,
-        loop=PreferenceLoop,
+        load_loop=_preference_loop,
         learned={"loss": "loss/preference", "margin": "preference/margin", "accuracy": "preference/accuracy"},
     )
+
+
+def _rl_loop() -> Callable[..., Any]:
+    from rlbench.loops.rl import RlLoop
+
+    return RlLoop
+
+
+def _sft_loop() -> Callable[..., Any]:
+    from rlbench.loops.sft import SftLoop
+
+    return SftLoop
+
+
+def _preference_loop() -> Callable[..., Any]:
+    from rlbench.loops.preference import PreferenceLoop
+
+    return PreferenceLoop

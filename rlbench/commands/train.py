@@ -89,7 +89,8 @@ def _run(
 
     tracker = _tracker(inputs, checkpoint, run_folder, console)
     stop = StopRequest(console.warning)
-    loop = stage.loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
+    make_loop = stage.load_loop()
+    loop = make_loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
     failures: dict[type[Exception], int] = {
         NonFiniteError: 3,
         TrackingError: 4,
