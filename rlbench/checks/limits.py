@@ -33,8 +33,9 @@ FLOORS = {"float32": Gap(1e-4, 1e-3, 5e-3), "bfloat16": Gap(1e-2, 5e-2, 2e-1)}
 # (engine, device, dtype, quantization) -> an honest pair on sampled tokens of SmolLM2-135M-Instruct at temperature 1.
 # cpu: the largest of as sampled, scored with an adapter, scored without it, 16 completions
 # (scripts/measure_identity.py, scripts/results/identity_cpu.json). cuda: one H100, vLLM 0.26 against a transformers
-# model bound to its tensors, no adapter; nf4 on 8,000 tokens with the float32 logits of today (0.042 mean with bf16
-# ones), none on 15,000 tokens with bf16 logits, so a little wide. Where it comes from: scripts/measure_rounding.py.
+# model bound to its tensors, no adapter; nf4 on 8,000 tokens with the float32 logits of today, 0.042 mean with bf16
+# ones (scripts/results/shared_base_h100.json); none on 15,000 tokens with bf16 logits, so a little wide. Where it comes
+# from: scripts/measure_rounding.py.
 MEASURED: Mapping[tuple[str, str, str, str], Gap] = {
     ("hf", "cpu", "float32", "none"): Gap(8.5e-6, 2.3e-5, 3.1e-5),
     ("hf", "cpu", "bfloat16", "none"): Gap(0.039, 0.22, 0.47),

@@ -84,3 +84,24 @@ def test_uniforms_are_uniform_and_differ_by_seed_and_position():
     assert 0 <= float(values.min()) and float(values.max()) < 1
     counts = torch.histc(values, bins=20, min=0, max=1)
     assert ((counts - 1000).square() / 1000).sum() < 43.8  # 99.9% quantile with 19 degrees of freedom
+
+
+def test_blocks_of_the_vocabulary_change_nothing():
+    torch.manual_seed(0)
+    logits = torch.randn(200, 1000)  # seven blocks and a part
+    uniforms = counter_uniforms(range(200), 0)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+    tokens, _ = draw_tokens(logits, SamplingParams(max_tokens=1), uniforms)
+
+    assert tokens.equal(expected)
+
+
+def test_blocks_without_weight_are_never_drawn_from():
+    logits = torch.full((1, 700), -math.inf)
+    logits[0, [300, 301, 450]] = 0.0
+
+    for uniform, token in ((0.0, 300), (1 / 3 + 1e-9, 301), (2 / 3 + 1e-9, 450), (1 - 2**-53, 450)):
+        drawn, _ = draw_tokens(logits, SamplingParams(max_tokens=1), torch.tensor([uniform], dtype=torch.float64))
+        assert int(drawn) == token
