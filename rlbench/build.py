@@ -51,7 +51,7 @@ class BaseParts:
 
     base: PreTrainedModel
     policy: Policy
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
     def close(self) -> None:
         """End what runs beside this process."""
@@ -117,12 +117,14 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
         rows["test"] = load_rows(config.data, "test", row_problem)
 
     from rlbench.models.device import hardware_facts
+    from rlbench.models.memory import derive_recompute
 
     facts = hardware_facts(config.hardware.profile)
     derived = derive(config, facts)
     model = resolve_model(config.model)
     from transformers import AutoTokenizer
 
+    derived += derive_recompute(config, facts, _text_config(model))
     tokenizer = AutoTokenizer.from_pretrained(str(model.folder), local_files_only=True)
     return BaseInputs(
         config=config,
@@ -154,6 +156,7 @@ def build(inputs: Inputs) -> Parts:
             torch.set_num_threads(config.hardware.num_threads or 1)
         base, engine = _base_and_engine(inputs, device)
         policy = Policy(base, config.lora, seed=config.seed)
+        policy.set_recompute(config.training.recompute, config.training.recompute_layers)
         return Parts(
             base=base,
             policy=policy,

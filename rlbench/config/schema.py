@@ -232,7 +232,7 @@ class ChecksConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes)
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.99
@@ -244,7 +244,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ["adamw"])
+        check_choice("optim.name", self.name, ["adamw", "adamw_8bit"])
         check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
         check_range("optim.lr", self.lr, low=0, is_low_open=True)
         check_range("optim.beta1", self.beta1, low=0, high=1)
@@ -259,11 +259,21 @@ class OptimConfig:
 class TrainingConfig:
     num_steps: int | None = None  # optimizer steps
     tokens_per_microbatch: int | None = None  # packed tokens of one forward
+    # what is computed again in the backward pass: auto (as little as fits) | none | full: all but the layer's input |
+    # except_attention: all but queries, keys, values and the attention's output
+    recompute: str = AUTO
+    recompute_layers: int | None = None  # the first layers that do it; null: derived with recompute=auto, else all
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite: skipped, then the run stops
 
     def __post_init__(self) -> None:
         check_range("training.num_steps", self.num_steps, low=1)
         check_range("training.tokens_per_microbatch", self.tokens_per_microbatch, low=1)
+        check_choice("training.recompute", self.recompute, [AUTO, "none", "except_attention", "full"])
+        check_range("training.recompute_layers", self.recompute_layers, low=1)
+        if self.recompute_layers is not None and self.recompute == "none":
+            raise ValueError(
+                f"training.recompute_layers is {self.recompute_layers}, but training.recompute=none recomputes no layer"
+            )
         check_range("training.max_bad_steps", self.max_bad_steps, low=1)
 
 

@@ -23,6 +23,7 @@ from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import Lora, Nf4Weight, add_rms_norm, apply_rope, lora_linear, lora_mlp, lora_qkv, rms_norm
 
 _ADAPTER = "default"
+Run = Callable[..., Any]  # (function, *arguments) -> its result
 PATCHED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -42,7 +43,7 @@ def patch_model(model: nn.Module, family: str) -> Counter[str]:
         kernel = table.get(type(module))
         if kernel is not None and _can_replace(module, kernel):
             replaced[type(module).__name__] += 1
-            module.__class__ = _combined(kernel, type(module))
+            module.__class__ = combined(kernel, type(module))
     return replaced
 
 
@@ -86,19 +87,11 @@ class KernelAttention(KernelModule):
     layer_idx: int
     scaling: float
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: object = None,
-        *,
-        attention_context: AttentionContext,
-        **unused: object,
-    ) -> tuple[Tensor, None]:
-        """[1, T, D] -> [1, T, D]."""
-        del unused
-        assert attention_mask is None and past_key_values is None and len(hidden_states) == 1
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, T, D] -> queries [1, H, T, d], keys and values [1, K, T, d]; queries and keys are rotated."""
+        assert len(hidden_states) == 1
         bases, loras, biases = zip(*map(projection, (self.q_proj, self.k_proj, self.v_proj)), strict=True)
         results = lora_qkv(hidden_states[0], bases, loras, biases)  # [T, H d], [T, K d], [T, K d]
         query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
@@ -106,25 +99,61 @@ class KernelAttention(KernelModule):
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
         cos, sin = (x[0] for x in position_embeddings)  # [T, d]
         query, key = apply_rope(query, key, cos, sin)
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H or K, T, d]
-        output = attention_context.attend(self.layer_idx, query, key, value, self.scaling)  # [1, T, H, d]
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return query, key, value
+
+    def attend(self, context: AttentionContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """-> [1, T, H, d]."""
+        return context.attend(self.layer_idx, query, key, value, self.scaling)
+
+    def mix(self, attended: Tensor) -> Tensor:
+        """[1, T, H, d] -> [1, T, D]."""
         base, lora, bias = projection(self.o_proj)
-        output = output.reshape(*output.shape[:2], -1)
+        output = attended.reshape(*attended.shape[:2], -1)
         if lora is None:
-            return lora_qkv(output, [base], [None], [bias])[0], None
-        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias), None
+            return lora_qkv(output, [base], [None], [bias])[0]
+        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias)
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 class KernelLayer(KernelModule):
+    """`rlbench.models.recompute` sets how the layer's whole, or its parts around the attention, are run."""
+
     input_layernorm: Callable[[Tensor], Tensor]
     post_attention_layernorm: Any
-    self_attn: Callable[..., tuple[Tensor, Any]]
+    self_attn: Any
     mlp: Callable[[Tensor], Tensor]
+    run_whole: Run = staticmethod(call)
+    run_parts: Run = staticmethod(call)
 
-    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **_used(kwargs))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: object = None,
+        *,
+        attention_context: AttentionContext,
+        **unused: object,
+    ) -> Tensor:
+        """[1, T, D] -> [1, T, D]."""
+        del unused
+        assert attention_mask is None and past_key_values is None
+        return self.run_whole(self._compute, hidden_states, position_embeddings, attention_context)
+
+    def _compute(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        heads = self.run_parts(self._before_attention, hidden, position_embeddings)
+        return self.run_parts(self._after_attention, self.self_attn.attend(context, *heads), hidden)
+
+    def _before_attention(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return self.self_attn.project(self.input_layernorm(hidden), position_embeddings)
+
+    def _after_attention(self, attended: Tensor, hidden: Tensor) -> Tensor:
         norm = self.post_attention_layernorm
-        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        normed, residual = add_rms_norm(self.self_attn.mix(attended), hidden, norm.weight, norm.variance_epsilon)
         return residual + self.mlp(normed)
 
 
@@ -142,12 +171,6 @@ def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight, Lora | None, Tenso
 
 def _frozen(layer: nn.Module) -> Tensor | Nf4Weight:
     return layer.nf4 if isinstance(layer, Nf4Linear) else layer.weight  # type: ignore[return-value]
-
-
-def _used(kwargs: dict[str, object]) -> dict[str, object]:
-    """What attention reads; `position_ids` and cache flags are for other implementations."""
-    names = ("position_embeddings", "attention_mask", "past_key_values", "attention_context")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _table(family: str) -> dict[type, type]:
@@ -170,7 +193,7 @@ def _can_replace(module: Any, kernel: type) -> bool:
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
-def _combined(kernel: type, original: type) -> type:
+def combined(kernel: type, original: type) -> type:
     """A class whose forward is the kernel's and whose everything else is the original's."""
     if (kernel, original) not in _CLASSES:
         _CLASSES[kernel, original] = type(f"Kernel{original.__name__}", (kernel, original), {})

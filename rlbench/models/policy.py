@@ -22,6 +22,7 @@ from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
 from rlbench.models.patch import describe, is_patch_useful, patch_model
+from rlbench.models.recompute import set_recompute
 from rlbench.models.warm_start import find_adapter
 
 
@@ -49,6 +50,17 @@ class Policy:
         self.patched = ""  # which modules compute through kernels
         if is_patch_useful(self.device):
             self.patched = describe(patch_model(tree, tree.config.get_text_config().model_type))
+
+    def set_recompute(self, mode: str, num_layers: int | None) -> None:
+        """Compute activations of the first `num_layers` layers (None: all) again in the backward pass.
+
+        Args:
+            mode: none, except_attention or full, see `rlbench.models.recompute`.
+
+        Raises:
+            ValueError: the layers cannot do that.
+        """
+        set_recompute(self._tree, mode, num_layers)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,137 @@
+"""How much device memory a step's activations take, and which layers are recomputed so that they fit.
+
+Shapes: T packed tokens, D hidden, H query heads, K key-value heads, d head dimension, I intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlbench.config.derive import Derivation, HardwareFacts
+from rlbench.config.schema import AUTO, RunConfig
+from rlbench.models.patch import PATCHED_FAMILIES
+from rlbench.models.recompute import EXCEPT_ATTENTION, FULL, NONE
+
+GIB = 2**30
+_NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those
+_RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
+_VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What decides how much a decoder layer keeps."""
+
+    num_layers: int
+    hidden: int  # D
+    query: int  # H d
+    key: int  # K d
+    intermediate: int  # I
+    has_qk_norm: bool
+
+    @property
+    def linear_weights(self) -> int:
+        """Numbers in the matrices of one layer."""
+        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @classmethod
+    def from_config(cls, config: Any) -> LayerShape:
+        """
+        Args:
+            config: the text config of a transformers model.
+        """
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            query=heads * dim,
+            key=(config.num_key_value_heads or heads) * dim,
+            intermediate=config.intermediate_size,
+            has_qk_norm="qwen3" in config.model_type,
+        )
+
+    def kept(self, mode: str) -> int:
+        """Numbers that a kernel-backed layer keeps for each token until its backward pass."""
+        if mode == FULL:
+            return self.hidden
+        attention = self.hidden + 2 * self.query + 2 * self.key  # input, q, k, v, attention's output
+        if mode == EXCEPT_ATTENTION:
+            return attention
+        qk_norm = self.query + self.key if self.has_qk_norm else 0
+        return attention + qk_norm + 3 * self.hidden + 2 * self.intermediate  # both norms' outputs, the second residual
+
+
+def kept_bytes(shape: LayerShape, mode: str, num_recomputed: int, num_tokens: int, item_bytes: int) -> int:
+    """Bytes of activations alive when the forward ends, and of the one layer that is computed again."""
+    kept = num_recomputed * shape.kept(mode) + (shape.num_layers - num_recomputed) * shape.kept(NONE)
+    again = shape.kept(NONE) if num_recomputed and mode != NONE else 0
+    return num_tokens * item_bytes * (kept + again)
+
+
+def choose_recompute(shape: LayerShape, num_tokens: int, item_bytes: int, available: int) -> tuple[str, int]:
+    """The mode and the number of layers that cost the least time and fit.
+
+    Args:
+        num_tokens: T of one forward.
+        item_bytes: of one number.
+        available: bytes for activations.
+
+    Returns:
+        ("none", 0) if all fits; ("full", all layers) if nothing does.
+    """
+    for mode in (EXCEPT_ATTENTION, FULL):
+        for number in range(shape.num_layers + 1):
+            if kept_bytes(shape, mode, number, num_tokens, item_bytes) <= available:
+                return (mode, number) if number else (NONE, 0)
+    return FULL, shape.num_layers
+
+
+def derive_recompute(config: RunConfig, facts: HardwareFacts, text_config: Any) -> list[Derivation]:
+    """Fill training.recompute and training.recompute_layers in place where they are left open.
+
+    Args:
+        text_config: of the model, from transformers.
+    """
+    training = config.training
+    if training.recompute != AUTO:
+        return []
+    mode, number, reason = _choose(config, facts, text_config)
+    found = [Derivation(key="training.recompute", value=mode, reason=reason)]
+    training.recompute = mode
+    if number:
+        training.recompute_layers = number
+        found.append(Derivation(key="training.recompute_layers", value=number, reason=reason))
+    return found
+
+
+def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[str, int, str]:
+    if config.hardware.profile == "cpu":
+        return NONE, 0, "cpu profile: time is scarcer than memory"
+    if text_config.model_type not in PATCHED_FAMILIES:
+        return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
+    shape = LayerShape.from_config(text_config)
+    tokens = config.training.tokens_per_microbatch or 1
+    item = 2 if config.model.dtype == "bfloat16" else 4
+    is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
+    base = base_bytes(shape, text_config, item, is_nf4=config.model.quantization == "nf4")
+    reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB + backward_bytes(shape, tokens, item)
+    available = int(0.95 * facts.memory_gib * GIB - base - reserved)
+    mode, number = choose_recompute(shape, tokens, item, available)
+    needed = kept_bytes(shape, NONE, 0, tokens, item) / GIB
+    words = f"{tokens} tokens keep {needed:.1f} GiB of activations, {max(0, available) / GIB:.1f} GiB are left for them"
+    return mode, number, words
+
+
+def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, is_nf4: bool) -> int:
+    """Bytes of the frozen weights."""
+    linear = shape.num_layers * shape.linear_weights
+    tables = text_config.vocab_size * shape.hidden * (1 if text_config.tie_word_embeddings else 2)
+    return int(linear * (_NF4_BYTES if is_nf4 else item_bytes) + tables * item_bytes)
+
+
+def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:
+    """The largest moment of one layer's backward pass: gradients inside the MLP, and its matrices made dense."""
+    gradients = num_tokens * (4 * shape.intermediate + 4 * shape.hidden)
+    return item_bytes * (gradients + 2 * shape.intermediate * shape.hidden)

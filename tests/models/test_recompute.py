@@ -1,0 +1,163 @@
+"""Recomputed layers give the same gradients, bit for bit, and keep as little as the planner says."""
+
+import pytest
+import torch
+
+from rlbench.config.derive import HardwareFacts
+from rlbench.config.schema import RunConfig
+from rlbench.data.packing import pack
+from rlbench.models.memory import LayerShape, base_bytes, choose_recompute, derive_recompute, kept_bytes
+from rlbench.models.patch import patch_model, unpatch_model
+from rlbench.models.recompute import FULL, set_recompute
+from tests.models.test_packed_attention import SAMPLES
+from tests.models.test_patch import hidden_and_gradients, make_policy
+
+LLAMA_8B = LayerShape(num_layers=32, hidden=4096, query=4096, key=1024, intermediate=14336, has_qk_norm=False)
+
+
+def patched_policy(name: str):
+    policy = make_policy(name)
+    patch_model(policy._tree, name)
+    return policy
+
+
+def assert_same(policy, expected):
+    hidden, grads = hidden_and_gradients(policy)
+    assert torch.equal(hidden, expected[0])
+    for key, grad in grads.items():
+        assert torch.equal(grad, expected[1][key]), key
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("mode", ["except_attention", "full"])
+@pytest.mark.parametrize("num_layers", [1, None])
+def test_gradients_are_the_same_bits(name, mode, num_layers):
+    policy = patched_policy(name)
+    expected = hidden_and_gradients(policy)
+
+    policy.set_recompute(mode, num_layers)
+
+    assert_same(policy, expected)
+
+
+def test_layers_of_transformers_recompute_too_and_can_be_unpatched():
+    policy = make_policy("llama")
+    before = [type(module) for module in policy._tree.modules()]
+    expected = hidden_and_gradients(policy)
+
+    policy.set_recompute(FULL, None)
+
+    assert_same(policy, expected)
+    unpatch_model(policy._tree)
+    assert [type(module) for module in policy._tree.modules()] == before
+
+
+def test_attention_of_layers_without_kernels_cannot_be_kept():
+    with pytest.raises(ValueError, match="training.recompute is except_attention"):
+        make_policy("llama").set_recompute("except_attention", None)
+
+
+def saved_numbers(policy) -> int:
+    """Numbers that the forward keeps for the backward pass, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack_hook(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            found[storage.data_ptr()] = (storage.nbytes() // tensor.element_size(), tensor)
+        return tensor
+
+    (batch,) = pack(SAMPLES, tokens_per_microbatch=1000, device="cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        policy.hidden(batch)
+    return sum(number for number, _ in found.values())
+
+
+def test_less_is_kept():
+    kept = {}
+    for mode in ("none", "except_attention", "full"):
+        policy = patched_policy("llama")
+        policy.set_recompute(mode, None)
+        kept[mode] = saved_numbers(policy)
+
+    assert kept["full"] < 0.5 * kept["except_attention"] < 0.5 * 0.7 * kept["none"]
+
+
+def test_without_gradient_nothing_is_wrapped(monkeypatch):
+    policy = patched_policy("llama")
+    set_recompute(policy._tree, FULL)
+    monkeypatch.setattr("rlbench.models.recompute.checkpoint", None)
+
+    with policy.reference():
+        policy.hidden(pack(SAMPLES, tokens_per_microbatch=1000, device="cpu")[0])
+
+
+def test_the_planner_takes_the_cheapest_that_fits():
+    tokens = 8192
+    everything = kept_bytes(LLAMA_8B, "none", 0, tokens, 2)
+    # 55,296 numbers a token and layer: the sum in the docstring of `LayerShape.kept`
+    assert everything == 32 * tokens * 2 * (6 * 4096 + 2 * 1024 + 2 * 14336)
+
+    assert choose_recompute(LLAMA_8B, tokens, 2, everything) == ("none", 0)
+    mode, number = choose_recompute(LLAMA_8B, tokens, 2, everything // 2)
+    assert mode == "except_attention" and 16 < number < 32
+    assert kept_bytes(LLAMA_8B, mode, number, tokens, 2) <= everything // 2
+    assert kept_bytes(LLAMA_8B, mode, number - 1, tokens, 2) > everything // 2
+    mode, number = choose_recompute(LLAMA_8B, tokens, 2, everything // 6)
+    assert mode == "full" and number < 32
+    assert choose_recompute(LLAMA_8B, tokens, 2, 0) == ("full", 32)
+
+
+def test_shapes_are_read_from_a_models_config():
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=9728,
+    )  # fmt: skip
+
+    assert LayerShape.from_config(config) == LayerShape(
+        num_layers=36, hidden=2560, query=4096, key=1024, intermediate=9728, has_qk_norm=True
+    )
+
+
+def derived(memory_gib: float, **options):
+    from transformers import AutoConfig
+
+    config = RunConfig(stage="sft")
+    config.hardware.profile, config.model.dtype, config.model.quantization = "gpu", "bfloat16", "nf4"
+    config.training.tokens_per_microbatch = 8192
+    for name, value in options.items():
+        setattr(config.training, name, value)
+    facts = HardwareFacts(
+        device="cuda", device_name="a GPU", num_cores=8, memory_gib=memory_gib, matmul_gflops={}, vllm_problem=""
+    )
+    llama = AutoConfig.for_model(
+        "llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    found = derive_recompute(config, facts, llama)
+    return config.training, found, llama
+
+
+def test_a_big_card_recomputes_nothing_and_a_small_one_as_much_as_it_must():
+    training, found, _ = derived(79.0)
+    assert training.recompute == "none" and "GiB of activations" in found[0].reason
+
+    training, found, _ = derived(23.5)
+    assert training.recompute in ("except_attention", "full") and 0 < training.recompute_layers <= 32
+    assert [d.key for d in found] == ["training.recompute", "training.recompute_layers"]
+
+
+def test_what_the_user_sets_stays():
+    training, found, _ = derived(23.5, recompute="full")
+
+    assert not found and training.recompute == "full" and training.recompute_layers is None
+
+
+def test_the_nf4_base_of_8b_has_the_size_it_has():
+    _, _, llama = derived(79.0)
+
+    # 6.979 billion weights in 4.127 bits each and two bf16 tables of 128,256 x 4,096
+    assert base_bytes(LLAMA_8B, llama, 2, is_nf4=True) / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
