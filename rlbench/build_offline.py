@@ -95,8 +95,14 @@ def build_offline(inputs: BaseInputs) -> BaseParts:
     device = "cuda" if config.hardware.profile == "gpu" else "cpu"
     if device == "cpu":
         torch.set_num_threads(config.hardware.num_threads or 1)
-    base = load_base(str(inputs.model.folder), dtype=getattr(torch, config.model.dtype), device=device)
+    base = load_base(
+        str(inputs.model.folder),
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        quantization=config.model.quantization,
+    )
     policy = Policy(base, config.lora, seed=config.seed)
+    policy.set_recompute(config.training.recompute, config.training.recompute_layers)
     return BaseParts(base=base, policy=policy, optimizer=make_optimizer(policy.parameters(), config.optim))
 
 

@@ -100,11 +100,6 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     fill("model.dtype", *_dtype(facts))
     if config.stage == "rl":
         _derive_online(config, facts, fill)
-    elif config.model.quantization != "none":
-        raise ValueError(
-            f"model.quantization is {config.model.quantization}, which only stage=rl can have, from its engine; "
-            "expected none"
-        )
     if config.stage == "preference":
         defaults = config.preference.resolved_defaults(has_warm_start=config.lora.init_from is not None)
         for name, (value, reason) in defaults.items():

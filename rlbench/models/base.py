@@ -3,34 +3,93 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from rlbench.models.nf4_linear import Nf4Linear
 from rlbench.models.quiet import no_progress_bars
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load_base(path: str, *, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def load_base(
+    path: str, *, dtype: torch.dtype, device: str | torch.device, quantization: str = "none"
+) -> PreTrainedModel:
     """Load a causal language model from a local folder (safetensors), frozen and in evaluation mode.
 
     Args:
         path: folder with config.json and weights; see `rlbench.models.source` for hub ids and GGUF files.
         dtype: of all weights.
         device: where the weights go.
+        quantization: "nf4" quantises all linear layers but the head while they are loaded, with double quantisation;
+            a checkpoint that is in NF4 already stays as it is.
 
     Raises:
-        ValueError: if the folder holds no model that transformers can load.
+        ValueError: if the folder holds no model that transformers can load, or one with another quantization.
     """
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        check_bitsandbytes()
+        options = {"quantization_config": _nf4_config(dtype), "device_map": {"": device}}
     try:
+        found = getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None)
+        _check_quantization(path, found, quantization)
+        if found is not None:
+            options.pop("quantization_config")  # the checkpoint's own holds
         with no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
+        if str(error).startswith("model.quantization"):
+            raise
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
-    return model.to(device=device).requires_grad_(False).eval()
+    if quantization == "nf4":
+        _keep_bytes(model)
+    else:
+        model.to(device=device)
+    return model.requires_grad_(False).eval()
+
+
+def check_bitsandbytes() -> None:
+    """
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "model.quantization is nf4, which needs the package bitsandbytes where no engine quantises; expected it "
+            "installed (pip install bitsandbytes), or model.quantization=none"
+        )
+
+
+def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What vLLM does to a dense checkpoint."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_quantization(path: str, found: Any, wanted: str) -> None:
+    found = found.to_dict() if hasattr(found, "to_dict") else found
+    is_nf4 = bool(found) and bool(found.get("load_in_4bit")) and found.get("bnb_4bit_quant_type") == "nf4"
+    if found and not (is_nf4 and wanted == "nf4"):
+        kind = "nf4" if is_nf4 else found.get("quant_method", "unknown")
+        hint = "expected model.quantization=nf4" if is_nf4 else "expected a checkpoint that is dense or in NF4"
+        raise ValueError(f"model.quantization is {wanted}, but the checkpoint {path} is quantised ({kind}); {hint}")
+
+
+def _keep_bytes(model: nn.Module) -> None:
+    """Layers of bitsandbytes become ours over the same bytes."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            bias = None if module.bias is None else module.bias.data
+            model.set_submodule(name, Nf4Linear(weight.data, weight.quant_state, bias))
 
 
 def share_base(model: ModelT) -> ModelT:
