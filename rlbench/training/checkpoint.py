@@ -141,13 +141,20 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
         values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if values:
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
+                key: _state_value(key, value, parameter.device) for key, value in values.items()
             }
+
+
+def _state_value(key: str, value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
+    """torch keeps the step as a tensor on the host, bitsandbytes as a plain number."""
+    if key == "step":
+        return value if value.is_floating_point() else int(value)
+    return value.to(device)
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}|{key}": value.detach().cpu().contiguous()
+        f"{name}|{key}": torch.as_tensor(value).detach().cpu().clone()
         for name, parameter in policy.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +12,29 @@ from torch import nn
 from rlbench.config.schema import OptimConfig
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over float32 parameters; the learning rate is set before each step by `set_lr`."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=parameters[0].is_cuda,
-    )
+def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over float32 parameters; the learning rate is set before each step by `set_lr`.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; in 8 bits Dettmers et al. 2022, arXiv:2110.02861.
+
+    Raises:
+        ValueError: optim.name needs a package that is not installed.
+    """
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"optim.name is {config.name}, which needs the package bitsandbytes; expected it installed, or adamw"
+        )
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

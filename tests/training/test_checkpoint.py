@@ -1,5 +1,6 @@
 """Checkpoints: complete, checked, restored bit for bit."""
 
+import functools
 import json
 
 import pytest
@@ -18,22 +19,27 @@ def make_update(policy, optimizer, seed: int) -> None:
     assert train_step(policy, batches, optimizer, AlgorithmConfig(), temperature=1.0, max_grad_norm=1.0).is_applied
 
 
-def start(base):
+def start(base, name: str = "adamw"):
     policy = make_policy(base)
-    return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01))
+    return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01, name=name))
 
 
 def save(folder, policy, optimizer, step: int, keep_last: int = 2):
     return save_checkpoint(folder, policy, optimizer, {"step": step, "n": 7}, base_name="tiny", keep_last=keep_last)
 
 
-def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path):
-    policy, optimizer = start(tiny_base)
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path, name, monkeypatch):
+    if name == "adamw_8bit":
+        optim = pytest.importorskip("bitsandbytes.optim.adamw")
+        # the tiny model's matrices have fewer numbers than bitsandbytes would quantise the moments of
+        monkeypatch.setattr(optim, "AdamW8bit", functools.partial(optim.AdamW8bit, min_8bit_size=16))
+    policy, optimizer = start(tiny_base, name)
     for seed in range(4):
         make_update(policy, optimizer, seed)
         if seed == 1:
             save(tmp_path, policy, optimizer, 2)
-    restored, its_optimizer = start(tiny_base)
+    restored, its_optimizer = start(tiny_base, name)
     checkpoint, _ = find_checkpoint(tmp_path)
     restore(checkpoint, restored, its_optimizer)
     for seed in (2, 3):
@@ -41,6 +47,8 @@ def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path):
 
     assert restored.adapter().fingerprint() == policy.adapter().fingerprint()
     assert checkpoint.state == {"step": 2, "n": 7}
+    moments = {value.dtype for state in optimizer.state.values() for key, value in state.items() if key == "state1"}
+    assert moments == ({torch.uint8} if name == "adamw_8bit" else set())
 
 
 def test_only_the_newest_are_kept(tiny_base, tmp_path):
