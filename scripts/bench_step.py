@@ -1,0 +1,386 @@
+"""One training step on one GPU (forward, backward, AdamW) against the libraries that a user would take instead.
+
+    python scripts/bench_step.py [--cases dense:llama-3.1-8b:nf4,..] [--impls rlbench,unsloth,trl] [--output FILE.json]
+
+Batches: dense (8 sequences of 1,024 tokens, cross-entropy of all), long (one of 16,384), grpo (16 prompts of 200 tokens
+with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate). Random weights, LoRA of
+rank 16 on all linear layers. Implementations, each in a process of its own:
+
+    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, ...
+    unsloth    its model, patches and checkpointing ("unsloth": offloaded; off: none); GRPO by its GRPOTrainer
+    trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO by TRL's GRPOTrainer
+
+Times are wall times of whole steps with the device synchronised, the median over the steps after the warm-up; memory is
+the allocator's peak, weights included. The matmul rate is measured in every process before and after: a case whose two
+rates differ by more than 3% is marked. Tokens: dense and long count all, grpo the completions' (those without signal
+too). The floor is 4 x weights x tokens FLOPs at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from random_models import num_weights, random_model
+
+RANK, ALPHA = 16, 32
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES = "dense:llama-3.1-8b:nf4,grpo:llama-3.1-8b:nf4,dense:qwen3-4b:none,dense:qwen2.5-1.5b:none,long:qwen3-4b:nf4"
+IMPLS = (
+    "rlbench:auto@8192,rlbench:full@8192,rlbench:full@4096,rlbench:except_attention@8192,unsloth:unsloth,unsloth:off,"
+    "trl:on,trl:off"
+)
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo")
+WARM_UP, TIMED, MAX_TIMED_S = 3, 8, 20.0
+PROMPT_TOKENS, GROUP_SIZE, NUM_PROMPTS = 200, 8, 16
+Step = Callable[[], None]
+
+
+class Batch(NamedTuple):
+    rows: list[list[int]]  # token ids; grpo: of the completions
+    prompts: list[list[int]]  # grpo: by group
+    advantages: list[float]  # grpo: by completion
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+
+def make_batch(kind: str, vocab: int) -> Batch:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocab, (count,), generator=generator).tolist()
+
+    if kind != "grpo":
+        return Batch([ids(n) for n in ([1024] * 8 if kind == "dense" else [16_384])], [], [])
+    count = NUM_PROMPTS * GROUP_SIZE
+    lengths = torch.randint(50, 1001, (count,), generator=generator).tolist()
+    advantages = torch.randn(NUM_PROMPTS, GROUP_SIZE, generator=generator)
+    advantages[::3] = 0.0
+    return Batch(
+        [ids(n) for n in lengths], [ids(PROMPT_TOKENS) for _ in range(NUM_PROMPTS)], advantages.ravel().tolist()
+    )
+
+
+def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
+    import torch
+    from transformers import AutoConfig
+
+    from rlbench.config.schema import AlgorithmConfig, LoraConfig, OptimConfig, RunConfig
+    from rlbench.data.packing import pack
+    from rlbench.models.base import load_base
+    from rlbench.models.device import hardware_facts
+    from rlbench.models.memory import derive_recompute
+    from rlbench.models.policy import Policy
+    from rlbench.training.optim import make_optimizer
+    from rlbench.training.sft_step import sft_step
+    from rlbench.training.step import train_step
+    from rlbench.training.update import make_minibatches
+
+    mode, tokens = option.split("@")
+    config = RunConfig(stage="sft")
+    config.hardware.profile, config.model.dtype, config.model.quantization = "gpu", "bfloat16", quantization
+    config.training.recompute, config.training.tokens_per_microbatch = mode, max(int(tokens), max(map(len, batch.rows)))
+    for found in derive_recompute(config, hardware_facts("gpu"), AutoConfig.from_pretrained(folder)):
+        print(found, file=sys.stderr)
+    base = load_base(folder, dtype=torch.bfloat16, device="cuda", quantization=quantization)
+    policy = Policy(base, LoraConfig(rank=RANK, alpha=ALPHA), seed=0)
+    policy.set_recompute(config.training.recompute, config.training.recompute_layers)
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-5))
+    budget = config.training.tokens_per_microbatch
+    samples = make_samples(kind, batch)
+    algorithm = AlgorithmConfig(importance="off")
+    if kind != "grpo":
+        return lambda: check(sft_step(
+            policy, pack(samples, tokens_per_microbatch=budget, device="cuda"), optimizer, max_grad_norm=0
+        ))  # fmt: skip
+
+    def step() -> None:
+        (minibatch,) = make_minibatches(
+            samples, algorithm, tokens_per_microbatch=budget, max_completion_tokens=1000, device="cuda"
+        )
+        check(train_step(
+            policy, minibatch.microbatches, optimizer, algorithm, temperature=1.0, max_grad_norm=0,
+            totals=minibatch.totals,
+        ))  # fmt: skip
+
+    return step
+
+
+def make_samples(kind: str, batch: Batch) -> list[Any]:
+    """Dense rows are a prompt of one token and the rest."""
+    from rlbench.records import TrainingSample
+
+    samples = []
+    for index, row in enumerate(batch.rows):
+        is_grpo = kind == "grpo"
+        prompt = batch.prompts[index // GROUP_SIZE] if is_grpo else row[:1]
+        completion = row if is_grpo else row[1:]
+        advantage = batch.advantages[index] if is_grpo else 0.0
+        samples.append(
+            TrainingSample(
+                group_id=str(index // GROUP_SIZE if is_grpo else index),
+                prompt_token_ids=tuple(prompt),
+                token_ids=tuple(completion),
+                sampling_logprobs=(-10.0,) * len(completion),
+                advantages=(advantage,) * len(completion),
+                loss_mask=(True,) * len(completion),
+            )
+        )
+    return samples
+
+
+def check(result: Any) -> None:
+    if not result.is_applied:
+        raise RuntimeError("the step was not finite")
+
+
+def unsloth_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
+    import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (patches what comes after it)
+
+    if kind == "grpo":
+        import trl  # noqa: F401
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    checkpointing: Any = "unsloth" if option == "unsloth" else False
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=max(2048, max(map(len, batch.rows))), load_in_4bit=quantization == "nf4",
+        use_gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=LINEARS, bias="none", random_state=0,
+        use_gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    FastLanguageModel.for_training(model)
+    return peer_step(model, tokenizer, kind, batch, {})
+
+
+def trl_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
+    import liger_kernel.transformers as liger  # pyright: ignore[reportMissingImports]
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    family = AutoConfig.from_pretrained(folder).model_type
+    getattr(liger, f"apply_liger_kernel_to_{family}")()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+    )
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS))
+    is_on = option == "on"
+    if is_on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    return peer_step(model, AutoTokenizer.from_pretrained(folder), kind, batch, {"gradient_checkpointing": is_on})
+
+
+def peer_step(model: Any, tokenizer: Any, kind: str, batch: Batch, options: dict[str, Any]) -> Step:
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    if kind == "grpo":
+        parts, loss_of = grpo_parts(model, tokenizer, batch, options)
+    else:
+        ids = torch.tensor(batch.rows, device="cuda")
+        parts = [{"input_ids": ids, "labels": ids}]
+        loss_of = lambda part: model(**part).loss  # noqa: E731
+
+    def step() -> None:
+        for part in parts:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = loss_of(part)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not torch.isfinite(loss):
+            raise RuntimeError("the loss is not finite")
+
+    return step
+
+
+def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]) -> tuple[list[Any], Any]:
+    """One padded microbatch a group, as the trainer splits a batch of 16 x 8, and the trainer's loss of one."""
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore
+
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=GROUP_SIZE, num_generations=GROUP_SIZE,
+        gradient_accumulation_steps=NUM_PROMPTS, max_completion_length=1000, beta=0.0, bf16=True, report_to="none",
+        **options,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "w5"}] * 128),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = NUM_PROMPTS
+    model = trainer.model
+    model.train()  # pyright: ignore[reportOptionalMemberAccess]
+    total = torch.tensor(batch.num_tokens, device="cuda")
+    parts = []
+    for group, prompt in enumerate(batch.prompts):
+        rows = batch.rows[group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
+        longest = max(map(len, rows))
+        parts.append({
+            "prompt_ids": torch.tensor([prompt] * GROUP_SIZE, device="cuda"),
+            "prompt_mask": torch.ones(GROUP_SIZE, len(prompt), dtype=torch.long, device="cuda"),
+            "completion_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows], device="cuda"),
+            "completion_mask": torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device="cuda"
+            ),
+            "advantages": torch.tensor(batch.advantages[group * GROUP_SIZE : (group + 1) * GROUP_SIZE], device="cuda"),
+            "num_items_in_batch": total,
+        })  # fmt: skip
+    return parts, lambda part: trainer.compute_loss(model, dict(part))
+
+
+STEPS = {"rlbench": rlbench_step, "unsloth": unsloth_step, "trl": trl_step}
+
+
+def matmul_tflops() -> float:
+    import torch
+
+    left, right = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.mm(left, right)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * 8192**3 / statistics.median(times[2:]) / 1e12
+
+
+def run_worker(case: str, impl: str) -> None:
+    kind, shape, quantization = case.split(":")
+    name, option = impl.split(":")
+    if name == "unsloth":
+        import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (must come before torch's other users)
+    import torch
+
+    before = matmul_tflops()
+    torch.cuda.empty_cache()
+    batch = make_batch(kind, 1000)
+    step = STEPS[name](random_model(shape, quantization), quantization, kind, option, batch)
+
+    def report(metric: str, value: float, unit: str) -> None:
+        row = {"case": case.replace(":", ", "), "impl": impl, "metric": metric, "value": value, "unit": unit}
+        print("ROW " + json.dumps(row), flush=True)
+
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    report("resident", torch.cuda.memory_allocated() / 2**20, "MiB")
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < TIMED and sum(times) < MAX_TIMED_S:
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+    report("step", 1e3 * seconds, "ms")
+    report("step, slowest", 1e3 * max(times), "ms")
+    report("tokens", batch.num_tokens / seconds, "tokens/s")
+    report("peak", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+    report("reserved", torch.cuda.max_memory_reserved() / 2**20, "MiB")
+    torch.cuda.empty_cache()
+    after = matmul_tflops()
+    report("matmul rate", before, "TFLOP/s")
+    if kind != "grpo":
+        floor = 4 * num_weights(shape) * batch.num_tokens / (before * 1e12)
+        report("share of the floor", floor / seconds, "fraction")
+    if abs(after / before - 1) > 0.03:
+        report("matmul rate after, differs by more than 3%", after, "TFLOP/s")
+
+
+def run_case(case: str, impl: str, timeout_s: float) -> list[dict[str, Any]]:
+    """Its rows; a last one with the error if it did not finish."""
+    command = [sys.executable, __file__, "--worker", case, impl]
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=timeout_s, check=False,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired as expired:
+            output, failure = (expired.stdout or b"").decode(), f"not done after {timeout_s:.0f} s"
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    shown = {row["metric"]: row["value"] for row in rows}
+    print(f"{case} {impl}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()), flush=True)
+    for line in lines:
+        if line.startswith("Derivation"):
+            print(line, flush=True)
+    if failure:
+        print(f"did not finish ({failure}):\n" + "\n".join(lines[-12:]), flush=True)
+        last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]
+        rows.append({"case": case.replace(":", ", "), "impl": impl, "error": f"{failure}; {last}"})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", nargs=2, metavar=("CASE", "IMPL"))
+    parser.add_argument("--make", metavar="SHAPE:QUANTIZATION")
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--impls", default=IMPLS)
+    parser.add_argument("--timeout-s", type=float, default=150)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_h100.json")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        run_worker(*arguments.worker)
+        return
+    if arguments.make:
+        random_model(*arguments.make.split(":"))
+        return
+    rows: list[dict[str, Any]] = []
+    for case in arguments.cases.split(","):
+        _, shape, quantization = case.split(":")
+        # in a process of its own: what it allocates must not count
+        subprocess.run([sys.executable, __file__, "--make", f"{shape}:{quantization}"], check=True)
+        for impl in arguments.impls.split(","):
+            rows += run_case(case, impl, arguments.timeout_s)
+            write(arguments, rows)
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    result = {
+        "command": f"python scripts/bench_step.py --cases {arguments.cases} --impls {arguments.impls}",
+        "device": torch.cuda.get_device_name(), "versions": versions, "commit": arguments.commit, "rows": rows,
+    }  # fmt: skip
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
