@@ -85,9 +85,10 @@ def prompts(count: int, length: int = 40) -> list[list[int]]:
     return [torch.randint(10, 5000, (length,), generator=generator).tolist() for _ in range(count)]
 
 
-def scored(pair, prompt_ids, completion_ids) -> torch.Tensor:
+def scored(pair, prompt_ids, completion_ids, temperature: float = 1.0) -> torch.Tensor:
     """float32 [N]: the trainer's logprobs of all completions."""
-    return trainer_logprobs(pair.policy, pack_sequences(prompt_ids, completion_ids, pair.policy.device))[0].cpu()
+    batch = pack_sequences(prompt_ids, completion_ids, pair.policy.device)
+    return trainer_logprobs(pair.policy, batch, temperatures=(temperature,))[0].cpu()
 
 
 def gaps(pair) -> torch.Tensor:
@@ -112,6 +113,21 @@ def test_engine_and_trainer_agree_on_sampled_tokens_with_an_adapter(pair):
 
     print(f"{pair.quantization}: gap mean {found.mean():.4f}, p99 {found.quantile(0.99):.4f}, max {found.max():.4f}")
     assert found.mean() < MAX_GAP[pair.quantization]
+
+
+def test_plain_logprobs_beside_truncated_draws_are_the_trainers(pair):
+    sync(pair)
+    chosen, sampling = prompts(32), SamplingParams(max_tokens=32, temperature=0.8, top_p=0.9)
+    completions = pair.engine.generate(chosen, sampling, list(range(32)))
+    sampled = torch.tensor([logprob for c in completions for logprob in c.sampling_logprobs])
+    plain = torch.tensor([logprob for c in completions for logprob in c.plain_logprobs])
+    found = (plain - scored(pair, chosen, [c.token_ids for c in completions], temperature=0.8)).abs()
+
+    print(f"{pair.quantization}: top_p 0.9, gap mean {found.mean():.4f}, p99 {found.quantile(0.99):.4f}")
+    assert found.mean() < MAX_GAP[pair.quantization]
+    kept = (plain - sampled).exp()  # probability of the tokens that top_p left: at least 0.9 by its definition
+    assert kept.min() > 0.9 - 1e-3 and kept.max() < 1 + 1e-3
+    assert kept.median() < 0.99
 
 
 def test_an_adapter_of_another_version_shows_as_a_gap(pair):
