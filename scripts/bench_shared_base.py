@@ -40,10 +40,10 @@ RANK = 16
 KV_GIB = 16.0
 
 
-def random_model(shape: str) -> str:
-    """Folder with a model of that shape, random bfloat16 weights."""
+def random_model(shape: str, smollm2: str) -> str:
+    """Folder with a model of that shape, random bfloat16 weights, and SmolLM2's tokenizer: the peers want one."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(tempfile.gettempdir()) / "rlbench-random-models" / shape
     if not (folder / "config.json").is_file():
@@ -51,6 +51,7 @@ def random_model(shape: str) -> str:
         config = AutoConfig.for_model(options.pop("model_type"), **options, max_position_embeddings=8192)
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        AutoTokenizer.from_pretrained(smollm2_folder(smollm2)).save_pretrained(folder)
         model.save_pretrained(folder)
     return str(folder)
 
@@ -58,9 +59,13 @@ def random_model(shape: str) -> str:
 def model_folder(name: str, smollm2: str) -> str:
     if name in SHAPES:
         # In a process of its own: what it allocates must not count below.
-        code = f"import bench_shared_base as b; b.random_model({name!r})"
+        code = f"import bench_shared_base as b; b.random_model({name!r}, {smollm2!r})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        return random_model(name)
+        return random_model(name, smollm2)
+    return smollm2_folder(smollm2)
+
+
+def smollm2_folder(smollm2: str) -> str:
     from rlbench.config.schema import ModelConfig
     from rlbench.models.source import resolve_model
 
@@ -140,8 +145,7 @@ def measure(folder: str, name: str, quantization: str, report: Any) -> None:
     report("wake with canary", 1e3 * statistics.median(wakes), "ms")
     report("given back by sleep", statistics.median(freed), "MiB")
     report("growth of reserved memory over 20 cycles", reserved[-1] - reserved[0], "MiB")
-    for seeded in (True, False):
-        report_rate(lambda n: generate(engine, random_prompts(n), n, seeded), report, seeded)  # noqa: B023
+    report_rate(lambda n: generate(engine, random_prompts(n), n), report)
     if name not in SHAPES:
         report_gap(folder, engine, policy, report, "with adapter")
     engine.close()
@@ -152,6 +156,7 @@ def measure_vllm(folder: str, name: str, quantization: str, report: Any) -> None
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
+    nothing = used_mib()
     with tempfile.TemporaryDirectory() as adapter:
         write_adapter(folder, adapter)
         start = time.perf_counter()
@@ -162,20 +167,19 @@ def measure_vllm(folder: str, name: str, quantization: str, report: Any) -> None
             enable_lora=True, max_loras=1, max_lora_rank=RANK, logprobs_mode="processed_logprobs",
         )  # fmt: skip
         report("engine start", time.perf_counter() - start, "s")
+        report("engine alone, less KV", used_mib() - nothing - KV_GIB * 1024, "MiB")
         request = LoRARequest("policy", 1, adapter)
 
-        def run(number: int, seeded: bool) -> None:
+        def run(number: int) -> None:
             llm.reset_prefix_cache()
-            seeds = [1000 * number + i if seeded else None for i in range(256)]
             sampling = [
-                SamplingParams(max_tokens=256, logprobs=0, seed=seed, ignore_eos=True, detokenize=False)
-                for seed in seeds
+                SamplingParams(max_tokens=256, logprobs=0, seed=1000 * number + i, ignore_eos=True, detokenize=False)
+                for i in range(256)
             ]
             prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts(number)]
             llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
 
-        for seeded in (True, False):
-            report_rate(lambda n: run(n, seeded), report, seeded)  # noqa: B023
+        report_rate(run, report)
 
 
 def write_adapter(folder: str, adapter: str) -> None:
@@ -244,21 +248,15 @@ def random_prompts(number: int) -> list[list[int]]:
     return [torch.randint(10, 40_000, (128,), generator=generator).tolist() for _ in range(256)]
 
 
-def report_rate(run: Any, report: Any, seeded: bool) -> None:
+def report_rate(run: Any, report: Any) -> None:
     rates = [256 * 256 / timed(lambda: run(number)) for number in range(3)]  # noqa: B023
-    label = "a seed a sample" if seeded else "no seeds"
-    report(f"generation with adapter, 256 x 256 tokens, {label}", statistics.median(rates), "tokens/s")
+    report("generation with adapter, 256 x 256 tokens, a seed a sample", statistics.median(rates), "tokens/s")
 
 
-def generate(engine: Any, prompts: list[list[int]], number: int, seeded: bool) -> None:
-    from rlbench.engine.vllm_requests import params
+def generate(engine: Any, prompts: list[list[int]], number: int) -> None:
     from rlbench.records import SamplingParams
 
-    if seeded:
-        engine.generate(prompts, SamplingParams(max_tokens=256), [1000 * number + i for i in range(256)])
-        return
-    engine._drop_prefixes()
-    engine._run(prompts, [params(max_tokens=256, temperature=1.0, logprobs=0) for _ in prompts], use_adapter=True)
+    engine.generate(prompts, SamplingParams(max_tokens=256), [1000 * number + i for i in range(256)])
 
 
 def report_gap(folder: str, engine: Any, policy: Any, report: Any, adapter: str) -> None:
