@@ -43,7 +43,7 @@ class CopyTargets:
     index: int  # of the LoRA in the buffers
     ranks: dict[str, int]  # of every layer that the adapter names
     names: list[str]  # those that have a slot
-    copied: list[Tensor]  # A [rank, in] of each name, then B [rank, out], transposed, of each
+    copied: list[Tensor]  # A [rank, in] of each name, then B [out, rank] of each
     zeroed: list[Tensor]  # the rest of the buffers
 
 
@@ -74,7 +74,7 @@ class AdapterWorker:
             targets = self.__dict__["rlbench_targets"] = _copy_targets(self._rlbench_manager(), index, ranks)
         with torch.no_grad():
             scaled = torch._foreach_mul([lora_b[name] for name in targets.names], scaling)
-            sources = [lora_a[name] for name in targets.names] + [b.T for b in scaled]
+            sources = [lora_a[name] for name in targets.names] + list(scaled)
             torch._foreach_copy_(targets.copied, sources)  # casts, and crosses devices
             if targets.zeroed:
                 torch._foreach_zero_(targets.zeroed)
@@ -169,13 +169,12 @@ class OneAdapterMatmul:
 def _copy_targets(manager: Any, index: int, ranks: dict[str, int]) -> CopyTargets:
     slots = _adapter_slots(manager)
     names = [name for name in slots if name in ranks]
-    rows_a = [slots[name].lora_a(index) for name in names]
-    rows_b = [slots[name].lora_b(index).T for name in names]
-    used = [ranks[name] for name in names] * 2
-    rests = [row[rank:] for row, rank in zip(rows_a + rows_b, used, strict=True)]
+    copied = [slots[name].lora_a(index)[: ranks[name]] for name in names]
+    copied += [slots[name].lora_b(index)[:, : ranks[name]] for name in names]
+    rests = [slots[name].lora_a(index)[ranks[name] :] for name in names]
+    rests += [slots[name].lora_b(index)[:, ranks[name] :] for name in names]
     for name in slots.keys() - ranks.keys():
         rests += [slots[name].lora_a(index), slots[name].lora_b(index)]
-    copied = [row[:rank] for row, rank in zip(rows_a + rows_b, used, strict=True)]
     return CopyTargets(index, ranks, names, copied, [rest for rest in rests if rest.numel()])
 
 

@@ -31,7 +31,7 @@ class Adapter:
             for name in sorted(tensors):
                 tensor = tensors[name].detach().cpu().contiguous()
                 digest.update(f"{kind}:{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-                digest.update(tensor.numpy().tobytes())
+                digest.update(tensor.reshape(-1).numpy().data)
         return digest.hexdigest()[:16]
 
 
