@@ -9,10 +9,12 @@ C longest completion input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +22,48 @@ if TYPE_CHECKING:
     from rlbench.records import TrainingSample
 
 
+Span = tuple[int, int]  # first packed row, number of rows
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
-    """Where prompts and completions lie in the packed row, as index tensors (int64, on the model's device).
+    """Where prompts and completions lie in the packed row. Held on the host: no device is asked for lengths."""
+
+    prompts: tuple[Span, ...]  # of each group
+    completions: tuple[Span, ...]  # inputs of each completion; may be empty
+    group_of_completion: tuple[int, ...]
+    device: torch.device  # the model's
+
+    @property
+    def lengths(self) -> list[tuple[int, list[int]]]:
+        """Of each group: tokens of the prompt, and of each completion's input."""
+        groups: list[tuple[int, list[int]]] = [(length, []) for _, length in self.prompts]
+        for group, (_, length) in zip(self.group_of_completion, self.completions, strict=True):
+            groups[group][1].append(length)
+        return groups
+
+    def padded(self) -> PaddedLayout:
+        """The same as index tensors, for attention over padded batches."""
+        prompt_rows, prompt_lengths = _padded_rows(self.prompts)
+        completion_rows, completion_lengths = _padded_rows(self.completions)
+        first = prompt_rows.numel()
+        slots = [(start, i * prompt_rows.shape[1], length) for i, (start, length) in enumerate(self.prompts)]
+        slots += [
+            (start, first + i * completion_rows.shape[1], length) for i, (start, length) in enumerate(self.completions)
+        ]
+        return PaddedLayout(
+            prompt_rows=prompt_rows.to(self.device),
+            prompt_lengths=prompt_lengths.to(self.device),
+            completion_rows=completion_rows.to(self.device),
+            completion_lengths=completion_lengths.to(self.device),
+            group_of_completion=torch.tensor(self.group_of_completion, dtype=torch.int64, device=self.device),
+            unpad_index=_ranges((slot, length) for _, slot, length in sorted(slots)).to(self.device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedLayout:
+    """Index tensors of a `PackedLayout`, int64.
 
     Padding entries of the row indices are 0: attention masks them out, `unpad_index` never reads them.
     """
@@ -135,79 +176,62 @@ def _distribute(parts: list[list[TrainingSample]], budget: int) -> list[list[lis
 
 def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Microbatch:
     token_ids: list[int] = []
-    position_ids: list[int] = []
-    prompt_spans: list[tuple[int, int]] = []
-    completion_spans: list[tuple[int, int]] = []
+    prompts: list[Span] = []
+    completions: list[Span] = []
+    positions: list[Span] = []  # first position, number: of each prompt and completion input
     group_of_completion: list[int] = []
-    predict_rows: list[int] = []
+    predicting: list[Span] = []
     for group_index, part in enumerate(parts):
         prompt = part[0].prompt_token_ids
-        prompt_spans.append((len(token_ids), len(prompt)))
+        prompts.append((len(token_ids), len(prompt)))
+        positions.append((0, len(prompt)))
         token_ids += prompt
-        position_ids += range(len(prompt))
         last_prompt_row = len(token_ids) - 1
         for sample in part:
             start, length = len(token_ids), len(sample.token_ids) - 1
-            completion_spans.append((start, length))
+            completions.append((start, length))
+            positions.append((len(prompt), length))
             group_of_completion.append(group_index)
-            predict_rows += [last_prompt_row, *range(start, start + length)]
+            predicting += [(last_prompt_row, 1), (start, length)]
             token_ids += sample.token_ids[:-1]
-            position_ids += range(len(prompt), len(prompt) + length)
     samples = [sample for part in parts for sample in part]
+    counts = torch.tensor([len(sample.token_ids) for sample in samples])
 
-    def int64(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def flat(name: str, dtype: type[np.generic]) -> Tensor:
+        values = chain.from_iterable(getattr(sample, name) for sample in samples)
+        return torch.from_numpy(np.fromiter(values, dtype, int(counts.sum()))).to(device)
 
-    def flat(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([x for s in samples for x in getattr(s, name)], dtype=dtype, device=device)
-
-    targets = flat("token_ids", torch.int64)
+    targets = flat("token_ids", np.int64)
     return Microbatch(
-        token_ids=int64(token_ids),
-        position_ids=int64(position_ids),
-        layout=_layout(prompt_spans, completion_spans, group_of_completion, len(token_ids), device),
-        predict_rows=int64(predict_rows),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
+        position_ids=_ranges(positions).to(device),
+        layout=PackedLayout(
+            prompts=tuple(prompts),
+            completions=tuple(completions),
+            group_of_completion=tuple(group_of_completion),
+            device=torch.device(device),
+        ),
+        predict_rows=_ranges(predicting).to(device),
         targets=targets,
-        advantages=flat("advantages", torch.float32),
-        sampling_logprobs=flat("sampling_logprobs", torch.float32),
-        engine_logprobs=flat("engine_logprobs", torch.float32),
-        positions=int64([position for sample in samples for position in range(len(sample.token_ids))]),
-        loss_mask=flat("loss_mask", torch.bool),
-        sequence_ids=int64([index for index, sample in enumerate(samples) for _ in sample.token_ids]),
+        advantages=flat("advantages", np.float32),
+        sampling_logprobs=flat("sampling_logprobs", np.float32),
+        engine_logprobs=flat("engine_logprobs", np.float32),
+        positions=_ranges((0, len(sample.token_ids)) for sample in samples).to(device),
+        loss_mask=flat("loss_mask", np.bool_),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(samples)), counts).to(device),
         num_sequences=len(samples),
         samples=tuple(samples),
-        num_prompt_tokens=sum(length for _, length in prompt_spans),
+        num_prompt_tokens=sum(length for _, length in prompts),
         num_completion_tokens=len(targets),
     )
 
 
-def _layout(
-    prompt_spans: list[tuple[int, int]],
-    completion_spans: list[tuple[int, int]],
-    group_of_completion: list[int],
-    num_tokens: int,
-    device: str | torch.device,
-) -> PackedLayout:
-    prompt_rows, prompt_lengths = _padded_rows(prompt_spans)
-    completion_rows, completion_lengths = _padded_rows(completion_spans)
-    unpad_index = torch.empty(num_tokens, dtype=torch.int64)
-    for offset, rows, lengths in (
-        (0, prompt_rows, prompt_lengths),
-        (prompt_rows.numel(), completion_rows, completion_lengths),
-    ):
-        is_real = torch.arange(rows.shape[1]) < lengths[:, None]  # [rows, longest]
-        unpad_index[rows[is_real]] = offset + is_real.flatten().nonzero().flatten()
-    return PackedLayout(
-        prompt_rows=prompt_rows.to(device),
-        prompt_lengths=prompt_lengths.to(device),
-        completion_rows=completion_rows.to(device),
-        completion_lengths=completion_lengths.to(device),
-        group_of_completion=torch.tensor(group_of_completion, dtype=torch.int64, device=device),
-        unpad_index=unpad_index.to(device),
-    )
+def _ranges(spans: Iterable[Span]) -> Tensor:
+    """start, start + 1, .. of each span, one behind the other."""
+    return torch.cat([torch.arange(start, start + length) for start, length in spans])
 
 
-def _padded_rows(spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _padded_rows(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
     """Rows [num_spans, longest] of each span, padded with 0, and lengths [num_spans]."""
     starts, lengths = (torch.tensor(column, dtype=torch.int64) for column in zip(*spans, strict=True))
     slots = torch.arange(max(int(lengths.max()), 1))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlbench.data.packing import PackedLayout
+from rlbench.data.packing import PackedLayout, PaddedLayout
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention, packed_attention_backend
 
 ATTENTION_NAME = "rlbench"
@@ -103,17 +103,17 @@ class PackedAttention:
     @cached_property
     def _mask(self) -> Tensor:
         """[B, C, P + C]: 0 where a completion token attends, -inf elsewhere."""
-        completion_mask = self._layout.completion_mask()
+        completion_mask = self._padded.completion_mask()
         mask = torch.zeros(completion_mask.shape, dtype=self._dtype, device=completion_mask.device)
         return mask.masked_fill_(~completion_mask, float("-inf"))
 
     @cached_property
     def _shared_layout(self) -> SharedPromptLayout:
-        layout = self._layout
-        groups: list[tuple[int, list[int]]] = [(length, []) for length in layout.prompt_lengths.tolist()]
-        for group, length in zip(layout.group_of_completion.tolist(), layout.completion_lengths.tolist(), strict=True):
-            groups[group][1].append(length)
-        return SharedPromptLayout.from_lengths(groups, layout.prompt_rows.device)
+        return SharedPromptLayout.from_lengths(self._layout.lengths, self._layout.device)
+
+    @cached_property
+    def _padded(self) -> PaddedLayout:
+        return self._layout.padded()
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[1, H, T, d], [1, K, T, d], [1, K, T, d] -> [1, T, H, d]."""
@@ -123,11 +123,11 @@ class PackedAttention:
             return packed_attention(query, key, value, self._shared_layout, scale=scaling).unsqueeze(0)
         of_prompts = self._attend_prompts(query, key, value, scaling)  # [P_all, H, d]
         of_completions = self._attend_completions(query, key, value, scaling)  # [C_all, H, d]
-        output = torch.cat([of_prompts, of_completions])[self._layout.unpad_index]  # [T, H, d]
+        output = torch.cat([of_prompts, of_completions])[self._padded.unpad_index]  # [T, H, d]
         return output.unsqueeze(0)
 
     def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        rows = self._layout.prompt_rows  # [G, P]
+        rows = self._padded.prompt_rows  # [G, P]
         repeat = query.shape[1] // key.shape[1]
         q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))  # [G, H or K, P, d]
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
@@ -136,7 +136,7 @@ class PackedAttention:
         return output.transpose(1, 2).flatten(0, 1)
 
     def _attend_completions(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        layout = self._layout
+        layout = self._padded
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         q = query[layout.completion_rows].transpose(1, 2)  # [B, H, C, d]
         k, v = (x[layout.key_rows].transpose(1, 2) for x in (key, value))  # [B, K, P + C, d]

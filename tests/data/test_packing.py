@@ -35,7 +35,7 @@ def test_the_mask_lets_a_completion_see_its_prompt_and_its_own_past_only():
     samples = [make_sample("a", [1, 2], [3, 4, 5]), make_sample("b", [6, 7, 8], [9, 10])]
 
     (batch,) = pack(samples, tokens_per_microbatch=100, device="cpu")
-    layout = batch.layout
+    layout = batch.layout.padded()
 
     for completion, seen in ((0, [[0, 1, 2], [0, 1, 2, 3]]), (1, [[4, 5, 6, 7]])):
         for token, expected in enumerate(seen):
