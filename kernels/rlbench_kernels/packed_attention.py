@@ -53,7 +53,8 @@ class SharedPromptLayout:
     def from_lengths(
         cls, groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str
     ) -> SharedPromptLayout:
-        """
+        """A prompt with one completion is one sequence: nothing is shared.
+
         Args:
             groups: (prompt length, completion lengths) of each group in packed order; a completion may be empty.
             device: of the tensors.
@@ -63,6 +64,7 @@ class SharedPromptLayout:
         """
         if not groups or any(prompt < 1 for prompt, _ in groups):
             raise ValueError(f"at least one group and prompts of at least one token expected, got {list(groups)[:3]}")
+        groups = [(prompt + sum(c), []) if sum(n > 0 for n in c) < 2 else (prompt, c) for prompt, c in groups]
         lengths = [n for prompt, completions in groups for n in (prompt, *completions) if n]
         prompts, of_completions = [prompt for prompt, _ in groups], [sum(c) for _, c in groups]
         is_completion = torch.repeat_interleave(
