@@ -156,7 +156,7 @@ def build(inputs: Inputs) -> Parts:
             torch.set_num_threads(config.hardware.num_threads or 1)
         base, engine = _base_and_engine(inputs, device)
         policy = Policy(base, config.lora, seed=config.seed)
-        policy.set_recompute(config.training.recompute, config.training.recompute_layers)
+        policy.set_recompute(config.training)
         return Parts(
             base=base,
             policy=policy,

@@ -102,7 +102,7 @@ def build_offline(inputs: BaseInputs) -> BaseParts:
         quantization=config.model.quantization,
     )
     policy = Policy(base, config.lora, seed=config.seed)
-    policy.set_recompute(config.training.recompute, config.training.recompute_layers)
+    policy.set_recompute(config.training)
     return BaseParts(base=base, policy=policy, optimizer=make_optimizer(policy.parameters(), config.optim))
 
 

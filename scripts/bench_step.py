@@ -6,7 +6,7 @@ Batches: dense (8 sequences of 1,024 tokens, cross-entropy of all), long (one of
 with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate). Random weights, LoRA of
 rank 16 on all linear layers. Implementations, each in a process of its own:
 
-    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, ...
+    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, full+offload@8192, ...
     unsloth    its model, patches and checkpointing ("unsloth": offloaded; off: none); GRPO by its GRPOTrainer
     trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO by TRL's GRPOTrainer
 
@@ -90,6 +90,7 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     from rlbench.training.update import make_minibatches
 
     mode, tokens = option.split("@")
+    mode, _, offload = mode.partition("+")
     config = RunConfig(stage="sft")
     config.hardware.profile, config.model.dtype, config.model.quantization = "gpu", "bfloat16", quantization
     config.training.recompute, config.training.tokens_per_microbatch = mode, max(int(tokens), max(map(len, batch.rows)))
@@ -97,7 +98,8 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
         print(found, file=sys.stderr)
     base = load_base(folder, dtype=torch.bfloat16, device="cuda", quantization=quantization)
     policy = Policy(base, LoraConfig(rank=RANK, alpha=ALPHA), seed=0)
-    policy.set_recompute(config.training.recompute, config.training.recompute_layers)
+    config.training.offload = bool(offload)
+    policy.set_recompute(config.training)
     optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-5))
     budget = config.training.tokens_per_microbatch
     samples = make_samples(kind, batch)
@@ -300,6 +302,8 @@ def run_worker(case: str, impl: str) -> None:
     report("tokens", batch.num_tokens / seconds, "tokens/s")
     report("peak", torch.cuda.max_memory_allocated() / 2**20, "MiB")
     report("reserved", torch.cuda.max_memory_reserved() / 2**20, "MiB")
+    if os.environ.get("RLBENCH_PROFILE"):
+        profile(step)
     torch.cuda.empty_cache()
     after = matmul_tflops()
     report("matmul rate", before, "TFLOP/s")
@@ -308,6 +312,18 @@ def run_worker(case: str, impl: str) -> None:
         report("share of the floor", floor / seconds, "fraction")
     if abs(after / before - 1) > 0.03:
         report("matmul rate after, differs by more than 3%", after, "TFLOP/s")
+
+
+def profile(step: Step) -> None:
+    """The kernels that take most of a step, to stderr."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        step()
+    averages = found.key_averages()
+    print(averages.table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90), file=sys.stderr)
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60), file=sys.stderr)
 
 
 def run_case(case: str, impl: str, timeout_s: float) -> list[dict[str, Any]]:
@@ -330,6 +346,8 @@ def run_case(case: str, impl: str, timeout_s: float) -> list[dict[str, Any]]:
     for line in lines:
         if line.startswith("Derivation"):
             print(line, flush=True)
+    if os.environ.get("RLBENCH_PROFILE"):
+        Path(os.environ["RLBENCH_PROFILE"], f"{case}_{impl}.txt".replace(":", "_")).write_text("\n".join(lines))
     if failure:
         print(f"did not finish ({failure}):\n" + "\n".join(lines[-12:]), flush=True)
         last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]

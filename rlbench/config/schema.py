@@ -263,6 +263,7 @@ class TrainingConfig:
     # except_attention: all but queries, keys, values and the attention's output
     recompute: str = AUTO
     recompute_layers: int | None = None  # the first layers that do it; null: derived with recompute=auto, else all
+    offload: bool = False  # recompute=full: the layers' inputs wait in host memory
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite: skipped, then the run stops
 
     def __post_init__(self) -> None:
@@ -274,6 +275,8 @@ class TrainingConfig:
             raise ValueError(
                 f"training.recompute_layers is {self.recompute_layers}, but training.recompute=none recomputes no layer"
             )
+        if self.offload and self.recompute != "full":
+            raise ValueError(f"training.offload is true, but training.recompute is {self.recompute}; expected full")
         check_range("training.max_bad_steps", self.max_bad_steps, low=1)
 
 

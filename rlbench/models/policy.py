@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlbench.config.schema import LoraConfig
+from rlbench.config.schema import LoraConfig, TrainingConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.adapter import Adapter
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
@@ -51,16 +51,16 @@ class Policy:
         if is_patch_useful(self.device):
             self.patched = describe(patch_model(tree, tree.config.get_text_config().model_type))
 
-    def set_recompute(self, mode: str, num_layers: int | None) -> None:
-        """Compute activations of the first `num_layers` layers (None: all) again in the backward pass.
+    def set_recompute(self, config: TrainingConfig) -> None:
+        """Compute activations again in the backward pass, see `rlbench.models.recompute`.
 
         Args:
-            mode: none, except_attention or full, see `rlbench.models.recompute`.
+            config: the `training` part of the config, recompute derived.
 
         Raises:
             ValueError: the layers cannot do that.
         """
-        set_recompute(self._tree, mode, num_layers)
+        set_recompute(self._tree, config.recompute, config.recompute_layers, offload=config.offload)
 
     @property
     def device(self) -> torch.device:

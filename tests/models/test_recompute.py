@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlbench.config.derive import HardwareFacts
-from rlbench.config.schema import RunConfig
+from rlbench.config.schema import RunConfig, TrainingConfig
 from rlbench.data.packing import pack
 from rlbench.models.memory import LayerShape, base_bytes, choose_recompute, derive_recompute, kept_bytes
 from rlbench.models.patch import patch_model, unpatch_model
@@ -35,7 +35,7 @@ def test_gradients_are_the_same_bits(name, mode, num_layers):
     policy = patched_policy(name)
     expected = hidden_and_gradients(policy)
 
-    policy.set_recompute(mode, num_layers)
+    policy.set_recompute(TrainingConfig(recompute=mode, recompute_layers=num_layers))
 
     assert_same(policy, expected)
 
@@ -45,7 +45,7 @@ def test_layers_of_transformers_recompute_too_and_can_be_unpatched():
     before = [type(module) for module in policy._tree.modules()]
     expected = hidden_and_gradients(policy)
 
-    policy.set_recompute(FULL, None)
+    policy.set_recompute(TrainingConfig(recompute=FULL))
 
     assert_same(policy, expected)
     unpatch_model(policy._tree)
@@ -54,7 +54,7 @@ def test_layers_of_transformers_recompute_too_and_can_be_unpatched():
 
 def test_attention_of_layers_without_kernels_cannot_be_kept():
     with pytest.raises(ValueError, match="training.recompute is except_attention"):
-        make_policy("llama").set_recompute("except_attention", None)
+        make_policy("llama").set_recompute(TrainingConfig(recompute="except_attention"))
 
 
 def saved_numbers(policy) -> int:
@@ -78,7 +78,7 @@ def test_less_is_kept():
     kept = {}
     for mode in ("none", "except_attention", "full"):
         policy = patched_policy("llama")
-        policy.set_recompute(mode, None)
+        policy.set_recompute(TrainingConfig(recompute=mode))
         kept[mode] = saved_numbers(policy)
 
     assert kept["full"] < 0.5 * kept["except_attention"] < 0.5 * 0.7 * kept["none"]
@@ -87,7 +87,7 @@ def test_less_is_kept():
 def test_without_gradient_nothing_is_wrapped(monkeypatch):
     policy = patched_policy("llama")
     set_recompute(policy._tree, FULL)
-    monkeypatch.setattr("rlbench.models.recompute.checkpoint", None)
+    monkeypatch.setattr("rlbench.models.recompute._Recomputed", None)
 
     with policy.reference():
         policy.hidden(pack(SAMPLES, tokens_per_microbatch=1000, device="cpu")[0])
@@ -161,3 +161,28 @@ def test_the_nf4_base_of_8b_has_the_size_it_has():
 
     # 6.979 billion weights in 4.127 bits each and two bf16 tables of 128,256 x 4,096
     assert base_bytes(LLAMA_8B, llama, 2, is_nf4=True) / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
+
+
+def test_offload_needs_a_gpu_and_full_recomputation():
+    with pytest.raises(ValueError, match="training.offload is true, which needs training.recompute=full on a GPU"):
+        make_policy("llama").set_recompute(TrainingConfig(recompute=FULL, offload=True))
+    with pytest.raises(ValueError, match="training.offload is true, but training.recompute is none"):
+        TrainingConfig(recompute="none", offload=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "options", [{"recompute": "except_attention"}, {"recompute": FULL}, {"recompute": FULL, "offload": True}]
+)
+def test_on_the_gpu_gradients_are_those_without_recomputation(options):
+    policy = make_policy("llama", device="cuda", dtype=torch.bfloat16)
+    hidden, expected = hidden_and_gradients(policy)
+
+    policy.set_recompute(TrainingConfig(**options))
+
+    for _ in range(2):  # buffers of the first pass are used again
+        found, grads = hidden_and_gradients(policy)
+        assert torch.equal(found, hidden)
+        for key, grad in grads.items():  # flash attention adds gradients in any order
+            assert (grad - expected[key]).norm() < 0.01 * expected[key].norm(), key
