@@ -61,6 +61,8 @@ class Microbatch:
     advantages: Tensor  # float32 [N]
     sampling_logprobs: Tensor  # float32 [N]
     engine_logprobs: Tensor  # float32 [N], the same without truncation and penalties: the trainer's counterpart
+    values: Tensor  # float32 [N], of a critic before its update; empty if there is none
+    returns: Tensor  # float32, what the critic learns, as `values`
     positions: Tensor  # int64 [N], place of the target in its completion, from 0
     loss_mask: Tensor  # bool [N]
     sequence_ids: Tensor  # int64 [N], the completion of each position, from 0 to num_sequences - 1
@@ -171,6 +173,8 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
         advantages=flat("advantages", torch.float32),
         sampling_logprobs=flat("sampling_logprobs", torch.float32),
         engine_logprobs=flat("engine_logprobs", torch.float32),
+        values=flat("values", torch.float32),
+        returns=flat("returns", torch.float32),
         positions=int64([position for sample in samples for position in range(len(sample.token_ids))]),
         loss_mask=flat("loss_mask", torch.bool),
         sequence_ids=int64([index for index, sample in enumerate(samples) for _ in sample.token_ids]),

@@ -31,7 +31,7 @@ def reference_kl(
     Raises:
         ValueError: a rollout exceeds `tokens_per_microbatch`.
     """
-    samples = {r.rollout_id: _sample(r) for group in groups for r in group.rollouts if r.reward is not None}
+    samples = {r.rollout_id: unscored_sample(r) for group in groups for r in group.rollouts if r.reward is not None}
     by_sample: dict[TrainingSample, list[float]] = {}  # equal samples have equal values
     for microbatch in pack(list(samples.values()), tokens_per_microbatch=tokens_per_microbatch, device=policy.device):
         logprobs, _ = policy_logprobs(policy, microbatch, temperature)  # [N]
@@ -43,7 +43,8 @@ def reference_kl(
     return {rollout_id: by_sample[sample] for rollout_id, sample in samples.items()}
 
 
-def _sample(rollout: Rollout) -> TrainingSample:
+def unscored_sample(rollout: Rollout) -> TrainingSample:
+    """A rollout without credit, for forwards that only read its tokens."""
     length = len(rollout.completion.token_ids)
     return TrainingSample(
         group_id=rollout.prompt.prompt_id,
