@@ -66,6 +66,7 @@ class Parts(BaseParts):
     scorer: Scorer
     critic: Critic | None = None  # algorithm.advantage=gae
     critic_optimizer: torch.optim.Optimizer | None = None
+    reference: Policy | None = None  # algorithm.reference_refresh_steps: never trained, starts as the policy
 
     def close(self) -> None:
         self.scorer.close()
@@ -161,6 +162,7 @@ def build(inputs: Inputs) -> Parts:
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training.recompute, config.training.recompute_layers)
         critic, critic_optimizer = _critic(base, config)
+        has_reference = config.algorithm.reference_refresh_steps > 0
         return Parts(
             base=base,
             policy=policy,
@@ -169,6 +171,7 @@ def build(inputs: Inputs) -> Parts:
             scorer=scorer,
             critic=critic,
             critic_optimizer=critic_optimizer,
+            reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
         )
     except BaseException:
         scorer.close()

@@ -133,6 +133,8 @@ class AlgorithmConfig:
     kl: str = "k3"  # k1 | k2 | k3 | k3_unbiased
     kl_coef: float = 0.0  # 0: no reference forward is made
     kl_in: str = "loss"  # loss | reward
+    reference_refresh_steps: int = 0  # the reference moves to the policy every so many steps; 0: it stays the base
+    reference_refresh_frac: float | None = None  # how far it moves: 1 copies the policy, less is a moving average
 
     importance: str | None = None  # off | truncate | mask: correction from the engine's to the trainer's policy
     importance_level: str | None = None  # token | sequence | geometric
@@ -236,6 +238,10 @@ class AlgorithmConfig:
         return self.kl_coef > 0 and self.kl_in == "loss"
 
     @property
+    def refresh_frac(self) -> float:
+        return self._or("reference_refresh_frac", 1.0)
+
+    @property
     def has_kl_reward(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "reward"
 
@@ -268,7 +274,7 @@ class AlgorithmConfig:
         for name in ("prompts_per_step", "num_updates", "num_minibatches"):
             check_range(f"algorithm.{name}", getattr(self, name), low=1)
         check_range("algorithm.group_size", self.group_size, low=ADVANTAGES[self.advantage].min_group_size)
-        for name in ("clip_ratio_low", "covariance_frac", "top_entropy_frac"):
+        for name in ("clip_ratio_low", "covariance_frac", "top_entropy_frac", "reference_refresh_frac"):
             check_range(f"algorithm.{name}", getattr(self, name), low=0, high=1, is_low_open=True)
         for name in (
             "clip_ratio_high", "clip_ratio_max", "clip_log_ratio_low", "clip_log_ratio_high", "gate_temperature_pos",
@@ -279,6 +285,7 @@ class AlgorithmConfig:
         for name in (
             "kl_coef", "covariance_kl_coef", "importance_low", "off_policy_threshold", "entropy_coef",
             "entropy_coef_min", "entropy_coef_max", "overlong_buffer_tokens", "overlong_penalty", "max_refills",
+            "reference_refresh_steps",
         ):  # fmt: skip
             check_range(f"algorithm.{name}", getattr(self, name), low=0)
 
@@ -315,6 +322,13 @@ class AlgorithmConfig:
         check_choice("algorithm.advantage_scale", self.advantage_scale, list(spec.scales))
 
     def _check_kl(self) -> None:
+        if not self.reference_refresh_steps:
+            self._check_unset("algorithm.reference_refresh_steps is 0", "reference_refresh_frac")
+        elif not self.kl_coef:
+            raise ValueError(
+                f"algorithm.reference_refresh_steps is {self.reference_refresh_steps}, but algorithm.kl_coef is 0 and "
+                "nothing reads the reference; expected 0, or a penalty"
+            )
         if not self.has_kl_reward:
             return
         if self.kl == "k3_unbiased":

@@ -24,7 +24,7 @@ from rlbench.tracking.metrics import summarise_rollouts
 from rlbench.tracking.rollout_store import write_rollouts
 from rlbench.training.checkpoint import Beside
 from rlbench.training.optim import learning_rate, set_lr
-from rlbench.training.reference_kl import reference_kl
+from rlbench.training.reference_kl import reference_kl, refresh_reference
 from rlbench.training.update import Minibatch, make_minibatches, update_policy
 from rlbench.training.value_step import CriticResult, state_values, update_critic
 from rlbench.weight_sync import sync
@@ -77,8 +77,12 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         self._sync()
 
     def _beside(self) -> Beside:
-        critic = self.parts.critic
-        return {} if critic is None else {"critic": (critic, self.parts.critic_optimizer)}
+        parts, beside = self.parts, {}
+        if parts.critic is not None:
+            beside["critic"] = (parts.critic, parts.critic_optimizer)
+        if parts.reference is not None:
+            beside["reference"] = (parts.reference, None)
+        return beside
 
     def _state(self) -> dict[str, Any]:
         return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state()}
@@ -100,6 +104,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= credited.metrics
         metrics |= self._update(credited, step, num_steps)
+        self._refresh_reference(step)
         self.parts.engine.wake()
         self._sync()
         self.step = step
@@ -159,6 +164,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                     self.parts.policy,
                     groups,
                     estimator=config.algorithm.kl,
+                    reference=self.parts.reference,
                     temperature=config.sampling.temperature,
                     tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
                 )
@@ -210,6 +216,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 max_grad_norm=config.optim.max_grad_norm,
                 entropy_control=self.entropy_control,
                 seed=sampling_seed(config.seed, step, "token choice", 0),
+                reference=parts.reference,
             )
         shown = result.metrics if of_critic.is_finite else of_critic.shown
         self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown)
@@ -240,6 +247,11 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 clip_value=of_critic.clip_value,
                 max_grad_norm=config.optim.max_grad_norm,
             )
+
+    def _refresh_reference(self, step: int) -> None:
+        config, reference = self.inputs.config.algorithm, self.parts.reference
+        if reference is not None and step % config.reference_refresh_steps == 0:
+            refresh_reference(reference, self.parts.policy, config.refresh_frac)
 
     def _judge(self, drift: Drift) -> dict[str, float]:
         """Metrics of the drift; warns once for each climb of the ladder."""

@@ -6,6 +6,7 @@ lists size and SHA-256 of every file; a reader trusts nothing else.
     checkpoints/step-000010/adapter/            PEFT format, float32
                             optimizer.safetensors
                             critic/             adapter/ with value_head.safetensors, optimizer; with a critic
+                            reference/          adapter/; with a reference that is refreshed
                             state.json          step, policy_version, stream, ...
                             manifest.json
 """
@@ -73,7 +74,7 @@ def save_checkpoint(
         state: JSON-able; must hold "step".
         base_name: recorded in the adapter's config.
         keep_last: at least 1.
-        beside: saved like the policy, each in a folder of its own: a critic.
+        beside: saved like the policy, each in a folder of its own: a critic, a reference.
 
     Raises:
         TrackingError: it could not be written; earlier checkpoints are untouched, no partial one is left.
