@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rlbench.checks.limits import derive_drift_limits
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rlbench.engine.interface import Engine
     from rlbench.models.policy import Policy
+    from rlbench.models.value_head import Critic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,9 @@ class Parts(BaseParts):
 
     engine: Engine
     scorer: Scorer
+    critic: Critic | None = None  # algorithm.advantage=gae
+    critic_optimizer: torch.optim.Optimizer | None = None
+    reference: Policy | None = None  # algorithm.reference_refresh_steps: never trained, starts as the policy
 
     def close(self) -> None:
         self.scorer.close()
@@ -157,16 +161,32 @@ def build(inputs: Inputs) -> Parts:
         base, engine = _base_and_engine(inputs, device)
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
+        critic, critic_optimizer = _critic(base, config)
+        has_reference = config.algorithm.reference_refresh_steps > 0
         return Parts(
             base=base,
             policy=policy,
             engine=engine,
             optimizer=make_optimizer(policy.parameters(), config.optim),
             scorer=scorer,
+            critic=critic,
+            critic_optimizer=critic_optimizer,
+            reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
         )
     except BaseException:
         scorer.close()
         raise
+
+
+def _critic(base: PreTrainedModel, config: RunConfig) -> tuple[Critic | None, torch.optim.Optimizer | None]:
+    if not config.algorithm.has_critic:
+        return None, None
+    from rlbench.models.value_head import Critic
+    from rlbench.training.optim import make_optimizer
+
+    critic = Critic(base, config.lora, seed=config.seed)
+    critic.set_recompute(config.training)
+    return critic, make_optimizer(critic.parameters(), replace(config.optim, lr=config.algorithm.critic.lr))
 
 
 def training_sampling(inputs: Inputs) -> SamplingParams:

@@ -150,6 +150,18 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateValues:
+    """A critic's values along one completion.
+
+    Example:
+        StateValues(values=(0.4, 0.5, 0.9), last=0.0)
+    """
+
+    values: tuple[float, ...]  # of the state before each token
+    last: float  # of the state after the last token; 0 where nothing comes after it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSample:
     """One completion with its credit; samples of one group share `group_id` and `prompt_token_ids`."""
 
@@ -160,6 +172,8 @@ class TrainingSample:
     advantages: tuple[float, ...]  # per token
     loss_mask: tuple[bool, ...]  # True on trained tokens
     plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
+    values: tuple[float, ...] = ()  # of a critic before its update; empty: there is none
+    returns: tuple[float, ...] = ()  # what the critic learns, as `values`
 
     @property
     def engine_logprobs(self) -> tuple[float, ...]:

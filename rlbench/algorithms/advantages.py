@@ -1,7 +1,8 @@
 """Advantages of a step's rollouts from their rewards: plain numbers, one list of tokens a rollout.
 
-Every function takes the groups of a step and returns, for each group and rollout, the advantage of each token. Only
-`reinforce_plus_plus` tells the tokens of a rollout apart, and only with a KL penalty in the reward.
+Every function takes the groups of a step and returns, for each group and rollout, the advantage of each token. Here
+only `reinforce_plus_plus` tells the tokens of a rollout apart, and only with a KL penalty in the reward; `gae` is in
+a module of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class GroupReturns:
     returns: Sequence[Sequence[float]]
     components: Mapping[str, Sequence[float]] = field(default_factory=dict)  # each reward apart, by name
     weights: Mapping[str, float] = field(default_factory=dict)  # of the components
+    values: Sequence[Sequence[float]] = ()  # of a critic, as `returns`: of the state before each token
+    last_values: Sequence[float] = ()  # of the state after each rollout
 
     @property
     def rewards(self) -> list[float]:
@@ -122,7 +125,7 @@ def reinforce_plus_plus(groups: Sequence[GroupReturns]) -> TokenAdvantages:
 
     Source: Hu et al. 2025, arXiv:2501.03262; mean and deviation over tokens as in OpenRLHF.
     """
-    return _token_normalised([[list(tokens) for tokens in group.returns] for group in groups])
+    return normalised_over_tokens([[list(tokens) for tokens in group.returns] for group in groups])
 
 
 def reinforce_plus_plus_baseline(groups: Sequence[GroupReturns]) -> TokenAdvantages:
@@ -133,7 +136,7 @@ def reinforce_plus_plus_baseline(groups: Sequence[GroupReturns]) -> TokenAdvanta
 
     Source: Hu et al. 2025, arXiv:2501.03262 (REINFORCE++ with baseline).
     """
-    return _token_normalised([group.spread(_distances(group.rewards)) for group in groups])
+    return normalised_over_tokens([group.spread(_distances(group.rewards)) for group in groups])
 
 
 def maxrl(groups: Sequence[GroupReturns]) -> TokenAdvantages:
@@ -187,13 +190,14 @@ def _normalised(values: list[list[float]]) -> list[list[float]]:
     return [[(value - mean) / by for value in part] for part in values]
 
 
-def _token_normalised(values: TokenAdvantages) -> TokenAdvantages:
+def normalised_over_tokens(values: TokenAdvantages) -> TokenAdvantages:
+    """(x - mean) / (std + 1e-4) over all tokens of the step; zeros where all are equal."""
     rollouts = [tokens for group in values for tokens in group]
     normalised = iter(_normalised(rollouts))
     return [[next(normalised) for _ in group] for group in values]
 
 
-ADVANTAGES: dict[str, Callable[..., TokenAdvantages]] = {
+GROUP_ADVANTAGES: dict[str, Callable[..., TokenAdvantages]] = {
     "group_relative": group_relative,
     "leave_one_out": leave_one_out,
     "gdpo": gdpo,

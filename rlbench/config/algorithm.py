@@ -7,7 +7,7 @@ choice reads and with which default; one that is set although the choice does no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlbench.config.checks import check_choice, check_range
@@ -65,6 +65,7 @@ class AdvantageSpec:
     scales: tuple[str, ...] = ()
     min_group_size: int = 2  # completions of one prompt that it compares
     reads_components: bool = False  # each reward apart, not their sum
+    needs_critic: bool = False  # values of states
 
 
 ADVANTAGES: dict[str, AdvantageSpec] = {
@@ -74,7 +75,32 @@ ADVANTAGES: dict[str, AdvantageSpec] = {
     "reinforce_plus_plus": AdvantageSpec(min_group_size=1),
     "reinforce_plus_plus_baseline": AdvantageSpec(),
     "maxrl": AdvantageSpec(),
+    "gae": AdvantageSpec(default_scale="batch", scales=("batch", "none"), min_group_size=1, needs_critic=True),
 }
+
+
+@dataclass
+class CriticConfig:
+    """Of advantage=gae: a second adapter (as `lora` says) with a value head on the same base.
+
+    It makes as many updates from a batch as the policy, with an optimizer of its own, so there is no coefficient of the
+    value loss.
+    """
+
+    lr: float = 1e-4  # in place of optim.lr; the rest of `optim` holds for the critic too
+    gae_lambda: float = 0.95  # of the policy's advantages
+    returns_lambda: float | None = None  # of the returns that the critic learns; null: gae_lambda
+    gamma: float = 1.0  # discount a token
+    clip_value: float | None = 0.2  # furthest that an update may move a value, in units of the reward; null: no clip
+    warmup_steps: int = 0  # first steps in which only the critic is trained
+    bootstrap_truncated: bool = False  # completions cut at the token limit: the value after the cut counts as reward
+
+    def __post_init__(self) -> None:
+        check_range("algorithm.critic.lr", self.lr, low=0, is_low_open=True)
+        for name in ("gae_lambda", "returns_lambda", "gamma"):
+            check_range(f"algorithm.critic.{name}", getattr(self, name), low=0, high=1)
+        check_range("algorithm.critic.clip_value", self.clip_value, low=0, is_low_open=True)
+        check_range("algorithm.critic.warmup_steps", self.warmup_steps, low=0)
 
 
 @dataclass
@@ -84,6 +110,7 @@ class AlgorithmConfig:
 
     advantage: str = "group_relative"  # a key of ADVANTAGES
     advantage_scale: str | None = None  # group | batch | none: the standard deviation that divides the advantages
+    critic: CriticConfig = field(default_factory=CriticConfig)  # read by advantage=gae
 
     loss: str = "clipped_surrogate"  # a key of LOSSES
     normalization: str = "token_mean"  # NORMALIZATIONS: how token losses become the step's loss
@@ -106,6 +133,8 @@ class AlgorithmConfig:
     kl: str = "k3"  # k1 | k2 | k3 | k3_unbiased
     kl_coef: float = 0.0  # 0: no reference forward is made
     kl_in: str = "loss"  # loss | reward
+    reference_refresh_steps: int = 0  # the reference moves to the policy every so many steps; 0: it stays the base
+    reference_refresh_frac: float | None = None  # how far it moves: 1 copies the policy, less is a moving average
 
     importance: str | None = None  # off | truncate | mask: correction from the engine's to the trainer's policy
     importance_level: str | None = None  # token | sequence | geometric
@@ -188,12 +217,29 @@ class AlgorithmConfig:
         return {name: self._or(name, default) for name, default in _ENTROPY_CONTROL.items()}
 
     @property
+    def has_critic(self) -> bool:
+        return ADVANTAGES[self.advantage].needs_critic
+
+    def gae_options(self) -> dict[str, float]:
+        """Keyword values of `rlbench.algorithms.gae.gae`, for the policy's advantages."""
+        return {"gamma": self.critic.gamma, "gae_lambda": self.critic.gae_lambda}
+
+    def target_options(self) -> dict[str, float]:
+        """The same for what the critic learns."""
+        of_returns = self.critic.returns_lambda
+        return self.gae_options() | ({} if of_returns is None else {"gae_lambda": of_returns})
+
+    @property
     def has_entropy_bonus(self) -> bool:
         return self.entropy_coef != 0 or self.entropy_target is not None
 
     @property
     def has_kl_loss(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def refresh_frac(self) -> float:
+        return self._or("reference_refresh_frac", 1.0)
 
     @property
     def has_kl_reward(self) -> bool:
@@ -215,7 +261,7 @@ class AlgorithmConfig:
         """Samples without advantage change the gradient: through another term, or through statistics of the batch."""
         has_statistics = self.top_entropy_frac < 1 or self.loss_spec.needs_selection
         is_local = self.normalization == "microbatch_token_mean"
-        return self.has_kl_loss or self.has_entropy_bonus or has_statistics or is_local
+        return self.has_kl_loss or self.has_entropy_bonus or has_statistics or is_local or self.has_critic
 
     def _or(self, name: str, default: Any) -> Any:
         value = getattr(self, name)
@@ -228,7 +274,7 @@ class AlgorithmConfig:
         for name in ("prompts_per_step", "num_updates", "num_minibatches"):
             check_range(f"algorithm.{name}", getattr(self, name), low=1)
         check_range("algorithm.group_size", self.group_size, low=ADVANTAGES[self.advantage].min_group_size)
-        for name in ("clip_ratio_low", "covariance_frac", "top_entropy_frac"):
+        for name in ("clip_ratio_low", "covariance_frac", "top_entropy_frac", "reference_refresh_frac"):
             check_range(f"algorithm.{name}", getattr(self, name), low=0, high=1, is_low_open=True)
         for name in (
             "clip_ratio_high", "clip_ratio_max", "clip_log_ratio_low", "clip_log_ratio_high", "gate_temperature_pos",
@@ -239,6 +285,7 @@ class AlgorithmConfig:
         for name in (
             "kl_coef", "covariance_kl_coef", "importance_low", "off_policy_threshold", "entropy_coef",
             "entropy_coef_min", "entropy_coef_max", "overlong_buffer_tokens", "overlong_penalty", "max_refills",
+            "reference_refresh_steps",
         ):  # fmt: skip
             check_range(f"algorithm.{name}", getattr(self, name), low=0)
 
@@ -259,6 +306,12 @@ class AlgorithmConfig:
 
     def _check_advantage(self) -> None:
         spec = ADVANTAGES[self.advantage]
+        if self.critic != CriticConfig() and not spec.needs_critic:
+            changed = next(f.name for f in fields(CriticConfig) if getattr(self.critic, f.name) != f.default)
+            raise ValueError(
+                f"algorithm.critic.{changed} is {getattr(self.critic, changed)}, but algorithm.advantage="
+                f"{self.advantage} has no critic; expected its default, or algorithm.advantage=gae"
+            )
         if self.advantage_scale is None:
             return
         if not spec.scales:
@@ -269,6 +322,13 @@ class AlgorithmConfig:
         check_choice("algorithm.advantage_scale", self.advantage_scale, list(spec.scales))
 
     def _check_kl(self) -> None:
+        if not self.reference_refresh_steps:
+            self._check_unset("algorithm.reference_refresh_steps is 0", "reference_refresh_frac")
+        elif not self.kl_coef:
+            raise ValueError(
+                f"algorithm.reference_refresh_steps is {self.reference_refresh_steps}, but algorithm.kl_coef is 0 and "
+                "nothing reads the reference; expected 0, or a penalty"
+            )
         if not self.has_kl_reward:
             return
         if self.kl == "k3_unbiased":

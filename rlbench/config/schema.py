@@ -356,7 +356,9 @@ def _check_unread(section: str, config: Any, stage: str) -> None:
     choice = f" ({section}=none)" if section in ("algorithm", "rewards") else ""
     for name in (f.name for f in fields(config)):
         value, expected = getattr(config, name), getattr(default, name)
-        if value != expected and not is_dataclass(value):
+        if is_dataclass(value):
+            _check_unread(f"{section}.{name}", value, stage)
+        elif value != expected:
             shown = ", ".join(value) if isinstance(value, dict) else value
             raise ValueError(
                 f"{section}.{name} is {shown}, but stage={stage} does not read it; expected its default{choice}"

@@ -102,6 +102,8 @@ class Microbatch:
     advantages: Tensor  # float32 [N]
     sampling_logprobs: Tensor  # float32 [N]
     engine_logprobs: Tensor  # float32 [N], the same without truncation and penalties: the trainer's counterpart
+    values: Tensor  # float32 [N], of a critic before its update; empty if there is none
+    returns: Tensor  # float32, what the critic learns, as `values`
     positions: Tensor  # int64 [N], place of the target in its completion, from 0
     loss_mask: Tensor  # bool [N]
     sequence_ids: Tensor  # int64 [N], the completion of each position, from 0 to num_sequences - 1
@@ -199,7 +201,7 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
 
     def flat(name: str, dtype: type[np.generic]) -> Tensor:
         values = chain.from_iterable(getattr(sample, name) for sample in samples)
-        return torch.from_numpy(np.fromiter(values, dtype, int(counts.sum()))).to(device)
+        return torch.from_numpy(np.fromiter(values, dtype)).to(device)
 
     targets = flat("token_ids", np.int64)
     return Microbatch(
@@ -216,6 +218,8 @@ def _build(parts: list[list[TrainingSample]], device: str | torch.device) -> Mic
         advantages=flat("advantages", np.float32),
         sampling_logprobs=flat("sampling_logprobs", np.float32),
         engine_logprobs=flat("engine_logprobs", np.float32),
+        values=flat("values", np.float32),
+        returns=flat("returns", np.float32),
         positions=_ranges((0, len(sample.token_ids)) for sample in samples).to(device),
         loss_mask=flat("loss_mask", np.bool_),
         sequence_ids=torch.repeat_interleave(torch.arange(len(samples)), counts).to(device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlbench.algorithms.entropy_control import EntropyControl
@@ -22,9 +22,11 @@ from rlbench.rollouts.credit import Credit, credit, has_signal
 from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.metrics import summarise_rollouts
 from rlbench.tracking.rollout_store import write_rollouts
+from rlbench.training.checkpoint import Beside
 from rlbench.training.optim import learning_rate, set_lr
-from rlbench.training.reference_kl import reference_kl
-from rlbench.training.update import make_minibatches, update_policy
+from rlbench.training.reference_kl import reference_kl, refresh_reference
+from rlbench.training.update import Minibatch, make_minibatches, update_policy
+from rlbench.training.value_step import CriticResult, state_values, update_critic
 from rlbench.weight_sync import sync
 
 
@@ -74,6 +76,14 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     def _begin(self) -> None:
         self._sync()
 
+    def _beside(self) -> Beside:
+        parts, beside = self.parts, {}
+        if parts.critic is not None:
+            beside["critic"] = (parts.critic, parts.critic_optimizer)
+        if parts.reference is not None:
+            beside["reference"] = (parts.reference, None)
+        return beside
+
     def _state(self) -> dict[str, Any]:
         return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state()}
 
@@ -94,6 +104,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= credited.metrics
         metrics |= self._update(credited, step, num_steps)
+        self._refresh_reference(step)
         self.parts.engine.wake()
         self._sync()
         self.step = step
@@ -153,7 +164,17 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                     self.parts.policy,
                     groups,
                     estimator=config.algorithm.kl,
+                    reference=self.parts.reference,
                     temperature=config.sampling.temperature,
+                    tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+                )
+        of_states = None
+        if self.parts.critic is not None:
+            with self._phase("values"):
+                of_states = state_values(
+                    self.parts.critic,
+                    groups,
+                    bootstrap_truncated=config.algorithm.critic.bootstrap_truncated,
                     tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
                 )
         return credit(
@@ -162,12 +183,15 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             config.rewards,
             max_completion_tokens=config.sampling.max_tokens,
             token_kl=token_kl,
+            state_values=of_states,
         )
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
         """The batch's optimizer steps; none if no group has a signal."""
         config, parts = self.inputs.config, self.parts
-        lr = learning_rate(step, num_steps, config.optim)
+        # Steps of the critic's warm-up are no part of the policy's schedule.
+        num_warmup = config.algorithm.critic.warmup_steps
+        lr = learning_rate(step - num_warmup, num_steps - num_warmup, config.optim) if step > num_warmup else 0.0
         if not credited.has_signal:
             return {"optim/lr": lr, "optim/is_skipped": 1.0}
         minibatches = make_minibatches(
@@ -177,6 +201,10 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             max_completion_tokens=config.sampling.max_tokens,
             device=parts.policy.device,
         )
+        of_critic = self._update_critic(minibatches, step, num_steps)
+        if step <= num_warmup:
+            self._count_updates(0, of_critic.is_finite, of_critic.shown)
+            return {"optim/lr": lr, "optim/is_skipped": 0.0, "optim/num_updates": 0.0, **of_critic.metrics}
         set_lr(parts.optimizer, lr)
         with self._phase("update"):
             result = update_policy(
@@ -188,16 +216,42 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 max_grad_norm=config.optim.max_grad_norm,
                 entropy_control=self.entropy_control,
                 seed=sampling_seed(config.seed, step, "token choice", 0),
+                reference=parts.reference,
             )
-        self._count_updates(result.num_applied, result.is_finite, result.metrics)
+        shown = result.metrics if of_critic.is_finite else of_critic.shown
+        self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown)
         drift = measure_batch(result.microbatches, result.logprobs, max_ratio=config.checks.drift_max_ratio)
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
             | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
+            | of_critic.metrics
             | (self._judge(drift) if drift is not None and result.num_applied else {})
             | self._sizes([microbatch for minibatch in minibatches for microbatch in minibatch.microbatches])
         )
+
+    def _update_critic(self, minibatches: Sequence[Minibatch], step: int, num_steps: int) -> CriticResult:
+        """The critic's optimizer steps, at the same place of the schedule as the policy's; nothing without a critic."""
+        config, critic, optimizer = self.inputs.config, self.parts.critic, self.parts.critic_optimizer
+        if critic is None or optimizer is None:
+            return CriticResult(is_finite=True, metrics={})
+        of_critic = config.algorithm.critic
+        lr_of_step = learning_rate(step, num_steps, replace(config.optim, lr=of_critic.lr))
+        set_lr(optimizer, lr_of_step)
+        with self._phase("critic update"):
+            return update_critic(
+                critic,
+                minibatches,
+                optimizer,
+                num_updates=config.algorithm.num_updates,
+                clip_value=of_critic.clip_value,
+                max_grad_norm=config.optim.max_grad_norm,
+            )
+
+    def _refresh_reference(self, step: int) -> None:
+        config, reference = self.inputs.config.algorithm, self.parts.reference
+        if reference is not None and step % config.reference_refresh_steps == 0:
+            refresh_reference(reference, self.parts.policy, config.refresh_frac)
 
     def _judge(self, drift: Drift) -> dict[str, float]:
         """Metrics of the drift; warns once for each climb of the ladder."""

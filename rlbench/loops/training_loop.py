@@ -15,7 +15,7 @@ from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StopRequest
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.tracker import Tracker
-from rlbench.training.checkpoint import Checkpoint, restore, save_checkpoint
+from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
 
 InputsT = TypeVar("InputsT", bound=BaseInputs)
 PartsT = TypeVar("PartsT", bound=BaseParts)
@@ -45,7 +45,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
-        restore(checkpoint, self.parts.policy, self.parts.optimizer)
+        restore(checkpoint, self.parts.policy, self.parts.optimizer, self._beside())
         state = checkpoint.state
         self.step = state["step"]
         self.policy_version = state["policy_version"]
@@ -96,6 +96,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 state,
                 base_name=self.inputs.model.name,
                 keep_last=self.inputs.config.checkpoint.keep_last,
+                beside=self._beside(),
             )
 
     def _evaluate_if_due(self, num_steps: int) -> None:
@@ -107,6 +108,10 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         )
         if is_due and self.stop.signal_number is None:
             self._evaluate()
+
+    def _beside(self) -> Beside:
+        """Of the loop: what checkpoints hold beside the policy."""
+        return {}
 
     def _begin(self) -> None:
         """Of the loop: what comes before the first step of this process."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from rlbench.algorithms import ADVANTAGES
 from rlbench.algorithms.advantages import GroupReturns
+from rlbench.algorithms.gae import value_targets
 from rlbench.algorithms.shaping import overlong_penalty, returns_to_go
 from rlbench.config.algorithm import ADVANTAGES as ADVANTAGE_SPECS
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
-from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup, TrainingSample
+from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup, StateValues, TrainingSample
 
 
 class RewardFailure(Exception):
@@ -31,8 +32,11 @@ class Credit:
 
     @property
     def has_signal(self) -> bool:
-        """Some trained token has an advantage."""
-        return any(any(sample.advantages) and any(sample.loss_mask) for sample in self.samples)
+        """Some trained token has an advantage, or teaches the critic something."""
+        return any(
+            any(sample.loss_mask) and (any(sample.advantages) or sample.values != sample.returns)
+            for sample in self.samples
+        )
 
 
 def credit(
@@ -42,6 +46,7 @@ def credit(
     *,
     max_completion_tokens: int | None = None,
     token_kl: Mapping[str, Sequence[float]] | None = None,
+    state_values: Mapping[str, StateValues] | None = None,
 ) -> Credit:
     """Advantages of the step's valid rollouts.
 
@@ -54,27 +59,39 @@ def credit(
         rewards: the `rewards` part.
         max_completion_tokens: sampling.max_tokens; needed with a soft penalty on long completions.
         token_kl: KL to the reference of each token, by rollout_id; with a KL penalty in the reward.
+        state_values: of a critic, by rollout_id; with an advantage that needs one.
 
     Raises:
+        ValueError: the advantage needs a critic and there are no `state_values`.
         RewardFailure: a rollout has no reward and `rewards.on_invalid` is stop, or more than
             `rewards.max_invalid_frac` of the rollouts have none.
     """
+    if algorithm.has_critic and state_values is None:
+        raise ValueError(
+            f"algorithm.advantage is {algorithm.advantage}, which needs the values of the run's critic; recorded "
+            "rollouts have none: expected an advantage of rewards alone, e.g. group_relative"
+        )
     num_rollouts = sum(len(group.rollouts) for group in groups)
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
     _check_invalid(invalid, num_rollouts, rewards)
     compared = [part for group in groups if (part := _comparable(group, algorithm, rewards))]
     penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
-    returns = [_returns(part, penalties, algorithm, token_kl) for part in compared]
+    returns = [_returns(part, penalties, algorithm, token_kl, state_values) for part in compared]
     values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
+    targets = value_targets(returns, **algorithm.target_options()) if algorithm.has_critic else None
     samples: list[TrainingSample] = []
     advantages: dict[str, float] = {}
     num_no_signal = len(groups) - len(compared)
-    for rollouts, of_group in zip(compared, values, strict=True):
+    for index, (rollouts, of_group) in enumerate(zip(compared, values, strict=True)):
         advantages |= {r.rollout_id: _mean(tokens) for r, tokens in zip(rollouts, of_group, strict=True)}
         has_signal = any(any(tokens) for tokens in of_group)
         num_no_signal += not has_signal
         if has_signal or not algorithm.max_refills:
-            samples += [_sample(r, tokens, algorithm) for r, tokens in zip(rollouts, of_group, strict=True)]
+            learned = targets[index] if targets is not None else [()] * len(rollouts)
+            samples += [
+                _sample(rollout, tokens, algorithm, state_values, of_critic)
+                for rollout, tokens, of_critic in zip(rollouts, of_group, learned, strict=True)
+            ]
     return Credit(
         samples=tuple(samples),
         advantages=advantages,
@@ -114,7 +131,8 @@ def _comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: Reward
 
 def _options(algorithm: AlgorithmConfig) -> dict[str, Any]:
     default = ADVANTAGE_SPECS[algorithm.advantage].default_scale
-    return {} if default is None else {"scale": algorithm.advantage_scale or default}
+    scale = {} if default is None else {"scale": algorithm.advantage_scale or default}
+    return scale | (algorithm.gae_options() if algorithm.has_critic else {})
 
 
 def _overlong_penalties(
@@ -142,6 +160,7 @@ def _returns(
     penalties: Mapping[str, float],
     algorithm: AlgorithmConfig,
     token_kl: Mapping[str, Sequence[float]] | None,
+    state_values: Mapping[str, StateValues] | None,
 ) -> GroupReturns:
     returns = []
     for rollout in rollouts:
@@ -154,10 +173,23 @@ def _returns(
     if penalties:  # a reward of its own for advantages that read each reward apart
         components["overlong"] = [penalties[r.rollout_id] for r in rollouts]
         weights["overlong"] = 1.0
-    return GroupReturns(returns=returns, components=components, weights=weights)
+    of_critic = [state_values[r.rollout_id] for r in rollouts] if state_values is not None else []
+    return GroupReturns(
+        returns=returns,
+        components=components,
+        weights=weights,
+        values=[found.values for found in of_critic],
+        last_values=[found.last for found in of_critic],
+    )
 
 
-def _sample(rollout: Rollout, advantages: Sequence[float], algorithm: AlgorithmConfig) -> TrainingSample:
+def _sample(
+    rollout: Rollout,
+    advantages: Sequence[float],
+    algorithm: AlgorithmConfig,
+    state_values: Mapping[str, StateValues] | None,
+    returns: Sequence[float],
+) -> TrainingSample:
     completion = rollout.completion
     is_trained = not (algorithm.mask_truncated and completion.finish_reason == FINISH_LENGTH)
     return TrainingSample(
@@ -168,6 +200,8 @@ def _sample(rollout: Rollout, advantages: Sequence[float], algorithm: AlgorithmC
         plain_logprobs=completion.plain_logprobs,
         advantages=tuple(advantages),
         loss_mask=(is_trained,) * len(completion.token_ids),
+        values=state_values[rollout.rollout_id].values if state_values is not None else (),
+        returns=tuple(returns),
     )
 
 

@@ -5,6 +5,8 @@ lists size and SHA-256 of every file; a reader trusts nothing else.
 
     checkpoints/step-000010/adapter/            PEFT format, float32
                             optimizer.safetensors
+                            critic/             adapter/ with value_head.safetensors, optimizer; with a critic
+                            reference/          adapter/; with a reference that is refreshed
                             state.json          step, policy_version, stream, ...
                             manifest.json
 """
@@ -18,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +30,19 @@ from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
 
 _FORMAT = 1
+
+
+class Trained(Protocol):
+    """What has parameters and writes itself: the policy, a critic."""
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
+
+    def save_adapter(self, folder: Path, base_name: str) -> None: ...
+
+    def load_adapter(self, folder: Path) -> None: ...
+
+
+Beside = Mapping[str, tuple[Trained, torch.optim.Optimizer | None]]  # by the name of their folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +63,7 @@ def save_checkpoint(
     *,
     base_name: str,
     keep_last: int,
+    beside: Beside | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` and remove all but the newest `keep_last`.
 
@@ -58,6 +74,7 @@ def save_checkpoint(
         state: JSON-able; must hold "step".
         base_name: recorded in the adapter's config.
         keep_last: at least 1.
+        beside: saved like the policy, each in a folder of its own: a critic, a reference.
 
     Raises:
         TrackingError: it could not be written; earlier checkpoints are untouched, no partial one is left.
@@ -67,8 +84,10 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        policy.save_adapter(temporary / "adapter", base_name)
-        save_file(_optimizer_tensors(policy, optimizer), str(temporary / "optimizer.safetensors"))
+        _save(temporary, policy, optimizer, base_name)
+        for name, (trained, its_optimizer) in (beside or {}).items():
+            (temporary / name).mkdir()
+            _save(temporary / name, trained, its_optimizer, base_name)
         (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
         _write_manifest(temporary)
         if final.exists():  # the same step, saved by an earlier try of this run
@@ -128,15 +147,35 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, state=json.loads((folder / "state.json").read_text()))
 
 
-def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put adapter and optimizer back, bit for bit.
+def restore(
+    checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer, beside: Beside | None = None
+) -> None:
+    """Put adapter and optimizer back, bit for bit, and those of `beside`.
 
     Raises:
         ValueError: the checkpoint's tensors do not fit this policy.
     """
-    policy.load_adapter(checkpoint.folder / "adapter")
-    tensors = load_file(str(checkpoint.folder / "optimizer.safetensors"))
-    for name, parameter in policy.named_parameters():
+    _load(checkpoint.folder, policy, optimizer)
+    for name, (trained, its_optimizer) in (beside or {}).items():
+        if not (checkpoint.folder / name).is_dir():
+            raise ValueError(
+                f"{checkpoint.folder} has no {name}; expected a checkpoint of a run with equal algorithm.*"
+            )
+        _load(checkpoint.folder / name, trained, its_optimizer)
+
+
+def _save(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None, base_name: str) -> None:
+    trained.save_adapter(folder / "adapter", base_name)
+    if optimizer is not None:
+        save_file(_optimizer_tensors(trained, optimizer), str(folder / "optimizer.safetensors"))
+
+
+def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None) -> None:
+    trained.load_adapter(folder / "adapter")
+    if optimizer is None:
+        return
+    tensors = load_file(str(folder / "optimizer.safetensors"))
+    for name, parameter in trained.named_parameters():
         prefix = f"{name}|"
         values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if values:
@@ -152,10 +191,10 @@ def _state_value(key: str, value: torch.Tensor, device: torch.device) -> torch.T
     return value.to(device)
 
 
-def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}|{key}": torch.as_tensor(value).detach().cpu().clone()
-        for name, parameter in policy.named_parameters()
+        for name, parameter in trained.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 

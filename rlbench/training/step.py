@@ -162,7 +162,13 @@ def _backward(
 
 
 def fixed_columns(
-    policy: Policy, microbatches: Sequence[Microbatch], config: AlgorithmConfig, *, temperature: float, seed: int
+    policy: Policy,
+    microbatches: Sequence[Microbatch],
+    config: AlgorithmConfig,
+    *,
+    temperature: float,
+    seed: int,
+    reference: Policy | None = None,
 ) -> list[dict[str, Tensor]]:
     """Columns that stay the same over the updates of a batch, for each microbatch, made before the first.
 
@@ -172,11 +178,12 @@ def fixed_columns(
 
     Args:
         seed: of the random choice that some losses make.
+        reference: as in `reference_logprobs`.
     """
     columns: list[dict[str, Tensor]] = [{} for _ in microbatches]
     if config.has_kl_loss:
         for microbatch, part in zip(microbatches, columns, strict=True):
-            part["ref_logprobs"] = reference_logprobs(policy, microbatch, temperature)
+            part["ref_logprobs"] = reference_logprobs(policy, microbatch, temperature, reference)
     if config.needs_old_forward:
         entropies = []
         for microbatch, part in zip(microbatches, columns, strict=True):
@@ -193,8 +200,12 @@ def policy_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) 
     return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
 
 
-def reference_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> Tensor:
-    """float32 [N]: the same base with the adapter switched off."""
+def reference_logprobs(
+    policy: Policy, microbatch: Microbatch, temperature: float, reference: Policy | None = None
+) -> Tensor:
+    """float32 [N], without gradient: those of `reference`, or (None) of the policy's base with the adapter off."""
+    if reference is not None:
+        return policy_logprobs(reference, microbatch, temperature)[0]
     with policy.reference():
         hidden = policy.hidden(microbatch)
         return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)[0]

@@ -78,6 +78,7 @@ def update_policy(
     max_grad_norm: float,
     entropy_control: EntropyControl,
     seed: int,
+    reference: Policy | None = None,
 ) -> UpdateResult:
     """Make `config.num_updates` optimizer steps from a batch; update i takes minibatch i modulo their number.
 
@@ -90,8 +91,9 @@ def update_policy(
         max_grad_norm: see `train_step`.
         entropy_control: read before each step, told the entropy after it.
         seed: of the random choice that some losses make.
+        reference: as in `reference_logprobs`.
     """
-    columns = _columns(policy, minibatches, config, temperature, seed)
+    columns = _columns(policy, minibatches, config, temperature, seed, reference)
     before: dict[int, list[Tensor]] = {}  # by minibatch
     steps: list[dict[str, float]] = []
     is_finite, num_applied = True, 0
@@ -131,11 +133,16 @@ def update_policy(
 
 
 def _columns(
-    policy: Policy, minibatches: Sequence[Minibatch], config: AlgorithmConfig, temperature: float, seed: int
+    policy: Policy,
+    minibatches: Sequence[Minibatch],
+    config: AlgorithmConfig,
+    temperature: float,
+    seed: int,
+    reference: Policy | None,
 ) -> list[list[dict[str, torch.Tensor]]]:
     """`fixed_columns` of the whole batch, for each minibatch: choices of tokens are made over all of it."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
-    columns = iter(fixed_columns(policy, flat, config, temperature=temperature, seed=seed))
+    columns = iter(fixed_columns(policy, flat, config, temperature=temperature, seed=seed, reference=reference))
     return [[next(columns) for _ in minibatch.microbatches] for minibatch in minibatches]
 
 

@@ -124,3 +124,20 @@ def test_a_penalty_in_the_reward_holds_the_policy_near_its_base(short, tmp_path)
     )
 
     assert near < 0.5 * far
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_a_reference_that_follows_is_nearer_and_resumes_bit_for_bit(short, tmp_path, kl_in):
+    kl = [f"algorithm.kl_in={kl_in}", "algorithm.kl=k1", "algorithm.kl_coef=0.001", "optim.schedule=constant"]
+    refresh = [*kl, "algorithm.reference_refresh_steps=2", "algorithm.reference_refresh_frac=0.9"]
+    far = finish(start(short, tmp_path / "far", *kl, "training.num_steps=4"))
+    whole = finish(start(short, tmp_path / "near", *refresh, "training.num_steps=4"))
+    finish(start(short, tmp_path / "cut", *refresh, "training.num_steps=3"))
+    second = start(short, tmp_path / "cut", *refresh, "training.num_steps=4", resume_from_step=3)
+    second.resume(find_checkpoint(tmp_path / "cut")[0])
+    rest = finish(second)
+
+    assert [line["kl/reference"] for line in far[:2]] == [line["kl/reference"] for line in whole[:2]]
+    assert 0 < abs(whole[2]["kl/reference"]) < 0.5 * abs(far[2]["kl/reference"])
+    assert rest[-1]["kl/reference"] == whole[-1]["kl/reference"]
+    assert rest[-1]["loss/total"] == whole[-1]["loss/total"]
