@@ -14,6 +14,7 @@ import rlbench
 
 COMMANDS = {
     "train": "train a policy (the default)",
+    "plan": "memory by part and time by phase of a run before it starts, from short probes on this device",
     "preflight": "sample the untrained policy as the run would: is there a signal, what does a step cost, go or no-go",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
@@ -71,6 +72,10 @@ def main() -> None:
         sys.exit(sandbox(arguments))
     if command == "reward":
         sys.exit(_reward(arguments))
+    if command == "plan":
+        from rlbench.commands.plan_memory import plan, with_folder
+
+        sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
     if command in ("replay", "rescore"):
