@@ -14,6 +14,8 @@ import rlbench
 
 COMMANDS = {
     "train": "train a policy (the default)",
+    "plan": "memory by part and time by phase of a run before it starts, from short probes on this device",
+    "preflight": "sample the untrained policy as the run would: is there a signal, what does a step cost, go or no-go",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
     "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
@@ -70,6 +72,12 @@ def main() -> None:
         sys.exit(sandbox(arguments))
     if command == "reward":
         sys.exit(_reward(arguments))
+    if command == "plan":
+        from rlbench.commands.plan_memory import plan, with_folder
+
+        sys.exit(_run_with_hydra(with_folder(arguments), plan))
+    if command == "preflight":
+        sys.exit(_preflight(arguments))
     if command in ("replay", "rescore"):
         sys.exit(_on_a_recorded_run(command, arguments))
     sys.exit(_run_with_hydra(arguments))
@@ -105,6 +113,16 @@ def _reward(arguments: list[str]) -> int:
     # A trial writes no files: Hydra's folder is one that is thrown away.
     with tempfile.TemporaryDirectory() as folder:
         return _run_with_hydra([*overrides, f"hydra.run.dir={folder}"], lambda config, _: reward_test(config, options))
+
+
+def _preflight(arguments: list[str]) -> int:
+    from rlbench.commands.preflight import preflight, split_arguments
+
+    try:
+        options, overrides = split_arguments(arguments)
+    except ValueError as error:
+        return _fail(str(error))
+    return _run_with_hydra(overrides, lambda config, notes: preflight(config, notes, options))
 
 
 def help_text() -> str:

@@ -43,7 +43,7 @@ def train(config: RunConfig, notes: Sequence[str]) -> int:
     try:
         return _train(config, notes, hydra_folder)
     except (ValueError, KeyboardInterrupt):
-        _remove_if_unused(hydra_folder)
+        remove_if_unused(hydra_folder)
         raise
 
 
@@ -175,7 +175,7 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
     checkpoint, damaged = find_checkpoint(place)
     for line in damaged:
         console.warning(f"{line}; an older checkpoint is taken")
-    _remove_if_unused(hydra_folder)
+    remove_if_unused(hydra_folder)
     return checkpoint, checkpoint.folder.parent.parent
 
 
@@ -197,7 +197,7 @@ def _newest_run(hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | N
             console.warning(f"{line}; an older checkpoint is taken")
         console.note(f"resume=auto: going on with {run_folder}, {checkpoint.step} steps are done")
         if run_folder != hydra_folder:
-            _remove_if_unused(hydra_folder)
+            remove_if_unused(hydra_folder)
         return checkpoint, run_folder
     console.note(f"resume=auto: no run in {hydra_folder.parent} has a checkpoint; a new run begins")
     return None, hydra_folder
@@ -207,7 +207,7 @@ def _saved_config(run_folder: Path) -> dict[str, Any]:
     return yaml.safe_load((run_folder / "config.yaml").read_text())
 
 
-def _remove_if_unused(folder: Path) -> None:
+def remove_if_unused(folder: Path) -> None:
     """Hydra made a folder before we knew that nothing would be written there."""
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"hydra"}:
         shutil.rmtree(folder, ignore_errors=True)

@@ -105,16 +105,21 @@ def has_signal(
     group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig, *, max_completion_tokens: int
 ) -> bool:
     """Whether the group's rewards, penalties on length included, differ: what dynamic sampling draws prompts for."""
+    return len(set(shaped_rewards(group, algorithm, rewards, max_completion_tokens=max_completion_tokens))) > 1
+
+
+def shaped_rewards(
+    group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig, *, max_completion_tokens: int
+) -> list[tuple[float | None, ...]]:
+    """What the advantages of the group compare, one for each rollout that has a reward: the reward with its penalty on
+    length and, where they are read apart, the components. Empty if the group is dropped or too small."""
     rollouts = _comparable(group, algorithm, rewards)
-    if not rollouts:
-        return False
     penalties = _overlong_penalties([rollouts], algorithm, max_completion_tokens)
     reads_components = ADVANTAGE_SPECS[algorithm.advantage].reads_components
-    shaped = {
+    return [
         ((r.reward or 0.0) + penalties.get(r.rollout_id, 0.0), *_component_values(r, reads_components))
         for r in rollouts
-    }
-    return len(shaped) > 1
+    ]
 
 
 def _component_values(rollout: Rollout, are_read: bool) -> list[float | None]:

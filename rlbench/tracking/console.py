@@ -208,6 +208,10 @@ class RunConsole:
         if not self.quiet:
             self._print(Text(printable(text, keep_newlines=True)), is_prose=True)
 
+    def show(self, renderable: RenderableType) -> None:
+        """Print a page of a command, quiet or not. Its texts must be harmless: see `safe_text.printable`."""
+        self._print(renderable)
+
     def warning(self, text: str) -> None:
         """Print a line that the user should not miss, quiet or not."""
         self._print(Text(f"warning: {printable(text, keep_newlines=True)}", style="yellow"), is_prose=True)

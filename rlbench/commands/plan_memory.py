@@ -1,0 +1,106 @@
+"""`python -m rlbench plan`: memory by part and time by phase before the run starts, from probes on this device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlbench.commands.train import remove_if_unused
+from rlbench.config.schema import RunConfig
+from rlbench.tracking.console import PlanRow, RunConsole
+from rlbench.tracking.formats import format_duration
+
+if TYPE_CHECKING:
+    from rlbench.planner.memory_plan import MemoryPlan
+    from rlbench.planner.probes import Probes
+
+TOO_LARGE = 7  # exit status: no-go, as of preflight
+
+
+def with_folder(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with a folder of the command's own unless the user names one."""
+    if any(override.startswith("hydra.run.dir=") for override in overrides):
+        return list(overrides)
+    return [*overrides, f"hydra.run.dir='outputs/${{name}}/plan_{datetime.now():%Y-%m-%d_%H-%M-%S}'"]
+
+
+def plan(config: RunConfig, notes: Sequence[str]) -> int:
+    """Exit status: 0 if the run fits, 7 if not.
+
+    Raises:
+        ValueError: a mistake of the user.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _plan(config, notes, folder)
+    except (ValueError, KeyboardInterrupt):
+        remove_if_unused(folder)
+        raise
+
+
+def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
+    if config.stage != "rl":
+        raise ValueError(f"stage is {config.stage}, but plan measures online runs only; expected stage=rl")
+    console = RunConsole(quiet=config.tracking.quiet)
+    for note in notes:
+        console.note(note)
+    from rlbench.build import build, prepare
+    from rlbench.data.prompts import longest_prompt_tokens
+
+    with console.phase("reading data and model"):
+        inputs = prepare(config)
+    with console.phase("loading the model"):
+        parts = build(inputs)
+    try:
+        from rlbench.planner.device_memory import device_memory
+        from rlbench.planner.memory_plan import make_plan
+        from rlbench.planner.probes import run_probes
+
+        memory = device_memory(config.hardware.profile)
+        limit = memory.limit()
+        with console.phase("probing"):
+            probes = run_probes(inputs, parts, memory)
+        longest = longest_prompt_tokens(inputs.train.prompts)
+        made = make_plan(probes, config, limit, longest, inputs.context_tokens)
+    finally:
+        console.close()
+        parts.close()
+    console.plan(list(_rows(made, probes, config, memory.name)))
+    record = {"kind": memory.name, "fits": made.fits, "plan": asdict(made), "probes": asdict(probes)}
+    (folder / "plan.json").write_text(json.dumps(record, indent=1))
+    console.note(f"numbers {folder / 'plan.json'}")
+    if not made.fits:
+        console.warning(
+            f"the run would need {made.peak_gib:.1f} GiB, expected at most 90% of the {made.limit_gib:.1f} GiB that "
+            f"are free; {made.knobs[0].setting} saves {made.knobs[0].saves_gib:.1f} GiB"
+        )
+    return 0 if made.fits else TOO_LARGE
+
+
+def _rows(made: MemoryPlan, probes: Probes, config: RunConfig, kind: str) -> Iterator[PlanRow]:
+    memory = f"Memory ({kind}), GiB"
+    for name, gib in made.memory_gib.items():
+        yield PlanRow(memory, name, f"{gib:.2f}", "#" * round(30 * max(0.0, gib) / made.peak_gib))
+    free = f"{made.limit_gib - made.peak_gib:.2f} of {made.limit_gib:.2f} stay free"
+    yield PlanRow(memory, "peak", f"{made.peak_gib:.2f}", free)
+    yield PlanRow(
+        memory, "peak by phase", f"generation {made.generation_peak_gib:.2f}, update {made.update_peak_gib:.2f}"
+    )
+    for name, seconds in made.time_s.items():
+        yield PlanRow("Time of a step, at most", name, format_duration(seconds))
+    total = sum(made.time_s.values())
+    run = format_duration(total * (config.training.num_steps or 0))
+    yield PlanRow(
+        "Time of a step, at most", "both", format_duration(total), f"{run} for {config.training.num_steps} steps"
+    )
+    yield PlanRow("Room", "training.tokens_per_microbatch", f"up to {made.max_microbatch_tokens}",
+                  f"{probes.microbatch_tokens} are used; a line through {len(probes.update)} sizes")  # fmt: skip
+    yield PlanRow("Room", "sampling.max_tokens", f"up to {made.max_completion_tokens}", "with the longest prompt")
+    for knob in made.knobs:
+        yield PlanRow("What buys memory", knob.setting, f"saves {knob.saves_gib:.2f} GiB")

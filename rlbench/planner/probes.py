@@ -1,0 +1,165 @@
+"""Short measured probes of a run's own parts: generation at two lengths, updates at several sizes, the head alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlbench.build import Inputs, Parts, training_sampling
+from rlbench.data.packing import Microbatch, pack
+from rlbench.data.stream import PromptStream
+from rlbench.models.base import storage_bytes
+from rlbench.planner.device_memory import DeviceMemory
+from rlbench.records import Prompt, TrainingSample
+from rlbench.rollouts.seeds import sampling_seed
+from rlbench.training.optim import set_lr
+from rlbench.training.step import train_step
+from rlbench.weight_sync import sync
+from rlbench_kernels import linear_token_loss
+
+_SHARES = (0.25, 0.5)  # of the run's sizes: large enough to be linear, small enough to be safe and quick
+_GENERATED = (8, 24)  # tokens a row of the generation probes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One measurement.
+
+    Example:
+        Probe(size=1024, seconds=3.2, peak_bytes=2_100_000_000)
+    """
+
+    size: int  # tokens: packed ones of an update, generated ones of a row
+    seconds: float
+    peak_bytes: int  # of the whole process on its device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    idle_bytes: int  # with everything loaded, before any probe
+    base_bytes: int
+    adapter_bytes: int
+    kv_bytes_per_token: int
+    step_tokens: int  # packed tokens of the run's largest step, completions of full length
+    microbatch_tokens: int  # of its largest microbatch
+    num_microbatches: int
+    generation: list[Probe]
+    warm_bytes: int  # after generation and one update: what both phases leave behind
+    update: list[Probe]
+    head_bytes: int  # peak of the logits workspace
+    num_rows: int  # sequences decoded together
+
+
+def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
+    """Measure. The optimizer gets its state; the adapter stays as it was (learning rate 0)."""
+    config = inputs.config
+    idle = memory.held()
+    step = largest_step(inputs)
+    full = _pack(inputs, parts, step)
+    microbatch_tokens = max(len(mb.token_ids) for mb in full)
+    set_lr(parts.optimizer, 0.0)
+    sync(parts.policy.adapter(), parts.engine, 0)
+    rows = min(len(step), config.engine.max_num_seqs or len(step))
+    _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
+    generation = [_generate(inputs, parts, memory, step[:rows], length) for length in _GENERATED]
+    parts.engine.sleep()
+    sizes = sorted({max(1, round(share * len(step) / len(full))) for share in _SHARES})
+    _update(inputs, parts, memory, step[: sizes[0]])  # warm-up; makes the optimizer's state
+    warm = memory.held()
+    update = [_update(inputs, parts, memory, step[:count]) for count in sizes]
+    return Probes(
+        idle_bytes=idle,
+        base_bytes=storage_bytes(parts.base),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in parts.policy.parameters()),
+        kv_bytes_per_token=_kv_bytes_per_token(parts),
+        step_tokens=sum(len(mb.token_ids) for mb in full),
+        microbatch_tokens=microbatch_tokens,
+        num_microbatches=len(full),
+        generation=generation,
+        warm_bytes=warm,
+        update=update,
+        head_bytes=_head_bytes(parts, memory, sum(len(s.token_ids) for s in step) // len(full)),
+        num_rows=rows,
+    )
+
+
+def largest_step(inputs: Inputs) -> list[TrainingSample]:
+    """Of the prompts of all the run's steps those of the longest step, with completions of sampling.max_tokens.
+
+    The prompts are known: their order follows from the seed. The tokens of the completions are random.
+    """
+    config = inputs.config
+    stream = PromptStream(inputs.train.prompts, seed=config.seed, shuffle=config.data.shuffle)
+    size = config.algorithm.prompts_per_step or 1
+    steps = [stream.next(size) for _ in range(config.training.num_steps or 1)]
+    longest = max(steps, key=lambda prompts: sum(len(prompt.token_ids) for prompt in prompts))
+    return [_sample(prompt, i, inputs) for prompt in longest for i in range(config.algorithm.group_size or 1)]
+
+
+def _sample(prompt: Prompt, index: int, inputs: Inputs) -> TrainingSample:
+    length = inputs.config.sampling.max_tokens
+    draw = random.Random(f"{prompt.prompt_id}/{index}")
+    return TrainingSample(
+        group_id=prompt.prompt_id,
+        prompt_token_ids=prompt.token_ids,
+        token_ids=tuple(draw.choice(prompt.token_ids) for _ in range(length)),
+        sampling_logprobs=(-1.0,) * length,
+        advantages=((-1.0) ** index,) * length,
+        loss_mask=(True,) * length,
+    )
+
+
+def _pack(inputs: Inputs, parts: Parts, samples: Sequence[TrainingSample]) -> list[Microbatch]:
+    budget = inputs.config.training.tokens_per_microbatch or 1
+    return pack(samples, tokens_per_microbatch=budget, device=parts.policy.device)
+
+
+def _generate(
+    inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample], length: int
+) -> Probe:
+    sampling = replace(training_sampling(inputs), max_tokens=length, stop_token_ids=(), stop=())
+    seeds = [sampling_seed(0, 0, sample.group_id, index) for index, sample in enumerate(samples)]
+    start = time.monotonic()
+    with memory.watch() as peak:
+        parts.engine.generate([sample.prompt_token_ids for sample in samples], sampling, seeds)
+    return Probe(size=length, seconds=time.monotonic() - start, peak_bytes=peak.num_bytes)
+
+
+def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample]) -> Probe:
+    config = inputs.config
+    microbatches = _pack(inputs, parts, samples)[:1]
+    start = time.monotonic()
+    with memory.watch() as peak:
+        train_step(
+            parts.policy,
+            microbatches,
+            parts.optimizer,
+            config.algorithm,
+            temperature=config.sampling.temperature,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+    seconds = time.monotonic() - start
+    return Probe(size=len(microbatches[0].token_ids), seconds=seconds, peak_bytes=peak.num_bytes)
+
+
+def _head_bytes(parts: Parts, memory: DeviceMemory, num_rows: int) -> int:
+    """Peak of logits and their gradient over `num_rows` loss positions, above what is held."""
+    weight = parts.policy.head_weight
+    hidden = torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    targets = torch.zeros(num_rows, dtype=torch.int64, device=weight.device)
+    held = memory.held()
+    with memory.watch() as peak:
+        loss, _, _ = linear_token_loss(hidden, weight, targets, lambda logprobs, *_: (logprobs.sum(), {}), {})
+        loss.backward()
+    return max(0, peak.num_bytes - held)
+
+
+def _kv_bytes_per_token(parts: Parts) -> int:
+    config = parts.base.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = parts.policy.head_weight.element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element
