@@ -294,6 +294,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     every_steps: int = 10  # 0: only at the end and when stopped
     keep_last: int = 2
+    # a number of the evaluations, such as eval/accuracy: the checkpoint of its best value (the lowest, if its name ends
+    # in loss) is written and kept too; needs evaluation.every_steps
+    keep_best: str | None = None
 
     def __post_init__(self) -> None:
         check_range("checkpoint.every_steps", self.every_steps, low=0)
@@ -340,6 +343,11 @@ class RunConfig:
         check_choice("stage", self.stage, list(STAGES))
         for section in STAGES[self.stage]:
             _check_unread(section, getattr(self, section), self.stage)
+        if self.checkpoint.keep_best and not self.evaluation.every_steps:
+            raise ValueError(
+                f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "
+                "evaluations during training, e.g. evaluation.every_steps=10"
+            )
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
         if buffer > limit:
             raise ValueError(

@@ -59,6 +59,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
 
         Raises:
             NonFiniteError: too many steps in a row without a finite gradient.
+            ValueError: checkpoint.keep_best names no number of the evaluations.
             TrackingError: metrics, rollouts or a checkpoint could not be written.
             Exception: what the steps of the loop raise.
         """
@@ -71,7 +72,8 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         while self.step < num_steps and self.stop.signal_number is None:
             self._step(num_steps)
             self._evaluate_if_due(num_steps)
-            if every and self.step % every == 0 and self.step < num_steps:
+            is_due = bool(every) and self.step % every == 0
+            if (is_due or self.best_step == self.step) and self.step < num_steps:
                 self.save()
         self.save()
 
@@ -96,8 +98,18 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 state,
                 base_name=self.inputs.model.name,
                 keep_last=self.inputs.config.checkpoint.keep_last,
+                keep_steps=[self.best_step] if self.best_step else [],
                 beside=self._beside(),
             )
+
+    @property
+    def best_step(self) -> int | None:
+        """Of the evaluation with the best checkpoint.keep_best so far, the first of equals; None: not asked for."""
+        key = self.inputs.config.checkpoint.keep_best
+        if not key or not self.evaluations:
+            return None
+        sign = -1.0 if key.endswith("loss") else 1.0
+        return max(self.evaluations, key=lambda evaluation: sign * evaluation.metrics[key]).step
 
     def _evaluate_if_due(self, num_steps: int) -> None:
         """Before training, every so many steps, and after training; never twice at one step, nor once a stop is due."""
@@ -156,8 +168,15 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         }
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
+        key = self.inputs.config.checkpoint.keep_best
+        if key and key not in evaluation.metrics:
+            raise ValueError(
+                f"checkpoint.keep_best is {key}, but the evaluations have {', '.join(sorted(evaluation.metrics))}"
+            )
         self.tracker.log_evaluation(self.step, evaluation.metrics)
         self.evaluations.append(evaluation)
+        if key and self.step and self.best_step == self.step:
+            self.console.note(f"best {key} so far: {evaluation.metrics[key]:.4g}; its checkpoint is kept")
 
     def _log_step(self, step: int, metrics: dict[str, float | None], start: float) -> None:
         """Add the step's times and hand its metrics on."""

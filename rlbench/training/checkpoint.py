@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,9 +63,10 @@ def save_checkpoint(
     *,
     base_name: str,
     keep_last: int,
+    keep_steps: Collection[int] = (),
     beside: Beside | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN` and remove all but the newest `keep_last`.
+    """Write `checkpoints/step-NNNNNN` and remove all but the newest `keep_last` and those of `keep_steps`.
 
     Args:
         run_folder: of the run.
@@ -74,12 +75,13 @@ def save_checkpoint(
         state: JSON-able; must hold "step".
         base_name: recorded in the adapter's config.
         keep_last: at least 1.
+        keep_steps: steps whose checkpoints stay.
         beside: saved like the policy, each in a folder of its own: a critic, a reference.
 
     Raises:
         TrackingError: it could not be written; earlier checkpoints are untouched, no partial one is left.
     """
-    final = run_folder / "checkpoints" / f"step-{state['step']:06d}"
+    final = run_folder / "checkpoints" / _name(state["step"])
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,9 +100,15 @@ def save_checkpoint(
         raise TrackingError.from_os_error("save a checkpoint to", final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    kept = {_name(step) for step in keep_steps}
     for old in _folders(run_folder)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def find_checkpoint(place: Path) -> tuple[Checkpoint, list[str]]:

@@ -222,3 +222,32 @@ def test_a_resume_with_another_adapter_rank_is_refused(finished, tiny_overrides,
 
     assert done.returncode == 2
     assert "lora.rank was 16 in the run that is resumed and is 4 now" in done.stderr
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tiny_overrides, tmp_path):
+    folder = tmp_path / "best"
+    done = run(
+        *tiny_overrides, "training.num_steps=6", "evaluation.every_steps=1", "checkpoint.every_steps=0", "optim.lr=0.2",
+        "checkpoint.keep_last=1", "checkpoint.keep_best=eval/share", f"hydra.run.dir={folder}", folder=tmp_path,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    shares = {line["step"]: line["eval/share"] for line in read_metrics(folder / "metrics.jsonl", "eval")}
+    best = max(shares, key=lambda step: (shares[step], -step))
+    assert 0 < best < 5, shares  # at this learning rate the reward falls again
+    expected = {f"step-{step:06d}" for step in (best, 6)}
+    assert {checkpoint.name for checkpoint in (folder / "checkpoints").iterdir()} == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["checkpoint.keep_best=eval/share"], "evaluation.every_steps is 0"),
+        (["checkpoint.keep_best=eval/nothing", "evaluation.every_steps=1"], "but the evaluations have eval/accuracy"),
+    ],
+)
+def test_a_best_that_cannot_be_found_is_one_sentence(tiny_overrides, tmp_path, overrides, sentence):
+    done = run(*tiny_overrides, "training.num_steps=2", *overrides, folder=tmp_path)
+
+    assert done.returncode == 2 and sentence in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

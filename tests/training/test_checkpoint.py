@@ -59,6 +59,16 @@ def test_only_the_newest_are_kept(tiny_base, tmp_path):
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_named_steps_stay_besides_the_newest(tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    for step in (1, 2, 3):
+        save_checkpoint(
+            tmp_path, policy, optimizer, {"step": step}, base_name="tiny", keep_last=1, keep_steps=[1]
+        )  # fmt: skip
+
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
+
+
 @pytest.fixture
 def two_checkpoints(tiny_base, tmp_path):
     policy, optimizer = start(tiny_base)
