@@ -187,7 +187,13 @@ def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[st
     try:
         config = to_run_config(composed)
         if action is not None:
+            if config.chain:
+                raise ValueError(f"this command takes one run, but chain has {len(config.chain)} stages; expected none")
             return action(config, notes)
+        if config.chain:
+            from rlbench.commands.chain import chain
+
+            return chain(config, notes)
         from rlbench.commands.train import train
 
         return train(config, notes)

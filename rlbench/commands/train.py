@@ -41,17 +41,18 @@ def train(config: RunConfig, notes: Sequence[str]) -> int:
 
     hydra_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return _train(config, notes, hydra_folder)
+        return run_training(config, notes, hydra_folder)
     except (ValueError, KeyboardInterrupt):
         remove_if_unused(hydra_folder)
         raise
 
 
-def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
+def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in_chain: bool = False) -> int:
+    """As `train`, in `folder`; a run in a chain leaves it to the chain to say what comes next."""
     console = RunConsole(quiet=config.tracking.quiet)
     for note in notes:
         console.note(note)
-    checkpoint, run_folder = _find_resume(config, hydra_folder, console)
+    checkpoint, run_folder = _find_resume(config, folder, console)
     if checkpoint is not None:
         kept = keep_derived(config, json.loads((run_folder / "derived.json").read_text()))
         console.note(f"kept from the run that is resumed: {', '.join(kept) or 'nothing'}")
@@ -67,7 +68,7 @@ def _train(config: RunConfig, notes: Sequence[str], hydra_folder: Path) -> int:
     if parts.policy.patched:
         console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
     try:
-        return _run(stage, inputs, parts, checkpoint, run_folder, console)
+        return _run(stage, inputs, parts, checkpoint, run_folder, console, is_in_chain)
     finally:
         parts.close()
 
@@ -79,6 +80,7 @@ def _run(
     checkpoint: Checkpoint | None,
     run_folder: Path,
     console: RunConsole,
+    is_in_chain: bool,
 ) -> int:
     from rlbench.checks.drift import DriftError
     from rlbench.checks.policy_identity import PolicyIdentityError
@@ -116,6 +118,7 @@ def _run(
             console,
             report=_report(run_folder, console),
             is_done=is_done,
+            is_in_chain=is_in_chain,
             seconds=time.monotonic() - start,
         )
         return 0 if is_done else stop.exit_status
@@ -231,6 +234,7 @@ def _summarise(
     *,
     report: Path | None,
     is_done: bool,
+    is_in_chain: bool,
     seconds: float,
 ) -> None:
     from rlbench.tracking.formats import format_duration
@@ -248,6 +252,8 @@ def _summarise(
         commands = [f"{resume} training.num_steps={2 * loop.step}   # train on"]
     else:
         commands = [f"{resume}   # go on"]
+    if is_in_chain:
+        commands = []
     wandb = loop.tracker.wandb
     if wandb is not None and wandb.mode == "offline":
         commands.append(f"wandb sync {folder}/wandb/offline-run-*   # upload this run to wandb")

@@ -29,11 +29,17 @@ def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfi
         )
     config: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(saved))
     for override in overrides:
-        _apply(config, override)
+        apply_override(config, override)
     return to_run_config(config)
 
 
-def _apply(config: Any, override: str) -> None:
+def apply_override(config: Any, override: str) -> None:
+    """Change a composed config in place, as `recorded_config` describes.
+
+    Raises:
+        ValueError: the override cannot be read or applied.
+        OmegaConfBaseException: there is no such key, or it cannot hold the value.
+    """
     if override.startswith("~"):
         parent, _, name = override[1:].rpartition(".")
         node = OmegaConf.select(config, parent) if parent else None

@@ -317,6 +317,12 @@ class TrackingConfig:
 
 
 @dataclass
+class ChainStageConfig:
+    name: str = "???"  # of the stage's folder
+    overrides: list[str] = field(default_factory=list)  # of the shared settings: key=value, group=choice or ~key
+
+
+@dataclass
 class RunConfig:
     name: str = "run"  # of the run's folder: outputs/<name>/<time>
     stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family)
@@ -338,10 +344,13 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    chain: list[ChainStageConfig] = field(
+        default_factory=list
+    )  # runs one after the other, each from the last's adapter
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, list(STAGES))
-        for section in STAGES[self.stage]:
+        for section in () if self.chain else STAGES[self.stage]:  # of a chain, each stage's own config is checked
             _check_unread(section, getattr(self, section), self.stage)
         if self.checkpoint.keep_best and not self.evaluation.every_steps:
             raise ValueError(
