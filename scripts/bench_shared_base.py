@@ -21,20 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from random_models import SHAPES
+
 CASES = (
     "rlbench:smollm2-135m:none", "rlbench:smollm2-135m:nf4", "rlbench:qwen2.5-1.5b:nf4", "rlbench:llama-3.1-8b:nf4",
     "vllm:llama-3.1-8b:nf4", "unsloth:llama-3.1-8b:nf4", "rlbench:llama-3.1-8b:none", "trl:llama-3.1-8b:none",
 )  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-1.5b": {
-        "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 MIB = 2**20
 RANK = 16
 KV_GIB = 16.0

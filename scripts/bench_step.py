@@ -13,7 +13,8 @@ rank 16 on all linear layers. Implementations, each in a process of its own:
 Times are wall times of whole steps with the device synchronised, the median over the steps after the warm-up; memory is
 the allocator's peak, weights included. The matmul rate is measured in every process before and after: a case whose two
 rates differ by more than 3% is marked. Tokens: dense and long count all, grpo the completions' (those without signal
-too). The floor is 4 x weights x tokens FLOPs at that rate.
+too). RLBENCH_PROFILE=FOLDER writes each case's kernels there, from one more step under torch's
+profiler. The floor is 4 x weights x tokens FLOPs at that rate.
 """
 
 from __future__ import annotations
@@ -151,9 +152,6 @@ def check(result: Any) -> None:
 
 def unsloth_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
     import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (patches what comes after it)
-
-    if kind == "grpo":
-        import trl  # noqa: F401
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     checkpointing: Any = "unsloth" if option == "unsloth" else False

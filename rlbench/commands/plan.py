@@ -22,7 +22,8 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows += [row("Rewards", "rewards.num_workers")]
     sizes = ("hardware.profile", "hardware.num_threads", "engine.kind", "engine.max_num_seqs", "training.num_steps",
              "algorithm.prompts_per_step", "algorithm.group_size", "sampling.max_tokens",
-             "training.tokens_per_microbatch", "evaluation.num_prompts", "optim.lr")  # fmt: skip
+             "training.tokens_per_microbatch", *recompute_keys(inputs), "evaluation.num_prompts",
+             "optim.lr")  # fmt: skip
     rows += [row("Sizes", key) for key in sizes]
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
@@ -35,6 +36,12 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows += [row("Checks", f"checks.{name}") for name in checks]
     rows.append(PlanRow("Files", "run folder", str(run_folder)))
     return rows
+
+
+def recompute_keys(inputs: BaseInputs) -> list[str]:
+    """What is computed again in the backward pass; of how many layers, if not of all."""
+    layers = ["training.recompute_layers"] if inputs.config.training.recompute_layers else []
+    return ["training.recompute", *layers]
 
 
 def row_maker(inputs: BaseInputs) -> Callable[[str, str], PlanRow]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlbench.build import BaseInputs
 from rlbench.build_offline import PreferenceInputs, SftInputs
-from rlbench.commands.plan import model_rows, row_maker, source_rows
+from rlbench.commands.plan import model_rows, recompute_keys, row_maker, source_rows
 from rlbench.tracking.console import PlanRow
 
 
@@ -48,7 +48,7 @@ def preference_plan_rows(inputs: PreferenceInputs, run_folder: Path) -> list[Pla
 def size_rows(inputs: BaseInputs) -> list[PlanRow]:
     row = row_maker(inputs)
     keys = ("hardware.profile", "hardware.num_threads", "training.num_steps", "training.tokens_per_microbatch",
-            "evaluation.num_prompts", "optim.lr")  # fmt: skip
+            *recompute_keys(inputs), "evaluation.num_prompts", "optim.lr")  # fmt: skip
     return [row("Sizes", key) for key in keys]
 
 

@@ -36,8 +36,9 @@ def test_the_reward_rises(finished):
 def test_the_user_reads_plan_steps_evaluation_and_summary(finished):
     text = finished[0].stdout
 
-    for expected in ("model.path", "derived: ", "24/24", "evaluation, held-out problems before training",
-                     "What was learned", "What to run next", "Time by phase"):  # fmt: skip
+    for expected in ("model.path", "derived: ", "training.recompute  ", "24/24",
+                     "evaluation, held-out problems before training", "What was learned",
+                     "What to run next", "Time by phase"):  # fmt: skip
         assert expected in text
     assert "Traceback" not in text + finished[0].stderr
 
