@@ -6,7 +6,7 @@ Batches: dense (8 sequences of 1,024 tokens, cross-entropy of all), long (one of
 with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate). Random weights, LoRA of
 rank 16 on all linear layers. Implementations, each in a process of its own:
 
-    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, full+offload@8192, ...
+    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, mlp+offload@8192, ...
     unsloth    its model, patches and checkpointing ("unsloth": offloaded; off: none); GRPO by its GRPOTrainer
     trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO by TRL's GRPOTrainer
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ RANK, ALPHA = 16, 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = "dense:llama-3.1-8b:nf4,grpo:llama-3.1-8b:nf4,dense:qwen3-4b:none,dense:qwen2.5-1.5b:none,long:qwen3-4b:nf4"
 IMPLS = (
-    "rlbench:auto@8192,rlbench:full@8192,rlbench:full@4096,rlbench:except_attention@8192,unsloth:unsloth,unsloth:off,"
+    "rlbench:auto@8192,rlbench:full@8192,rlbench:full@4096,rlbench:mlp+offload@8192,unsloth:unsloth,unsloth:off,"
     "trl:on,trl:off"
 )
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo")
@@ -345,7 +346,9 @@ def run_case(case: str, impl: str, timeout_s: float) -> list[dict[str, Any]]:
         if line.startswith("Derivation"):
             print(line, flush=True)
     if os.environ.get("RLBENCH_PROFILE"):
-        Path(os.environ["RLBENCH_PROFILE"], f"{case}_{impl}.txt".replace(":", "_")).write_text("\n".join(lines))
+        Path(os.environ["RLBENCH_PROFILE"], re.sub("[^a-z0-9.]", "_", f"{case}_{impl}.txt")).write_text(
+            "\n".join(lines)
+        )
     if failure:
         print(f"did not finish ({failure}):\n" + "\n".join(lines[-12:]), flush=True)
         last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]

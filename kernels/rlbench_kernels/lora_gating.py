@@ -38,7 +38,10 @@ def apply_gate(both: Tensor, activation: str, out: Tensor) -> Tensor:
 
 
 def gate_gradients(both: Tensor, grad: Tensor, activation: str, out: Tensor) -> Tensor:
-    """Write d gate and d up to out [N, 2 I]; returns h [N, I], computed again. `grad`, d h, may be overwritten."""
+    """Write d gate and d up to out [N, 2 I], which may be `both`; returns h [N, I], computed again.
+
+    `grad`, d h, may be overwritten.
+    """
     if _has_kernel(both):
         from rlbench_kernels.lora_gating_triton import launch_gate_gradients
 
@@ -48,9 +51,10 @@ def gate_gradients(both: Tensor, grad: Tensor, activation: str, out: Tensor) -> 
     grad_gate, grad_up = out.chunk(2, 1)
     function, derivative = GATES[activation]
     active = function(gate)
+    hidden, scaled = active * up, grad * up
     torch.mul(grad, active, out=grad_up)
-    derivative(grad * up, gate, grad_gate)
-    return active.mul_(up)
+    derivative(scaled, gate, grad_gate)
+    return hidden
 
 
 def _has_kernel(both: Tensor) -> bool:

@@ -32,7 +32,7 @@ def _gate(both, out, size, stride, out_stride, BLOCK: tl.constexpr, IS_SILU: tl.
 def _gate_gradients(
     both, grad, out, size, stride, grad_stride, out_stride, BLOCK: tl.constexpr, IS_SILU: tl.constexpr
 ):  # fmt: skip
-    """out = (d gate, d up); grad, read as d h, becomes h."""
+    """out, which may be both, = (d gate, d up); grad, read as d h, becomes h."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

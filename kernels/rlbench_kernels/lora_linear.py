@@ -1,7 +1,9 @@
 """Linear layers with LoRA over frozen matrices, dense or NF4: one autograd function a layer, query-key-value or MLP.
 
 Gradients go to the input and the adapters alone. An NF4 matrix is made dense once a direction and never kept; saved
-for the backward pass are the input, the MLP's gate and up, and the low-rank products.
+for the backward pass are the input, the MLP's gate and up, and the low-rank products. `values=False` is for a second
+forward pass whose gradients alone are wanted (activation recomputation): what only the results need is left out, and
+they hold anything.
 
 Shapes: N tokens, D in features, O out features, I intermediate features, R LoRA rank.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
@@ -65,7 +67,7 @@ def lora_linear(
 
 def lora_qkv(
     x: Tensor, bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None] | None = None,
-    *, form: str = "auto",
+    *, form: str = "auto", values: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Projections of one input, each as `lora_linear`, in one autograd function; None is a layer without adapter.
 
@@ -74,6 +76,7 @@ def lora_qkv(
     Args:
         x: [..., D].
         bases, loras, biases: one a projection; as in `lora_linear`.
+        values: False leaves the large matmuls out; see above.
 
     Returns:
         [..., O] of each projection.
@@ -84,13 +87,13 @@ def lora_qkv(
     biases = [None] * len(bases) if biases is None else biases
     _check(x, bases, loras, biases)
     frozen = _projections(bases, loras, biases, form, has_room=False)
-    results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, *_tensors(loras))
+    results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, values, *_tensors(loras))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)  # pyright: ignore[reportOptionalIterable]
 
 
 def lora_mlp(
     x: Tensor, gate: Base, up: Base, down: Base, loras: Sequence[Lora | None], activation: str = "silu",
-    *, form: str = "auto",
+    *, form: str = "auto", values: bool = True, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """y = down(act(gate(x)) * up(x)), each projection as `lora_linear`, in one autograd function.
 
@@ -102,12 +105,16 @@ def lora_mlp(
         loras: of gate, up and down; None is a layer without adapter.
         activation: "silu" or "gelu_tanh".
         form: as in `lora_linear`; on a GPU "auto" takes "extended" where all of gate and up, or down, are NF4.
+        values: False leaves down and the product out; see above.
+        overwrite: the backward pass writes its gradients over gate(x) and up(x), which saves N 3 I numbers at its
+            peak; it can run once.
 
     Returns:
         [..., O] in x's dtype.
 
     Raises:
         ValueError: as `lora_linear`; an unknown activation.
+        RuntimeError: a second backward pass after one that overwrote.
     """
     if activation not in GATES:
         raise ValueError(f"activation {activation!r}: expected one of {', '.join(GATES)}")
@@ -119,15 +126,21 @@ def lora_mlp(
     _check(x, [down], loras[2:], [None], depth=gate.shape[0])
     inner = _projections([gate, up], loras[:2], [None, None], form, has_room=True)
     outer = _projections([down], loras[2:], [None], form, has_room=True)
-    y = _LoraMlp.apply(x.reshape(-1, x.shape[-1]), inner, outer, activation, *_tensors(loras))
+    options = (activation, values, overwrite)
+    y = _LoraMlp.apply(x.reshape(-1, x.shape[-1]), inner, outer, options, *_tensors(loras))
     return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _LoraProjections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, frozen: Projections, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, rows: Tensor, frozen: Projections, values: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         adapters = cast_adapters(tensors, frozen.scalings, rows.shape[1], rows)
-        results, low = project(rows, adapters, frozen)
+        if values:
+            results, low = project(rows, adapters, frozen)
+        else:
+            results, low = [rows.new_empty((len(rows), size)) for size in frozen.sizes], rows @ adapters.a.T
         ctx.save_for_backward(rows, low, adapters.a, *adapters.b)
         ctx.frozen, ctx.dtypes = frozen, _dtypes(tensors)
         ctx.set_materialize_grads(False)
@@ -145,44 +158,57 @@ class _LoraProjections(torch.autograd.Function):
         return (
             grad_rows,
             None,
-            *_adapter_gradients(grads, low_grad, rows, low, adapters, ctx.frozen, ctx.dtypes, wanted[2:]),
+            None,
+            *_adapter_gradients(grads, low_grad, rows, low, adapters, ctx.frozen, ctx.dtypes, wanted[3:]),
         )
 
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, inner: Projections, outer: Projections, activation: str, *tensors: Tensor | None
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, inner: Projections, outer: Projections, options: tuple[str, bool, bool],
+        *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        activation, values, ctx.overwrite = options
         size = inner.sizes[0]
         adapters = cast_adapters(tensors[:4], inner.scalings, rows.shape[1], rows)
         last = cast_adapters(tensors[4:], outer.scalings, size, rows)
-        both = rows.new_empty((len(rows), 2 * size))  # gate and up side by side
-        _, low = project(rows, adapters, inner, out=both)
-        room = rows.new_empty((len(rows), size + (last.width if outer.form == "extended" else 0)))
-        hidden = apply_gate(both, activation, out=room[:, :size])
-        (y,), last_low = project(hidden, last, outer, room=room)
+        # gate and up side by side, with room for d low where their gradients come to lie here
+        both = rows.new_empty((len(rows), 2 * size + (adapters.width if ctx.overwrite else 0)))
+        _, low = project(rows, adapters, inner, out=both[:, : 2 * size])
+        last_low = None
+        if values:
+            room = rows.new_empty((len(rows), size + (last.width if outer.form == "extended" else 0)))
+            hidden = apply_gate(both[:, : 2 * size], activation, out=room[:, :size])
+            (y,), last_low = project(hidden, last, outer, room=room)
+        else:
+            y = rows.new_empty((len(rows), outer.sizes[0]))
         ctx.save_for_backward(rows, both, low, last_low, adapters.a, last.a, *adapters.b, *last.b)
         ctx.inner, ctx.outer, ctx.activation, ctx.dtypes = inner, outer, activation, _dtypes(tensors)
+        ctx.is_overwritten = False
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.is_overwritten:
+            raise RuntimeError("lora_mlp: overwrite=True allows one backward pass, this is the second")
+        ctx.is_overwritten = ctx.overwrite
         rows, both, low, last_low, a, last_a, *b = ctx.saved_tensors
         inner, outer, wanted = ctx.inner, ctx.outer, ctx.needs_input_grad
-        adapters, last = Adapters(a, tuple(b[:2])), Adapters(last_a, tuple(b[2:]))
+        adapters, last, width = Adapters(a, tuple(b[:2])), Adapters(last_a, tuple(b[2:])), 2 * inner.sizes[0]
         last_low_grad = low_gradient([grad], last)
         grad_hidden = input_gradient([grad], last_low_grad, last, outer)
         # dgate and dup side by side, with room for d low
-        room = rows.new_empty((len(rows), both.shape[1] + adapters.width))
-        grad_both = room[:, : both.shape[1]]
-        hidden = gate_gradients(both, grad_hidden, ctx.activation, out=grad_both)
-        grads = grad_both.split(inner.sizes, 1)
+        room = both if ctx.overwrite else rows.new_empty((len(rows), width + adapters.width))
+        hidden = gate_gradients(both[:, :width], grad_hidden, ctx.activation, out=room[:, :width])
+        grads = room[:, :width].split(inner.sizes, 1)
+        if last_low is None:
+            last_low = hidden @ last.a.T
         last_gradients = _adapter_gradients(
             [grad], last_low_grad, hidden, last_low, last, outer, ctx.dtypes[2:], wanted[8:]
         )
-        low_grad = low_gradient(grads, adapters, out=room[:, both.shape[1] :])
+        low_grad = low_gradient(grads, adapters, out=room[:, width:])
         grad_rows = input_gradient(grads, low_grad, adapters, inner, room=room) if wanted[0] else None
         gradients = _adapter_gradients(
             grads, low_grad, rows, low, adapters, inner, ctx.dtypes[:2], wanted[4:8]

@@ -259,24 +259,26 @@ class OptimConfig:
 class TrainingConfig:
     num_steps: int | None = None  # optimizer steps
     tokens_per_microbatch: int | None = None  # packed tokens of one forward
-    # what is computed again in the backward pass: auto (as little as fits) | none | full: all but the layer's input |
-    # except_attention: all but queries, keys, values and the attention's output
+    # what is computed again in the backward pass: auto (as little as fits) | none | mlp: gate and up |
+    # full: all from a layer's input on
     recompute: str = AUTO
     recompute_layers: int | None = None  # the first layers that do it; null: derived with recompute=auto, else all
-    offload: bool = False  # recompute=full: the layers' inputs wait in host memory
+    offload: bool = False  # recompute=full or mlp: what these layers keep waits in host memory
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite: skipped, then the run stops
 
     def __post_init__(self) -> None:
         check_range("training.num_steps", self.num_steps, low=1)
         check_range("training.tokens_per_microbatch", self.tokens_per_microbatch, low=1)
-        check_choice("training.recompute", self.recompute, [AUTO, "none", "except_attention", "full"])
+        check_choice("training.recompute", self.recompute, [AUTO, "none", "mlp", "full"])
         check_range("training.recompute_layers", self.recompute_layers, low=1)
         if self.recompute_layers is not None and self.recompute == "none":
             raise ValueError(
                 f"training.recompute_layers is {self.recompute_layers}, but training.recompute=none recomputes no layer"
             )
-        if self.offload and self.recompute != "full":
-            raise ValueError(f"training.offload is true, but training.recompute is {self.recompute}; expected full")
+        if self.offload and self.recompute not in ("mlp", "full"):
+            raise ValueError(
+                f"training.offload is true, but training.recompute is {self.recompute}; expected mlp or full"
+            )
         check_range("training.max_bad_steps", self.max_bad_steps, low=1)
 
 

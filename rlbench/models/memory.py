@@ -11,7 +11,7 @@ from typing import Any
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.models.patch import PATCHED_FAMILIES
-from rlbench.models.recompute import EXCEPT_ATTENTION, FULL, NONE
+from rlbench.models.recompute import FULL, MLP, NONE
 
 GIB = 2**30
 _NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those
@@ -56,11 +56,11 @@ class LayerShape:
         """Numbers that a kernel-backed layer keeps for each token until its backward pass."""
         if mode == FULL:
             return self.hidden
-        attention = self.hidden + 2 * self.query + 2 * self.key  # input, q, k, v, attention's output
-        if mode == EXCEPT_ATTENTION:
-            return attention
+        around = 2 * self.hidden + 2 * self.query + 2 * self.key  # both residuals, q, k, v, attention's output
+        if mode == MLP:
+            return around
         qk_norm = self.query + self.key if self.has_qk_norm else 0
-        return attention + qk_norm + 3 * self.hidden + 2 * self.intermediate  # both norms' outputs, the second residual
+        return around + qk_norm + 2 * self.hidden + 2 * self.intermediate  # both norms' outputs, gate and up
 
 
 def kept_bytes(shape: LayerShape, mode: str, num_recomputed: int, num_tokens: int, item_bytes: int) -> int:
@@ -81,7 +81,7 @@ def choose_recompute(shape: LayerShape, num_tokens: int, item_bytes: int, availa
     Returns:
         ("none", 0) if all fits; ("full", all layers) if nothing does.
     """
-    for mode in (EXCEPT_ATTENTION, FULL):
+    for mode in (MLP, FULL):
         for number in range(shape.num_layers + 1):
             if kept_bytes(shape, mode, number, num_tokens, item_bytes) <= available:
                 return (mode, number) if number else (NONE, 0)
@@ -133,5 +133,5 @@ def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, is_nf4: 
 
 def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:
     """The largest moment of one layer's backward pass: gradients inside the MLP, and its matrices made dense."""
-    gradients = num_tokens * (4 * shape.intermediate + 4 * shape.hidden)
+    gradients = num_tokens * (shape.intermediate + 4 * shape.hidden)  # those of gate and up lie over gate and up
     return item_bytes * (gradients + 2 * shape.intermediate * shape.hidden)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import Lora, Nf4Weight, add_rms_norm, apply_rope, lora_linear, lora_mlp, lora_qkv, rms_norm
 
 _ADAPTER = "default"
-Run = Callable[..., Any]  # (function, *arguments) -> its result
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [1, T, d]
+Run = Callable[..., Any]  # (function, the same in the backward pass, *arguments) -> the function's result
 PATCHED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -71,11 +74,11 @@ class KernelMlp(KernelModule):
     up_proj: nn.Module
     down_proj: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, values: bool = True) -> Tensor:
         (gate, of_gate, _), (up, of_up, _), (down, of_down, _) = map(
             projection, (self.gate_proj, self.up_proj, self.down_proj)
         )
-        return lora_mlp(x, gate, up, down, [of_gate, of_up, of_down])
+        return lora_mlp(x, gate, up, down, [of_gate, of_up, of_down], values=values, overwrite=True)
 
 
 class KernelAttention(KernelModule):
@@ -88,16 +91,17 @@ class KernelAttention(KernelModule):
     scaling: float
 
     def project(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, hidden_states: Tensor, rotation: Rotation, *, values: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """[1, T, D] -> queries [1, H, T, d], keys and values [1, K, T, d]; queries and keys are rotated."""
         assert len(hidden_states) == 1
+        has_norms = hasattr(self, "q_norm")  # whose gradients need their inputs
         bases, loras, biases = zip(*map(projection, (self.q_proj, self.k_proj, self.v_proj)), strict=True)
-        results = lora_qkv(hidden_states[0], bases, loras, biases)  # [T, H d], [T, K d], [T, K d]
+        results = lora_qkv(hidden_states[0], bases, loras, biases, values=values or has_norms)
         query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
-        if hasattr(self, "q_norm"):
+        if has_norms:
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
-        cos, sin = (x[0] for x in position_embeddings)  # [T, d]
+        cos, sin = (x[0] for x in rotation)  # [T, d]
         query, key = apply_rope(query, key, cos, sin)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         return query, key, value
@@ -115,25 +119,31 @@ class KernelAttention(KernelModule):
         return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias)
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def run_once(function: Callable[..., Any], again: Callable[..., Any], *args: Any) -> Any:
+    """A `Run` that keeps all activations."""
+    del again
     return function(*args)
 
 
 class KernelLayer(KernelModule):
-    """`rlbench.models.recompute` sets how the layer's whole, or its parts around the attention, are run."""
+    """`rlbench.models.recompute` sets what is computed again in the backward pass.
+
+    There `values=False`: the gradients of what a function returns are wanted, the result itself is not.
+    """
 
     input_layernorm: Callable[[Tensor], Tensor]
     post_attention_layernorm: Any
     self_attn: Any
-    mlp: Callable[[Tensor], Tensor]
-    run_whole: Run = staticmethod(call)
-    run_parts: Run = staticmethod(call)
+    mlp: Any
+    run: Run = staticmethod(run_once)
+    recomputes_mlp: bool = False  # of the layer's parts, not of its whole
+    keeping: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the forward pass
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Rotation | None = None,
         past_key_values: object = None,
         *,
         attention_context: AttentionContext,
@@ -142,19 +152,34 @@ class KernelLayer(KernelModule):
         """[1, T, D] -> [1, T, D]."""
         del unused
         assert attention_mask is None and past_key_values is None
-        return self.run_whole(self._compute, hidden_states, position_embeddings, attention_context)
+        inputs = hidden_states, position_embeddings, attention_context
+        with self.keeping():
+            if self.recomputes_mlp:
+                return self._in_parts(*inputs)  # type: ignore[arg-type]
+            return self.run(self._whole, partial(self._whole, values=False), *inputs)
 
-    def _compute(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        heads = self.run_parts(self._before_attention, hidden, position_embeddings)
-        return self.run_parts(self._after_attention, self.self_attn.attend(context, *heads), hidden)
-
-    def _before_attention(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        return self.self_attn.project(self.input_layernorm(hidden), position_embeddings)
-
-    def _after_attention(self, attended: Tensor, hidden: Tensor) -> Tensor:
+    def _whole(
+        self, hidden: Tensor, rotation: Rotation, context: AttentionContext, *, values: bool = True
+    ) -> Tensor:  # fmt: skip
+        mixed = self.self_attn.mix(self.self_attn.attend(context, *self._heads(hidden, rotation)))
         norm = self.post_attention_layernorm
-        normed, residual = add_rms_norm(self.self_attn.mix(attended), hidden, norm.weight, norm.variance_epsilon)
-        return residual + self.mlp(normed)
+        normed, residual = add_rms_norm(mixed, hidden, norm.weight, norm.variance_epsilon)
+        return residual + self._mlp(normed, values)
+
+    def _in_parts(self, hidden: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
+        heads = self.run(self._heads, partial(self._heads, values=False), hidden, rotation)
+        residual = hidden + self.self_attn.mix(self.self_attn.attend(context, *heads))
+        return self.run(self._after_attention, partial(self._after_attention, values=False), residual)
+
+    def _heads(self, hidden: Tensor, rotation: Rotation, *, values: bool = True) -> tuple[Tensor, ...]:
+        return self.self_attn.project(self.input_layernorm(hidden), rotation, values=values)
+
+    def _after_attention(self, residual: Tensor, *, values: bool = True) -> Tensor:
+        return residual + self._mlp(self.post_attention_layernorm(residual), values)
+
+    def _mlp(self, normed: Tensor, values: bool) -> Tensor:
+        has_kernel = isinstance(self.mlp, KernelMlp)
+        return self.mlp(normed, **({"values": values} if has_kernel else {}))
 
 
 def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight, Lora | None, Tensor | None]:

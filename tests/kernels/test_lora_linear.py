@@ -139,6 +139,43 @@ def test_an_unused_result_and_unwanted_gradients(form):
     assert loras[0].a.grad is None
 
 
+@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{"values": False}, {"overwrite": True}, {"values": False, "overwrite": True}])
+def test_gradients_without_values_and_in_the_same_memory(form, is_nf4, options):
+    """They are those of the plain call, bit for bit."""
+    sizes = ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
+    weights = [base(*size, is_nf4=is_nf4, dtype=torch.float32, seed=i) for i, size in enumerate(sizes)]
+    for absent in (None, 0, 2):
+        loras = [None if i == absent else to(adapter(*size, 3, seed=i), torch.float32) for i, size in enumerate(sizes)]
+        x = random(2, 5, DEPTH, dtype=torch.float32).requires_grad_()
+        leaves, weight = leaves_of(x, loras), random(2, 5, DEPTH, dtype=torch.float32)
+        y = lora_mlp(x, *weights, loras, form=form)
+        expected = torch.autograd.grad((y * weight).sum(), leaves)
+        again = lora_mlp(x, *weights, loras, form=form, **options)
+        assert again.shape == y.shape and (options.get("values") is False or torch.equal(again, y))
+        for grad, exact in zip(torch.autograd.grad(again, leaves, weight), expected, strict=True):
+            assert torch.equal(grad, exact)
+        if "values" in options:
+            first = lora_qkv(x, weights[:2], loras[:2], form=form)
+            second = lora_qkv(x, weights[:2], loras[:2], form=form, values=False)
+            grads = [random(*y.shape, dtype=torch.float32) for y in first]
+            used = leaves_of(x, loras[:2])
+            expected = torch.autograd.grad(first, used, grads)
+            for grad, exact in zip(torch.autograd.grad(second, used, grads), expected, strict=True):
+                assert torch.equal(grad, exact)
+
+
+def test_a_second_backward_pass_over_overwritten_memory_is_refused():
+    weights = [base(*size, is_nf4=False, dtype=torch.float32) for size in ((INNER, DEPTH),) * 2 + ((DEPTH, INNER),)]
+    x = random(3, DEPTH, dtype=torch.float32).requires_grad_()
+    y = lora_mlp(x, *weights, [None] * 3, overwrite=True).sum()
+    y.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="allows one backward pass"):
+        y.backward()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
     x = torch.empty(0, DEPTH, requires_grad=True)
