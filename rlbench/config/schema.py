@@ -286,9 +286,11 @@ class TrainingConfig:
 class EvaluationConfig:
     num_prompts: int | None = None  # held-out problems, answered greedily (rl) or rows; 0: no evaluation
     every_steps: int = 0  # besides before and after; 0: never
+    num_samples: int = 0  # rl: besides, sampled answers of each, as in training: their accuracy and pass@num_samples
 
     def __post_init__(self) -> None:
         check_range("evaluation.num_prompts", self.num_prompts, low=0)
+        check_range("evaluation.num_samples", self.num_samples, low=0)
         check_range("evaluation.every_steps", self.every_steps, low=0)
 
 

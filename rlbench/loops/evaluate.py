@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts, scored by the run's rewards."""
+"""Greedy and sampled answers to held-out prompts, scored by the run's rewards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rlbench.records import Prompt, RolloutGroup, SamplingParams
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.score import Scorer
 from rlbench.tracking.intervals import wilson_interval
+from rlbench.tracking.pass_rates import pass_at_k, share_interval
 
 ACCURACY = "accuracy"  # the reward component that counts right answers
 
@@ -52,6 +53,22 @@ def evaluate(
     }
     metrics = _metrics(groups, is_correct)
     return Evaluation(step=step, is_correct=is_correct, metrics=metrics), groups
+
+
+def sampled_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Accuracy of sampled answers and pass@k, k of them a problem, with 95% intervals.
+
+    A problem with an answer whose verifier broke is left out. Empty without a component named accuracy.
+    """
+    k = len(groups[0].rollouts)
+    found = [[r.components[ACCURACY].value for r in g.rollouts if ACCURACY in r.components] for g in groups]
+    counts = [sum(value == 1.0 for value in values) for values in found if len(values) == k and None not in values]
+    metrics: dict[str, float] = {}
+    for name, draws in {"eval/sampled_accuracy": 1, f"eval/pass_at_{k}": k}.items() if counts else ():
+        rates = [pass_at_k(k, count, draws) for count in counts]
+        low, high = share_interval(rates, k // draws)
+        metrics |= {name: fmean(rates), f"{name}_low": low, f"{name}_high": high}
+    return metrics
 
 
 def _metrics(groups: Sequence[RolloutGroup], is_correct: Mapping[str, bool]) -> dict[str, float]:

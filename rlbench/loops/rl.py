@@ -14,7 +14,7 @@ from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.stream import PromptStream
-from rlbench.loops.evaluate import evaluate
+from rlbench.loops.evaluate import evaluate, sampled_metrics
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
@@ -290,6 +290,22 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             rollout = max(groups[0].rollouts, key=lambda r: r.reward if r.reward is not None else float("-inf"))
             self.console.sample(rollout, step, credited.advantages.get(rollout.rollout_id))
 
+    def _sampled_answers(self) -> dict[str, float]:
+        """Metrics of evaluation.num_samples answers to each held-out problem."""
+        config, parts, prompts = self.inputs.config, self.parts, self.inputs.evaluation
+        if prompts is None or not config.evaluation.num_samples:
+            return {}
+        completions = sample_completions(
+            prompts.prompts,
+            parts.engine,
+            training_sampling(self.inputs),
+            group_size=config.evaluation.num_samples,
+            run_seed=config.seed,
+            step=self.step,
+        )
+        groups = make_groups(prompts.prompts, completions, self.inputs.tokenizer, parts.scorer, step=self.step)
+        return sampled_metrics(groups)
+
     def _evaluate(self) -> None:
         if self.inputs.evaluation is None:
             return
@@ -302,6 +318,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 self.parts.scorer,
                 step=self.step,
             )
+            evaluation = replace(evaluation, metrics={**evaluation.metrics, **self._sampled_answers()})
         self.parts.scorer.metrics()  # so that the next step's are its own
         if self.inputs.config.tracking.save_rollouts:
             write_rollouts(self.run_folder, self.step, groups, {}, phase="eval")

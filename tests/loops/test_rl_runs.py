@@ -240,6 +240,20 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(tiny_overrides, tmp_path)
     assert {checkpoint.name for checkpoint in (folder / "checkpoints").iterdir()} == expected
 
 
+def test_held_out_problems_are_sampled_too(tiny_overrides, tmp_path):
+    done = run(
+        *tiny_overrides, "training.num_steps=1", "evaluation.num_samples=4", "hydra.run.dir=run", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "eval/accuracy" in row):
+        one, any_of_4 = row["eval/sampled_accuracy"], row["eval/pass_at_4"]
+        assert one <= any_of_4 <= min(1.0, 4 * one)
+        assert row["eval/sampled_accuracy_low"] <= one <= row["eval/sampled_accuracy_high"]
+    assert sum("eval/pass_at_4" in row for row in rows) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
