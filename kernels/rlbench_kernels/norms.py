@@ -62,22 +62,51 @@ def add_rms_norm(
     return _AddRmsNorm.apply(x, residual, weight, float(eps), float(offset))  # type: ignore
 
 
+def forked_rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """rms_norm(x), and x for the residual stream: the backward pass adds their gradients in float32, in one pass.
+
+    Args:
+        x, weight, eps, offset: as in `rms_norm`.
+
+    Returns:
+        The normed [..., D], as `rms_norm`, and a view of x.
+
+    Raises:
+        ValueError: as `rms_norm`.
+    """
+    _check(x, weight, eps)
+    return _ForkedRmsNorm.apply(x, weight, float(eps), float(offset))  # type: ignore
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.constants = (eps, offset)
-        if _has_kernel(x):
-            from rlbench_kernels.norms_triton import launch_norm
-
-            return launch_norm(x, None, weight, eps, offset)[0]
-        return _reference(x, weight, eps, offset)
+        return _norm(x, weight, eps, offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return *_gradients(x, weight, grad, None, ctx.constants, ctx.needs_input_grad[1]), None, None
+
+
+class _ForkedRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.constants = (eps, offset)
+        ctx.set_materialize_grads(False)
+        return _norm(x, weight, eps, offset), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if grad is None:
+            return grad_residual, None, None, None
+        return *_gradients(x, weight, grad, grad_residual, ctx.constants, ctx.needs_input_grad[1]), None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
@@ -106,6 +135,14 @@ class _AddRmsNorm(torch.autograd.Function):
             return grad_residual, grad_residual, None, None, None
         grad_x, grad_weight = _gradients(hidden, weight, grad, grad_residual, ctx.constants, ctx.needs_input_grad[2])
         return grad_x, grad_x, grad_weight, None, None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    if _has_kernel(x):
+        from rlbench_kernels.norms_triton import launch_norm
+
+        return launch_norm(x, None, weight, eps, offset)[0]
+    return _reference(x, weight, eps, offset)
 
 
 def _gradients(

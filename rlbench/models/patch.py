@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from rlbench.models.attention import AttentionContext
 from rlbench.models.nf4_linear import Nf4Linear
-from rlbench_kernels import Lora, Nf4Weight, add_rms_norm, apply_rope, lora_linear, lora_mlp, lora_qkv, rms_norm
+from rlbench_kernels import (
+    Lora,
+    Nf4Weight,
+    add_rms_norm,
+    apply_rope,
+    forked_rms_norm,
+    lora_linear,
+    lora_mlp,
+    lora_qkv,
+    rms_norm,
+)
 
 _ADAPTER = "default"
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [1, T, d]
@@ -67,6 +77,10 @@ class KernelNorm(KernelModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def fork(norm: KernelNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    return forked_rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 class KernelMlp(KernelModule):
@@ -131,7 +145,7 @@ class KernelLayer(KernelModule):
     There `values=False`: the gradients of what a function returns are wanted, the result itself is not.
     """
 
-    input_layernorm: Callable[[Tensor], Tensor]
+    input_layernorm: Any
     post_attention_layernorm: Any
     self_attn: Any
     mlp: Any
@@ -161,21 +175,25 @@ class KernelLayer(KernelModule):
     def _whole(
         self, hidden: Tensor, rotation: Rotation, context: AttentionContext, *, values: bool = True
     ) -> Tensor:  # fmt: skip
-        mixed = self.self_attn.mix(self.self_attn.attend(context, *self._heads(hidden, rotation)))
+        *heads, hidden = self._heads(hidden, rotation)
+        mixed = self.self_attn.mix(self.self_attn.attend(context, *heads))
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(mixed, hidden, norm.weight, norm.variance_epsilon)
         return residual + self._mlp(normed, values)
 
     def _in_parts(self, hidden: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
-        heads = self.run(self._heads, partial(self._heads, values=False), hidden, rotation)
+        *heads, hidden = self.run(self._heads, partial(self._heads, values=False), hidden, rotation)
         residual = hidden + self.self_attn.mix(self.self_attn.attend(context, *heads))
         return self.run(self._after_attention, partial(self._after_attention, values=False), residual)
 
     def _heads(self, hidden: Tensor, rotation: Rotation, *, values: bool = True) -> tuple[Tensor, ...]:
-        return self.self_attn.project(self.input_layernorm(hidden), rotation, values=values)
+        """Queries, keys, values, and `hidden`."""
+        normed, hidden = fork(self.input_layernorm, hidden)
+        return *self.self_attn.project(normed, rotation, values=values), hidden
 
     def _after_attention(self, residual: Tensor, *, values: bool = True) -> Tensor:
-        return residual + self._mlp(self.post_attention_layernorm(residual), values)
+        normed, residual = fork(self.post_attention_layernorm, residual)
+        return residual + self._mlp(normed, values)
 
     def _mlp(self, normed: Tensor, values: bool) -> Tensor:
         has_kernel = isinstance(self.mlp, KernelMlp)

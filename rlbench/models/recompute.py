@@ -107,6 +107,6 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             results = ctx.again(*inputs)
         results = results if isinstance(results, tuple) else (results,)
-        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-        torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
+        pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [grad for _, grad in pairs])
         return None, None, None, *(x.grad if isinstance(x, Tensor) else None for x in inputs)

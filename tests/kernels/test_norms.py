@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlbench_kernels import add_rms_norm, rms_norm
+from rlbench_kernels import add_rms_norm, forked_rms_norm, rms_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,6 +32,7 @@ def test_gradcheck(offset):
     x, residual, weight = inputs(3, 2, 6)
     assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, offset=offset), (x, weight))
     assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-5, offset=offset), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda *a: forked_rms_norm(*a, 1e-5, offset=offset), (x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,6 +98,22 @@ def test_either_result_may_go_unused_and_a_frozen_weight_gets_no_gradient():
     hidden = (x + residual).detach().requires_grad_()
     (exact,) = torch.autograd.grad(exact_norm(hidden, frozen, 1e-6).sum(), hidden)
     torch.testing.assert_close(only_normed, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forking_is_adding_nothing(dtype):
+    """Bit for bit, whichever results are used."""
+    x, _, weight = inputs(17, 48, dtype=dtype)
+    forked = forked_rms_norm(x, weight, 1e-6)
+    added = add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
+    assert torch.equal(forked[0], added[0]) and torch.equal(forked[1], x)
+    grads = [torch.randn(17, 48, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2)]
+    for used in ([0, 1], [0], [1]):
+        of_forked, of_added = (
+            torch.autograd.grad([results[i] for i in used], x, [grads[i] for i in used], retain_graph=True)[0]
+            for results in (forked, added)
+        )
+        assert torch.equal(of_forked, of_added)
 
 
 def test_inputs_are_kept_and_no_rows_are_allowed():
