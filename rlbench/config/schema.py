@@ -296,7 +296,8 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 10  # 0: only at the end and when stopped
+    # null: every ten steps or more, so that checkpoints take 2% of the time; 0: only at the end and when stopped
+    every_steps: int | None = None
     keep_last: int = 2
     # a number of the evaluations, such as eval/accuracy: the checkpoint of its best value (the lowest, if its name ends
     # in loss) is written and kept too; needs evaluation.every_steps

@@ -17,6 +17,8 @@ from rlbench.tracking.console import RunConsole
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
 
+_CHECKPOINT_STEPS = 10  # between two checkpoints at least, where the user says nothing
+_CHECKPOINT_FRAC = 0.02  # of the time
 InputsT = TypeVar("InputsT", bound=BaseInputs)
 PartsT = TypeVar("PartsT", bound=BaseParts)
 
@@ -41,6 +43,9 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     history: list[Mapping[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     last_checkpoint: Path | None = None
+    _saved_step: int = 0
+    _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
+    _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -52,6 +57,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         self.num_bad_steps = state["num_bad_steps"]
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.last_checkpoint = checkpoint.folder
+        self._saved_step = self.step
         self._restore(state)
 
     def run(self) -> None:
@@ -65,20 +71,20 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         """
         config = self.inputs.config
         num_steps = config.training.num_steps or 0
-        every = config.checkpoint.every_steps
         self._begin()
+        self._saved_at = time.monotonic()
         # An evaluation that a stop put off is made up for here, when the run goes on.
         self._evaluate_if_due(num_steps)
         while self.step < num_steps and self.stop.signal_number is None:
             self._step(num_steps)
             self._evaluate_if_due(num_steps)
-            is_due = bool(every) and self.step % every == 0
-            if (is_due or self.best_step == self.step) and self.step < num_steps:
+            if (self._is_checkpoint_due() or self.best_step == self.step) and self.step < num_steps:
                 self.save()
         self.save()
 
     def save(self) -> None:
         """Write a checkpoint of the present state."""
+        start = time.monotonic()
         state = {
             "step": self.step,
             "policy_version": self.policy_version,
@@ -101,6 +107,14 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 keep_steps=[self.best_step] if self.best_step else [],
                 beside=self._beside(),
             )
+        self._saved_step, self._save_s, self._saved_at = self.step, time.monotonic() - start, time.monotonic()
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self.inputs.config.checkpoint.every_steps
+        if every is not None:
+            return bool(every) and self.step % every == 0
+        is_worth_it = time.monotonic() - self._saved_at >= self._save_s / _CHECKPOINT_FRAC
+        return self.step - self._saved_step >= _CHECKPOINT_STEPS and is_worth_it
 
     @property
     def best_step(self) -> int | None:

@@ -27,9 +27,11 @@ def find_adapter(config: LoraConfig) -> Path | None:
     place = Path(config.init_from).expanduser()
     folder = next((f for f in (place, place / "adapter") if (f / "adapter_model.safetensors").is_file()), None)
     if folder is None:
+        newest = max(place.glob("checkpoints/step-*/adapter"), default=None)
+        hint = f"; the run was stopped, its newest checkpoint is lora.init_from={newest}" if newest else ""
         raise ValueError(
             f"lora.init_from is {config.init_from}, but no adapter_model.safetensors is there or in its adapter/; "
-            "expected the folder of a finished run or of a PEFT adapter"
+            f"expected the folder of a finished run or of a PEFT adapter{hint}"
         )
     try:
         saved = json.loads((folder / "adapter_config.json").read_text())

@@ -34,6 +34,14 @@ def test_a_folder_without_an_adapter(tmp_path):
         find_adapter(LoraConfig(init_from=str(tmp_path)))
 
 
+def test_a_run_that_was_stopped_names_its_newest_checkpoint(tmp_path):
+    for step in (10, 20):
+        (tmp_path / f"checkpoints/step-{step:06d}/adapter").mkdir(parents=True)
+
+    with pytest.raises(ValueError, match="its newest checkpoint is lora.init_from=.*step-000020/adapter"):
+        find_adapter(LoraConfig(init_from=str(tmp_path)))
+
+
 @pytest.mark.parametrize(("key", "other"), [("rank", 8), ("alpha", 16.0), ("rslora", True)])
 def test_other_settings_than_the_adapters(trained, key, other):
     config = LoraConfig(**{**RANK, key: other}, init_from=str(trained[1]))
