@@ -4,12 +4,14 @@ from rlbench_kernels.gated_activation import geglu, swiglu
 from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
 from rlbench_kernels.logprobs import logprobs
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
+from rlbench_kernels.lora_matmuls import Adapters
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from rlbench_kernels.norms import add_rms_norm, forked_rms_norm, rms_norm
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 from rlbench_kernels.rope import apply_rope
 
 __all__ = [
+    "Adapters",
     "Lora",
     "Nf4Weight",
     "SharedPromptLayout",

@@ -44,7 +44,7 @@ class Lora(NamedTuple):
 
 def lora_linear(
     x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None = None,
-    *, form: str = "auto",
+    *, form: str = "auto", cast: Adapters | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x W^T + bias + (x A^T) (scaling B)^T with W and bias frozen.
 
@@ -55,6 +55,7 @@ def lora_linear(
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
         form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate" on a GPU, "two_pass" on a CPU.
+        cast: the adapter as `cast_adapters` would cast it; None has it done here.
 
     Returns:
         [..., O] in x's dtype.
@@ -62,12 +63,12 @@ def lora_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a base that asks for a gradient.
     """
-    return lora_qkv(x, [base], [Lora(lora_a, lora_b, scaling)], [bias], form=form)[0]
+    return lora_qkv(x, [base], [Lora(lora_a, lora_b, scaling)], [bias], form=form, cast=cast)[0]
 
 
 def lora_qkv(
     x: Tensor, bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None] | None = None,
-    *, form: str = "auto", values: bool = True,
+    *, form: str = "auto", values: bool = True, cast: Adapters | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Projections of one input, each as `lora_linear`, in one autograd function; None is a layer without adapter.
 
@@ -77,6 +78,7 @@ def lora_qkv(
         x: [..., D].
         bases, loras, biases: one a projection; as in `lora_linear`.
         values: False leaves the large matmuls out; see above.
+        cast: as in `lora_linear`, of all projections.
 
     Returns:
         [..., O] of each projection.
@@ -87,13 +89,14 @@ def lora_qkv(
     biases = [None] * len(bases) if biases is None else biases
     _check(x, bases, loras, biases)
     frozen = _projections(bases, loras, biases, form, has_room=False)
-    results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, values, *_tensors(loras))
+    results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, (values, cast), *_tensors(loras))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)  # pyright: ignore[reportOptionalIterable]
 
 
 def lora_mlp(
     x: Tensor, gate: Base, up: Base, down: Base, loras: Sequence[Lora | None], activation: str = "silu",
     *, form: str = "auto", values: bool = True, overwrite: bool = False,
+    casts: tuple[Adapters | None, Adapters | None] = (None, None),
 ) -> Tensor:  # fmt: skip
     """y = down(act(gate(x)) * up(x)), each projection as `lora_linear`, in one autograd function.
 
@@ -108,6 +111,7 @@ def lora_mlp(
         values: False leaves down and the product out; see above.
         overwrite: the backward pass writes its gradients over gate(x) and up(x), which saves N 3 I numbers at its
             peak; it can run once.
+        casts: as in `lora_linear`, of gate and up, and of down.
 
     Returns:
         [..., O] in x's dtype.
@@ -126,7 +130,7 @@ def lora_mlp(
     _check(x, [down], loras[2:], [None], depth=gate.shape[0])
     inner = _projections([gate, up], loras[:2], [None, None], form, has_room=True)
     outer = _projections([down], loras[2:], [None], form, has_room=True)
-    options = (activation, values, overwrite)
+    options = (activation, values, overwrite, casts)
     y = _LoraMlp.apply(x.reshape(-1, x.shape[-1]), inner, outer, options, *_tensors(loras))
     return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -134,9 +138,10 @@ def lora_mlp(
 class _LoraProjections(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, frozen: Projections, values: bool, *tensors: Tensor | None
+        ctx: Any, rows: Tensor, frozen: Projections, options: tuple[bool, Adapters | None], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        adapters = cast_adapters(tensors, frozen.scalings, rows.shape[1], rows)
+        values, cast = options
+        adapters = cast or cast_adapters(tensors, frozen.scalings, rows.shape[1], rows)
         if values:
             results, low = project(rows, adapters, frozen)
         else:
@@ -166,13 +171,13 @@ class _LoraProjections(torch.autograd.Function):
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, inner: Projections, outer: Projections, options: tuple[str, bool, bool],
+        ctx: Any, rows: Tensor, inner: Projections, outer: Projections, options: tuple[str, bool, bool, Any],
         *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        activation, values, ctx.overwrite = options
+        activation, values, ctx.overwrite, casts = options
         size = inner.sizes[0]
-        adapters = cast_adapters(tensors[:4], inner.scalings, rows.shape[1], rows)
-        last = cast_adapters(tensors[4:], outer.scalings, size, rows)
+        adapters = casts[0] or cast_adapters(tensors[:4], inner.scalings, rows.shape[1], rows)
+        last = casts[1] or cast_adapters(tensors[4:], outer.scalings, size, rows)
         # gate and up side by side, with room for d low where their gradients come to lie here
         both = rows.new_empty((len(rows), 2 * size + (adapters.width if ctx.overwrite else 0)))
         _, low = project(rows, adapters, inner, out=both[:, : 2 * size])

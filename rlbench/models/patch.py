@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlbench.models.attention import AttentionContext
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import (
+    Adapters,
     Lora,
     Nf4Weight,
     add_rms_norm,
@@ -87,12 +88,16 @@ class KernelMlp(KernelModule):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    inner_cast: Adapters | None = None  # of gate and up; these and `down_cast`: see `rlbench.models.adapter_casts`
+    down_cast: Adapters | None = None
 
     def forward(self, x: Tensor, *, values: bool = True) -> Tensor:
         (gate, of_gate, _), (up, of_up, _), (down, of_down, _) = map(
             projection, (self.gate_proj, self.up_proj, self.down_proj)
         )
-        return lora_mlp(x, gate, up, down, [of_gate, of_up, of_down], values=values, overwrite=True)
+        loras = [of_gate, of_up, of_down]
+        casts = self.inner_cast if any(loras[:2]) else None, self.down_cast if of_down else None
+        return lora_mlp(x, gate, up, down, loras, values=values, overwrite=True, casts=casts)
 
 
 class KernelAttention(KernelModule):
@@ -103,6 +108,8 @@ class KernelAttention(KernelModule):
     head_dim: int
     layer_idx: int
     scaling: float
+    qkv_cast: Adapters | None = None  # see `rlbench.models.adapter_casts`
+    o_cast: Adapters | None = None
 
     def project(
         self, hidden_states: Tensor, rotation: Rotation, *, values: bool = True
@@ -111,7 +118,8 @@ class KernelAttention(KernelModule):
         assert len(hidden_states) == 1
         has_norms = hasattr(self, "q_norm")  # whose gradients need their inputs
         bases, loras, biases = zip(*map(projection, (self.q_proj, self.k_proj, self.v_proj)), strict=True)
-        results = lora_qkv(hidden_states[0], bases, loras, biases, values=values or has_norms)
+        cast = self.qkv_cast if any(loras) else None
+        results = lora_qkv(hidden_states[0], bases, loras, biases, values=values or has_norms, cast=cast)
         query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
         if has_norms:
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
@@ -130,7 +138,7 @@ class KernelAttention(KernelModule):
         output = attended.reshape(*attended.shape[:2], -1)
         if lora is None:
             return lora_qkv(output, [base], [None], [bias])[0]
-        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias)
+        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias, cast=self.o_cast)
 
 
 def run_once(function: Callable[..., Any], again: Callable[..., Any], *args: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rlbench.config.schema import LoraConfig, TrainingConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.adapter import Adapter
+from rlbench.models.adapter_casts import cast_together
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
@@ -50,6 +51,7 @@ class Policy:
         self.patched = ""  # which modules compute through kernels
         if is_patch_useful(self.device):
             self.patched = describe(patch_model(tree, tree.config.get_text_config().model_type))
+            cast_together(tree, self.head_weight.dtype)
 
     def set_recompute(self, config: TrainingConfig) -> None:
         """Compute activations again in the backward pass, see `rlbench.models.recompute`.
