@@ -58,9 +58,10 @@ def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
     with console.phase("loading the model"):
         parts = build(inputs)
     try:
-        from rlbench.planner.device_memory import device_memory
         from rlbench.planner.memory_plan import make_plan
         from rlbench.planner.probes import run_probes
+        from rlbench.planner.run_plan import FILE_NAME, plan_record
+        from rlbench.tracking.device_memory import device_memory
 
         memory = device_memory(config.hardware.profile)
         limit = memory.limit()
@@ -72,9 +73,9 @@ def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
         console.close()
         parts.close()
     console.plan(list(_rows(made, probes, config, memory.name)))
-    record = {"kind": memory.name, "fits": made.fits, "plan": asdict(made), "probes": asdict(probes)}
-    (folder / "plan.json").write_text(json.dumps(record, indent=1))
-    console.note(f"numbers {folder / 'plan.json'}")
+    record = plan_record(made, config, memory, "measured by `plan`") | {"probes": asdict(probes)}
+    (folder / FILE_NAME).write_text(json.dumps(record, indent=1))
+    console.note(f"numbers {folder / FILE_NAME}")
     if not made.fits:
         console.warning(
             f"the run would need {made.peak_gib:.1f} GiB, expected at most 90% of the {made.limit_gib:.1f} GiB that "

@@ -90,6 +90,8 @@ def _run(
     from rlbench.rollouts.credit import RewardFailure
 
     tracker = _tracker(inputs, checkpoint, run_folder, console)
+    if inputs.config.stage == "rl" and checkpoint is None:
+        _plan_memory(inputs, parts, run_folder, console)
     stop = StopRequest(console.warning)
     make_loop = stage.load_loop()
     loop = make_loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
@@ -160,6 +162,14 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     steps_done = checkpoint.step if checkpoint else 0
     jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done)
+
+
+def _plan_memory(inputs: Any, parts: Any, run_folder: Path, console: RunConsole) -> None:
+    from rlbench.planner.run_plan import write_run_plan
+
+    problem = write_run_plan(inputs, parts, run_folder)
+    if problem:
+        console.note(problem)
 
 
 def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | None, Path]:

@@ -14,6 +14,7 @@ from rlbench.data.packing import Microbatch
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StopRequest
 from rlbench.tracking.console import RunConsole
+from rlbench.tracking.phase_memory import PhaseMemory
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
 
@@ -47,6 +48,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
+    _memory: PhaseMemory = field(default_factory=lambda: PhaseMemory(None))  # in `run` that of the device
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -71,6 +73,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         """
         config = self.inputs.config
         num_steps = config.training.num_steps or 0
+        self._memory = PhaseMemory.of_profile(config.hardware.profile)
         self._begin()
         self._saved_at = time.monotonic()
         # An evaluation that a stop put off is made up for here, when the run goes on.
@@ -193,16 +196,17 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             self.console.note(f"best {key} so far: {evaluation.metrics[key]:.4g}; its checkpoint is kept")
 
     def _log_step(self, step: int, metrics: dict[str, float | None], start: float) -> None:
-        """Add the step's times and hand its metrics on."""
+        """Add the step's times and memory and hand its metrics on."""
         metrics["policy_version"] = float(self.policy_version)
         metrics |= {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._seconds.items()}
         metrics["time/step_s"] = time.monotonic() - start
+        metrics |= self._memory.take()
         self.tracker.log_step(step, metrics)
         self.history.append(metrics)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        with self.console.phase(name):
+        with self.console.phase(name), self._memory.phase(name):
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from rlbench.config.schema import RunConfig
 from rlbench.planner.linear_fit import Line, fit
-from rlbench.planner.probes import Probes
+from rlbench.planner.probes import SAFE_SHARE, Probes
 
 GIB = 2**30
-SAFE_SHARE = 0.9  # of the limit that a plan may fill
 UNBOUNDED = 10**9  # tokens: no limit was seen
 
 
@@ -31,6 +30,7 @@ class MemoryPlan:
     peak_gib: float
     generation_peak_gib: float
     update_peak_gib: float
+    update_gib: Line  # peak of an update by packed tokens of its forward
     limit_gib: float
     time_s: dict[str, float]  # by phase, at most: completions of full length, every sample trained on
     max_microbatch_tokens: int  # packed tokens of one forward that are safe
@@ -71,6 +71,7 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
         peak_gib=max(generation_peak, update_peak) / GIB,
         generation_peak_gib=generation_peak / GIB,
         update_peak_gib=update_peak / GIB,
+        update_gib=Line((probes.warm_bytes + above.fixed) / GIB, above.slope / GIB),
         limit_gib=limit_bytes / GIB,
         time_s={"generation": waves * decode.at(tokens), "update": update_s},
         max_microbatch_tokens=max_microbatch,

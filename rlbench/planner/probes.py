@@ -13,15 +13,17 @@ from rlbench.build import Inputs, Parts, training_sampling
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.models.base import storage_bytes
-from rlbench.planner.device_memory import DeviceMemory
+from rlbench.planner.linear_fit import fit
 from rlbench.records import Prompt, TrainingSample
 from rlbench.rollouts.seeds import sampling_seed
+from rlbench.tracking.device_memory import DeviceMemory, watch
 from rlbench.training.optim import set_lr
 from rlbench.training.step import train_step
 from rlbench.weight_sync import sync
 from rlbench_kernels import linear_token_loss
 
-_SHARES = (0.25, 0.5)  # of the run's sizes: large enough to be linear, small enough to be safe and quick
+_SHARES = (0.25, 0.5)  # of the largest microbatch: small enough to be safe and quick
+SAFE_SHARE = 0.9  # of the limit that a plan may fill
 _GENERATED = (8, 24)  # tokens a row of the generation probes
 
 
@@ -48,7 +50,7 @@ class Probes:
     microbatch_tokens: int  # of its largest microbatch
     num_microbatches: int
     generation: list[Probe]
-    warm_bytes: int  # after generation and one update: what both phases leave behind
+    warm_bytes: int  # what lives after generation and one update; what was freed does not count
     update: list[Probe]
     head_bytes: int  # peak of the logits workspace
     num_rows: int  # sequences decoded together
@@ -69,13 +71,17 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     parts.engine.sleep()
     sizes = sorted({max(1, round(share * len(step) / len(full))) for share in _SHARES})
     _update(inputs, parts, memory, step[: sizes[0]])  # warm-up; makes the optimizer's state
+    memory.settle()
     warm = memory.held()
     update = [_update(inputs, parts, memory, step[:count]) for count in sizes]
+    if _is_safe(update, warm, microbatch_tokens, memory.limit()):
+        largest = max(full, key=lambda mb: len(mb.token_ids))
+        update.append(_update(inputs, parts, memory, largest.samples))
     return Probes(
         idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),
         adapter_bytes=sum(p.numel() * p.element_size() for p in parts.policy.parameters()),
-        kv_bytes_per_token=_kv_bytes_per_token(parts),
+        kv_bytes_per_token=kv_bytes_per_token(parts),
         step_tokens=sum(len(mb.token_ids) for mb in full),
         microbatch_tokens=microbatch_tokens,
         num_microbatches=len(full),
@@ -87,17 +93,27 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     )
 
 
-def largest_step(inputs: Inputs) -> list[TrainingSample]:
-    """Of the prompts of all the run's steps those of the longest step, with completions of sampling.max_tokens.
+def _is_safe(update: Sequence[Probe], warm: int, num_tokens: int, limit: int) -> bool:
+    """Whether the line through the small sizes says that an update of `num_tokens` fits, with room to spare."""
+    if len({probe.size for probe in update}) < 2:
+        return False
+    above = fit([p.size for p in update], [max(0, p.peak_bytes - warm) for p in update])
+    return warm + above.at(num_tokens) <= SAFE_SHARE**2 * limit
 
-    The prompts are known: their order follows from the seed. The tokens of the completions are random.
-    """
+
+def largest_step(inputs: Inputs) -> list[TrainingSample]:
+    """The run's longest prompts with completions of sampling.max_tokens, whose tokens are random."""
+    group_size = inputs.config.algorithm.group_size or 1
+    return [_sample(prompt, i, inputs) for prompt in largest_prompts(inputs) for i in range(group_size)]
+
+
+def largest_prompts(inputs: Inputs) -> list[Prompt]:
+    """Of the prompts of all the run's steps those of the longest step: their order follows from the seed."""
     config = inputs.config
     stream = PromptStream(inputs.train.prompts, seed=config.seed, shuffle=config.data.shuffle)
     size = config.algorithm.prompts_per_step or 1
     steps = [stream.next(size) for _ in range(config.training.num_steps or 1)]
-    longest = max(steps, key=lambda prompts: sum(len(prompt.token_ids) for prompt in prompts))
-    return [_sample(prompt, i, inputs) for prompt in longest for i in range(config.algorithm.group_size or 1)]
+    return max(steps, key=lambda prompts: sum(len(prompt.token_ids) for prompt in prompts))
 
 
 def _sample(prompt: Prompt, index: int, inputs: Inputs) -> TrainingSample:
@@ -124,7 +140,7 @@ def _generate(
     sampling = replace(training_sampling(inputs), max_tokens=length, stop_token_ids=(), stop=())
     seeds = [sampling_seed(0, 0, sample.group_id, index) for index, sample in enumerate(samples)]
     start = time.monotonic()
-    with memory.watch() as peak:
+    with watch(memory) as peak:
         parts.engine.generate([sample.prompt_token_ids for sample in samples], sampling, seeds)
     return Probe(size=length, seconds=time.monotonic() - start, peak_bytes=peak.num_bytes)
 
@@ -132,8 +148,9 @@ def _generate(
 def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample]) -> Probe:
     config = inputs.config
     microbatches = _pack(inputs, parts, samples)[:1]
+    memory.settle()
     start = time.monotonic()
-    with memory.watch() as peak:
+    with watch(memory) as peak:
         train_step(
             parts.policy,
             microbatches,
@@ -151,14 +168,16 @@ def _head_bytes(parts: Parts, memory: DeviceMemory, num_rows: int) -> int:
     weight = parts.policy.head_weight
     hidden = torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
     targets = torch.zeros(num_rows, dtype=torch.int64, device=weight.device)
+    memory.settle()
     held = memory.held()
-    with memory.watch() as peak:
+    with watch(memory) as peak:
         loss, _, _ = linear_token_loss(hidden, weight, targets, lambda logprobs, *_: (logprobs.sum(), {}), {})
         loss.backward()
     return max(0, peak.num_bytes - held)
 
 
-def _kv_bytes_per_token(parts: Parts) -> int:
+def kv_bytes_per_token(parts: Parts) -> int:
+    """Keys and values of one token in all layers."""
     config = parts.base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     element = parts.policy.head_weight.element_size()

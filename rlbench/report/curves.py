@@ -201,8 +201,9 @@ def _zero_filled(given: Curve) -> Curve:
 
 def _memory(run: RunRecord) -> Chart:
     keys = dict.fromkeys(key for row in run.train for key in row if key.startswith("memory/"))
-    curves = [curve(run.train, key, key.removeprefix("memory/").replace("_", " ")) for key in keys]
-    return Chart(title="Memory", unit="as recorded", curves=curves)
+    names = {key: key.removeprefix("memory/").removesuffix("_gib").replace("_", " ") for key in keys}
+    curves = [curve(run.train, key, name) for key, name in names.items()]
+    return Chart(title="Highest memory by phase", unit="GiB", curves=curves)
 
 
 def thin(given: Curve, max_points: int = MAX_POINTS) -> Curve:

@@ -30,6 +30,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, Any] = field(default_factory=dict)  # config key -> {"value": ..., "reason": ...}
     environment: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # plan.json: "source", "kind", "plan": a MemoryPlan's fields
     files: tuple[tuple[str, int], ...] = ()  # relative path or folder, bytes
     notes: tuple[str, ...] = ()  # what could not be read, one sentence each
 
@@ -66,6 +67,7 @@ def load_run(folder: str | Path) -> RunRecord:
         config=_mapping(place / "config.yaml", notes),
         derived=_mapping(place / "derived.json", notes),
         environment=_mapping(place / "environment.json", notes),
+        plan=_mapping(place / "plan.json", notes),
         files=_files(place),
         notes=tuple(notes),
     )

@@ -14,6 +14,7 @@ from rlbench.report.curves import charts_of
 from rlbench.report.explorer import explorer
 from rlbench.report.markup import Html, join, tag
 from rlbench.report.page import render_page
+from rlbench.report.planned import planned_and_actual
 from rlbench.report.rollout_files import RolloutFile, choose, metrics_by_step, read_files
 from rlbench.report.run_folder import RunRecord, load_run
 from rlbench.report.samples import Samples, pack_samples
@@ -105,6 +106,10 @@ def _page(
     if num_shown:
         parts.append(sections.section("samples", "Samples", explorer(num_shown, num_rollouts, has_tokens)))
         links.insert(2, ("samples", "Samples"))
+    planned = planned_and_actual(run)
+    if planned:
+        parts.append(sections.section("plan", "Planned and actual", planned))
+        links.insert(-2, ("plan", "Planned and actual"))
     parts.append(sections.section("settings", "Settings", _settings(run)))
     environment = sections.environment_table(run.environment)
     if environment:

@@ -76,17 +76,20 @@ METRICS: dict[str, MetricSpec] = {
     "tokens/generation_per_s": MetricSpec("generated tokens a second", "tokens/s", "higher", ".0f"),
     "tokens/training_per_s": MetricSpec("trained tokens a second", "tokens/s", "higher", ".0f"),
     "time/step_s": MetricSpec("time of a step", "s", "lower", ".1f"),
+    "memory/peak_gib": MetricSpec("highest memory of a step", "GiB", "lower", ".2f"),
 }
 
 _FAMILIES: dict[str, MetricSpec] = {
     "reward/": MetricSpec("reward component {name}", "", "higher", ".3f"),
     "time/": MetricSpec("time in {name}", "s", "lower", ".1f"),
+    "memory/": MetricSpec("highest memory in {name}", "GiB", "lower", ".2f"),
     "drift/": MetricSpec("drift {name}", "", "lower", ".4f"),
     "identity/": MetricSpec("policy identity {name}", "", "lower", ".4f"),
     "eval/": MetricSpec("evaluation {name}", "", "neither", ".3f"),
 }
 
 
+_UNITS = {"time/": "_s", "memory/": "_gib"}  # that end the names of a family's keys
 RESERVED_COMPONENT_NAMES = tuple(key.removeprefix("reward/") for key in METRICS if key.startswith("reward/"))
 
 
@@ -96,7 +99,7 @@ def metric_spec(key: str) -> MetricSpec:
         return METRICS[key]
     for prefix, spec in _FAMILIES.items():
         if key.startswith(prefix):
-            name = key.removeprefix(prefix).removesuffix("_s") if prefix == "time/" else key.removeprefix(prefix)
+            name = key.removeprefix(prefix).removesuffix(_UNITS.get(prefix, ""))
             return MetricSpec(spec.label.format(name=name), spec.unit, spec.better, spec.format)
     return MetricSpec(key, "", "neither", ".4g")
 

@@ -93,7 +93,11 @@ def comparable(run_folder: Path) -> list[dict]:
     """Metrics without what depends on the clock, and without the proof that every process begins with."""
     lines = read_metrics(run_folder / "metrics.jsonl")
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "tokens/", "identity/")) and not k.endswith("_s")}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "tokens/", "identity/")) and not k.endswith(("_s", "_gib"))
+        }
         for line in lines
     ]
 

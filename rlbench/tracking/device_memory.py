@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +28,24 @@ class DeviceMemory(Protocol):
         """Bytes in use now."""
         ...
 
+    def settle(self) -> None:
+        """Give back what was freed, so that `held` counts what lives."""
+        ...
+
     def limit(self) -> int:
         """Bytes that this process could use in all."""
         ...
 
-    @contextmanager
-    def watch(self) -> Iterator[Peak]:
-        """Fill in the highest number of bytes in use inside."""
+    def restart_peak(self) -> None:
+        """Forget the highest point: it is what is held now."""
+        ...
+
+    def peak(self) -> int:
+        """Highest number of bytes in use since the last `restart_peak`."""
+        ...
+
+    def peak_reserved(self) -> int | None:
+        """Highest number of bytes that an allocator kept for this process meanwhile; None if nothing counts them."""
         ...
 
 
@@ -47,7 +60,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         try:
-            self._reset()
+            self.restart_peak()
             self.held()
         except OSError as error:
             raise ValueError(
@@ -56,6 +69,13 @@ class HostMemory:
 
     def held(self) -> int:
         return _field(_STATUS, "VmRSS")
+
+    def settle(self) -> None:
+        """Source: malloc_trim(3). glibc keeps freed blocks of up to 32 MiB: most activations are such."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+        if trim is not None:
+            trim(0)
 
     def limit(self) -> int:
         """What is held now plus what the machine has available, at most the container's limit."""
@@ -66,18 +86,15 @@ class HostMemory:
             return available
         return min(available, int(text)) if text.isdigit() else available
 
-    @contextmanager
-    def watch(self) -> Iterator[Peak]:
-        peak = Peak()
-        self._reset()
-        try:
-            yield peak
-        finally:
-            peak.num_bytes = _field(_STATUS, "VmHWM")
-
-    def _reset(self) -> None:
+    def restart_peak(self) -> None:
         """Source: proc_pid_clear_refs(5): 5 resets the peak resident set size to the present one."""
         _CLEAR_REFS.write_text("5")
+
+    def peak(self) -> int:
+        return _field(_STATUS, "VmHWM")
+
+    def peak_reserved(self) -> int | None:
+        return None
 
 
 class CudaMemory:
@@ -90,24 +107,40 @@ class CudaMemory:
 
         return torch.cuda.memory_allocated()
 
+    def settle(self) -> None:
+        gc.collect()  # tensors alone are counted, not what the allocator keeps
+
     def limit(self) -> int:
         import torch
 
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
 
-    @contextmanager
-    def watch(self) -> Iterator[Peak]:
+    def restart_peak(self) -> None:
         import torch
 
-        peak = Peak()
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        try:
-            yield peak
-        finally:
-            torch.cuda.synchronize()
-            peak.num_bytes = torch.cuda.max_memory_allocated()
+
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+    def peak_reserved(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+
+
+@contextmanager
+def watch(memory: DeviceMemory) -> Iterator[Peak]:
+    """Fill in the highest number of bytes in use inside."""
+    peak = Peak()
+    memory.restart_peak()
+    try:
+        yield peak
+    finally:
+        peak.num_bytes = memory.peak()
 
 
 def device_memory(profile: str) -> DeviceMemory:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from rlbench.planner import device_memory
-from rlbench.planner.device_memory import HostMemory
+from rlbench.tracking import device_memory
+from rlbench.tracking.device_memory import HostMemory, watch
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ def test_the_peak_counts_what_was_freed_inside_and_forgets_what_came_before():
     touched(192)
     before = memory.held()
 
-    with memory.watch() as peak:
+    with watch(memory) as peak:
         touched(64)
 
     assert peak.num_bytes - before == pytest.approx(64 * MIB, abs=4 * MIB)
