@@ -60,6 +60,7 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
         stage = load_stage(config.stage)
         inputs = stage.prepare(config)
     console.plan(stage.plan_rows(inputs, run_folder))
+    console.opening(f"{config.name}: {config.training.num_steps} steps, {inputs.model.name}, files in {run_folder}")
     if checkpoint is not None:
         for line in check_resumable(_saved_config(run_folder), asdict(config)):
             console.warning(line)
@@ -274,8 +275,18 @@ def _summarise(
         accuracy=_accuracy_change(loop),
         learned=learned,
         files=files,
+        findings=_finding_lines(loop),
         next_commands=commands,
     )
+
+
+def _finding_lines(loop: TrainingLoop) -> list[str]:
+    from rlbench.checks.health import RULES, find_problems
+    from rlbench.checks.health_watch import finding_line
+
+    evaluations = [{"step": e.step, **e.metrics} for e in loop.evaluations]
+    found = find_problems(loop.history, evaluations, asdict(loop.inputs.config))
+    return [f"{f.severity}: {finding_line(f)}" for f in found] or [f"none of the {len(RULES)} rules found anything"]
 
 
 def _accuracy_change(loop: TrainingLoop) -> Any:

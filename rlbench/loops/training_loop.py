@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlbench.build import BaseInputs, BaseParts
+from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
 from rlbench.data.packing import Microbatch
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StopRequest
@@ -48,6 +49,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
+    _health: HealthWatch | None = None
     _memory: PhaseMemory = field(default_factory=lambda: PhaseMemory(None))  # in `run` that of the device
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -202,7 +204,16 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         metrics["time/step_s"] = time.monotonic() - start
         metrics |= self._memory.take()
         self.tracker.log_step(step, metrics)
-        self.history.append(metrics)
+        self.history.append({"step": step, **metrics})
+        if step % EVERY_STEPS == 0:
+            self._tell_findings(step)
+
+    def _tell_findings(self, step: int) -> None:
+        """What the health rules find for the first time."""
+        if self._health is None:
+            self._health = HealthWatch(asdict(self.inputs.config))
+        for finding in self._health.news(self.history, [{"step": e.step, **e.metrics} for e in self.evaluations]):
+            self.console.warning(f"step {step}: {finding_line(finding)}")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""What the user sees of a run: the plan, a live progress line, one line a step, samples, the summary.
+"""What the user sees of a run: the plan, one line a step, live curves below, samples, the summary.
 
-On a terminal with colours and a live line; anywhere else plain lines without control codes. Text that comes from
+On a terminal with colours and the live view; anywhere else plain lines without control codes. Text that comes from
 models or data is never interpreted as markup and shows control characters as escapes.
 """
 
@@ -25,10 +25,12 @@ from rlbench.records import Rollout
 from rlbench.tracking import run_summary
 from rlbench.tracking.formats import format_duration
 from rlbench.tracking.intervals import difference_interval, wilson_interval
+from rlbench.tracking.live_view import LiveView
 from rlbench.tracking.run_clock import RunClock
 from rlbench.tracking.run_summary import AccuracyChange
 from rlbench.tracking.safe_text import SafeFile, printable
 from rlbench.tracking.sample_text import sample_parts
+from rlbench.tracking.sparkline import BLOCKS
 from rlbench.tracking.status_line import StatusLine
 from rlbench.tracking.step_table import StepTable
 
@@ -56,8 +58,8 @@ class RunConsole:
     """Prints a run.
 
     Args:
-        is_terminal: True for colours and the live line, False for plain lines, None to look at the stream.
-        quiet: print only warnings and the final summary.
+        is_terminal: True for colours and the live view, False for plain lines, None to look at the stream.
+        quiet: print only the opening, warnings and the final summary.
         file: stream to write to; standard output by default.
         width: columns; by default the terminal's, else COLUMNS, else 120.
         clock: monotonic seconds.
@@ -84,7 +86,8 @@ class RunConsole:
         self._progress: tuple[str, int, int, str] | None = None
         self._announced: set[str] = set()
         self._last_progress_at = clock()
-        self._status = StatusLine(self._console, self._status_text, clock) if self.is_terminal and not quiet else None
+        self._live = LiveView(is_ascii=not _can_hold(stream, BLOCKS))
+        self._status = StatusLine(self._console, self._live_lines, clock) if self.is_terminal and not quiet else None
 
     @property
     def phase_seconds(self) -> dict[str, float]:
@@ -94,6 +97,11 @@ class RunConsole:
     def begin(self, num_steps: int, steps_done: int = 0) -> None:
         """Tell the length of the run, so that progress can say which step is being made."""
         self.clock.begin(num_steps, steps_done)
+
+    def opening(self, text: str) -> None:
+        """In a quiet run the one line at its start, in place of all that is not printed."""
+        if self.quiet:
+            self._print(Text(printable(text)))
 
     def plan(self, rows: Sequence[PlanRow]) -> None:
         """Print the plan of the run: what will be done with what, and why each derived value is what it is."""
@@ -154,6 +162,7 @@ class RunConsole:
         self._progress = None
         if self.quiet:
             return
+        self._live.add(metrics)
         shown = {"time/step_s": seconds, **metrics}
         before, line = self._table.lines(step, num_steps, shown, self.clock.eta_s(), self._console.width)
         for note in before[:-1]:
@@ -200,6 +209,7 @@ class RunConsole:
             difference = 100 * (correct / total - previous[0] / previous[1])
             low, high = difference_interval(*previous, correct, total)
             line += f", {difference:+.1f} points (95% {100 * low:+.1f} to {100 * high:+.1f})"
+        self._live.add({"eval/accuracy": correct / total})
         if not self.quiet:
             self._print(Text(printable(line), style="bold"), is_prose=True)
 
@@ -225,6 +235,7 @@ class RunConsole:
         learned: Mapping[str, str] | None = None,
         phase_seconds: Mapping[str, float] | None = None,
         files: Mapping[str, str | Path] | None = None,
+        findings: Sequence[str] = (),
         next_commands: Sequence[str] = (),
     ) -> None:
         """Print what was learned, where the time went, where the files are and what to run next.
@@ -236,6 +247,7 @@ class RunConsole:
             learned: metrics to compare between the first and the last steps, by their name in the text; none: rewards.
             phase_seconds: by phase; None takes what `phase` measured.
             files: path by what it is.
+            findings: of the health rules, one line each.
             next_commands: printed whole, each on its own line, to be copied.
         """
         self.close()
@@ -247,6 +259,7 @@ class RunConsole:
         self._print(Text())
         self._print(Text(printable(headline or "Summary"), style="bold"))
         self._section("What was learned", lines, is_prose=True)
+        self._section("Findings", findings, is_prose=True)
         self._section("Time by phase", run_summary.phase_lines(seconds))
         self._section("Files", [f"{name.ljust(width)}  {path}" for name, path in (files or {}).items()])
         self._section("What to run next", next_commands)
@@ -282,8 +295,12 @@ class RunConsole:
         if self.clock.steps_done < self.clock.num_steps:
             parts.append(f"step {self.clock.steps_done + 1}/{self.clock.num_steps}")
             eta_s = self.clock.eta_s()
-            parts.append(f"ETA {format_duration(eta_s)}" if eta_s is not None else "ETA after the first step")
+            parts.append(_eta_text(eta_s, time.time()))
         return Text(" | ".join(parts), style="cyan")
+
+    def _live_lines(self) -> list[Text]:
+        view = self._live.lines(self._console.width - 1)
+        return [*view, self._status_text()] if len(view) + 4 <= self._console.height else [self._status_text()]
 
     def _bar(self, done: int, total: int) -> str:
         if not self.is_terminal or not total or self._console.width < 100:
@@ -301,6 +318,23 @@ class RunConsole:
         soft_wrap = isinstance(renderable, Text) and not (is_prose and self.is_terminal)
         with self._status.above() if self._status else nullcontext():
             self._console.print(renderable, soft_wrap=soft_wrap)
+
+
+def _eta_text(eta_s: float | None, now: float) -> str:
+    """ "ETA 1m02s, done at 14:07"; with the date where the run ends on another day."""
+    if eta_s is None:
+        return "ETA after the first step"
+    end, today = time.localtime(now + eta_s), time.localtime(now)
+    is_today = (end.tm_year, end.tm_yday) == (today.tm_year, today.tm_yday)
+    return f"ETA {format_duration(eta_s)}, done at {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', end)}"
+
+
+def _can_hold(stream: SafeFile, text: str) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _make_console(stream: SafeFile, is_terminal: bool | None, width: int | None) -> Console:

@@ -73,7 +73,7 @@ def test_a_plain_log_has_no_control_character_whatever_the_text(plain, rollout, 
 def test_a_terminal_gets_styles_and_line_erasing_only(terminal, rollout, hostile):
     for console in terminal:
         everything(console, rollout, hostile)
-        rest = STYLE.sub("", text_of(console)).replace("\x1b[2K", "").replace("\r", "")
+        rest = re.sub(r"\x1b\[(2K|\d+[AB])", "", STYLE.sub("", text_of(console))).replace("\r", "")
         assert CONTROL.findall(rest) == []
         assert "[red]" in rest and ":smile:" in rest
 
@@ -131,7 +131,7 @@ def test_the_live_line_shows_the_runs_eta_and_leaves_nothing_behind(terminal, no
     with pytest.raises(KeyError), console.phase("generation"):
         now[0] += 1
         console.progress("generation", 16, 64, "completions")
-        assert "[#####...............] 16/64 completions | 1.0s | step 2/10 | ETA 1m02s" in text_of(console)
+        assert "[#####...............] 16/64 completions | 1.0s | step 2/10 | ETA 1m02s, done at " in text_of(console)
         console.note("above")
         raise KeyError("stop")
     text = STYLE.sub("", text_of(console))
@@ -186,8 +186,10 @@ def test_the_summary_says_what_was_learned_where_things_are_and_what_next(plain,
     assert any("0.050 ->   0.650" in line for line in lines) and any("more than chance" in line for line in lines)
 
 
-def test_quiet_prints_warnings_and_the_summary_alone(rollout):
+def test_quiet_prints_one_line_at_the_start_warnings_and_the_summary_alone(rollout):
     console = RunConsole(is_terminal=False, quiet=True, file=io.StringIO())
+    console.opening("grpo: 24 steps")
+    assert text_of(console) == "grpo: 24 steps\n"
     console.plan([PlanRow("a", "b", "c")])
     with console.phase("x"):
         console.progress("x", 1, 2, "u")
@@ -195,10 +197,13 @@ def test_quiet_prints_warnings_and_the_summary_alone(rollout):
     console.sample(rollout(), 1)
     console.evaluation("e", 1, 2)
     console.note("n")
-    assert text_of(console) == ""
+    assert lines_of(console) == ["grpo: 24 steps"]
     console.warning("w")
-    console.summary(history=[])
-    assert lines_of(console)[0] == "warning: w" and "What was learned" in lines_of(console)
+    console.summary(history=[], findings=["nothing"])
+    lines = lines_of(console)
+    assert (
+        lines[1] == "warning: w" and "What was learned" in lines and lines[lines.index("Findings") + 1] == "  nothing"
+    )
 
 
 PIPED = """

@@ -1,0 +1,121 @@
+"""What a terminal shows below the step table while a run goes on: curves, phase times."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from rlbench.tracking.formats import format_fraction, format_number
+from rlbench.tracking.sparkline import ASCII, BLOCKS, sparkline
+
+TWO_COLUMNS_FROM = 110  # columns of the terminal
+NUM_STEPS_OF_BAR = 20
+_NAME_CHARS, _NUMBERS_CHARS, _GAP_CHARS = 8, 22, 3
+_COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+_MIN_SHARE = 0.02  # of a step: smaller phases are "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A metric of the live view.
+
+    Example:
+        Series("reward", "reward/mean")
+    """
+
+    name: str
+    key: str
+    is_share: bool = False
+
+
+SERIES = (
+    Series("reward", "reward/mean"),
+    Series("accuracy", "eval/accuracy", is_share=True),
+    Series("loss", "loss/nll"),
+    Series("loss", "loss/preference"),
+    Series("entropy", "policy/entropy"),
+    Series("length", "completion/length_tokens_mean"),
+    Series("grad", "optim/grad_norm"),
+)
+
+
+class LiveView:
+    """Remembers what was logged and draws it.
+
+    Args:
+        is_ascii: the terminal cannot show block characters.
+    """
+
+    def __init__(self, is_ascii: bool = False) -> None:
+        self._marks, self._block = (ASCII, "#") if is_ascii else (BLOCKS, "█")
+        self._values: dict[str, list[float | None]] = {series.key: [] for series in SERIES}
+        self._times: deque[dict[str, float]] = deque(maxlen=NUM_STEPS_OF_BAR)
+
+    def add(self, metrics: Mapping[str, float | None]) -> None:
+        """Take in a step's metrics, or an evaluation's."""
+        for series in SERIES:
+            if series.key in metrics:
+                self._values[series.key].append(metrics[series.key])
+        times = {key.removeprefix("time/").removesuffix("_s"): value for key, value in metrics.items()
+                 if key.startswith("time/") and value is not None}  # fmt: skip
+        if "step" in times:
+            self._times.append(times)
+
+    def lines(self, width: int) -> list[Text]:
+        """Of the view, none longer than `width`; empty before the second step."""
+        shown = [series for series in SERIES if len(self._values[series.key]) > 1]
+        if not shown or width < _NAME_CHARS + _NUMBERS_CHARS + _GAP_CHARS + 8:
+            return []
+        num_columns = 2 if width >= TWO_COLUMNS_FROM else 1
+        cell = (width - _GAP_CHARS * (num_columns - 1)) // num_columns
+        cells = [self._cell(series, cell) for series in shown]
+        rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
+        return [Text(" " * _GAP_CHARS).join(row) for row in rows] + self._phase_lines(width)
+
+    def _cell(self, series: Series, width: int) -> Text:
+        values = self._values[series.key]
+        known = [value for value in values if value is not None]
+        show = format_fraction if series.is_share else format_number
+        low, high = (show(f(known)) if known else "-" for f in (min, max))
+        room = width - _NAME_CHARS - _NUMBERS_CHARS - 1
+        line = sparkline(values, room, self._marks)
+        numbers = f"{show(values[-1]).rjust(6)}  {f'{low} to {high}'}"
+        return Text.assemble(
+            (series.name.ljust(_NAME_CHARS), "bold"), (line.ljust(room), "cyan"), " ",
+            numbers.ljust(_NUMBERS_CHARS)[:_NUMBERS_CHARS],
+        )  # fmt: skip
+
+    def _phase_lines(self, width: int) -> list[Text]:
+        """A bar of the recent steps' time by phase, and its legend."""
+        shares = self._shares()
+        if not shares:
+            return []
+        room = width - _NAME_CHARS
+        bar, legend = Text("time".ljust(_NAME_CHARS), style="bold"), Text(" " * _NAME_CHARS)
+        edge = total = 0.0
+        for number, (name, share) in enumerate(shares.items()):
+            colour = "dim" if name == "other" else _COLOURS[number % len(_COLOURS)]
+            total += share
+            cells = round(total * room) - round(edge * room)
+            edge = total
+            bar.append(self._block * cells, style=colour)
+            legend.append(self._block, style=colour).append(f" {name} {format_fraction(share)}  ", style="not bold")
+        legend.truncate(width)
+        return [bar, legend]
+
+    def _shares(self) -> dict[str, float]:
+        """Of the recent steps' time, largest phase first, "other" last."""
+        whole = sum(times["step"] for times in self._times)
+        if whole <= 0:
+            return {}
+        names = dict.fromkeys(name for times in self._times for name in times if name != "step")
+        shares = {name: sum(times.get(name, 0.0) for times in self._times) / whole for name in names}
+        large = {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1])
+                 if share >= _MIN_SHARE}  # fmt: skip
+        rest = 1.0 - sum(large.values())
+        return {name.replace("_", " "): share for name, share in large.items()} | (
+            {"other": rest} if rest > 0.005 else {}
+        )
