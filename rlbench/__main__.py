@@ -19,6 +19,7 @@ COMMANDS = {
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
     "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
+    "diff": "diff RUN_A RUN_B: settings, numbers, curves and samples of two runs, finished or not, side by side",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
@@ -60,6 +61,10 @@ def main() -> None:
         from rlbench.commands.report import report
 
         sys.exit(report(arguments))
+    if command == "diff":
+        from rlbench.commands.diff import diff
+
+        sys.exit(diff(arguments))
     if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return

@@ -80,7 +80,10 @@ def find_measured_plan(config: RunConfig, run_folder: Path) -> dict[str, Any] | 
 def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPlan:
     """Memory without a probe that takes time: held bytes, state of the optimizer, and activations by the token."""
     config = inputs.config
-    held, adapter = memory.held(), sum(p.numel() * p.element_size() for p in parts.policy.parameters())
+    kept = _activation_bytes(inputs, parts)
+    memory.settle()
+    held = memory.held()  # on a CPU with the code and caches that a first forward and backward bring in
+    adapter = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
     moments = 2 * adapter if config.optim.name == "adamw" else adapter // 2  # adapter in float32
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
@@ -90,7 +93,6 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     per_token = 0 if config.engine.kind == "vllm" else kv_bytes_per_token(parts)  # vLLM's cache is held already
     prefill = held + per_token * longest_prompt_tokens(prompts) * len(prompts)
     head = _head_bytes(inputs, parts, min(budget, step_tokens))
-    kept = _activation_bytes(inputs, parts)
     warm = held + moments
     probes = Probes(
         idle_bytes=held,
@@ -149,8 +151,9 @@ def count_kept(policy: Policy, num_tokens: int) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = policy.hidden(microbatch)  # held: what it keeps may not be freed before it is counted
-        assert hidden.requires_grad
+        hidden = policy.hidden(microbatch)
+    hidden.float().sum().backward()
+    policy.model.zero_grad(set_to_none=True)
     return len(microbatch.token_ids), sum(kept.values())
 
 

@@ -24,7 +24,7 @@ from rlbench.tracking.run_summary import quarter_change
 
 FILE_NAME = "comparison.html"
 MAX_RUNS = 24
-_KEYS = ("reward/mean", "accuracy/train", "eval/accuracy", "eval/reward", "completion/length_tokens_mean",
+KEYS = ("reward/mean", "accuracy/train", "eval/accuracy", "eval/reward", "completion/length_tokens_mean",
          "completion/truncated_frac", "groups/no_signal_frac", "policy/entropy", "kl/reference", "loss/clip_frac",
          "drift/logprob_gap_mean", "optim/grad_norm", "optim/lr", "loss/total", "time/step_s",
          "tokens/generation_per_s", "tokens/training_per_s")  # fmt: skip
@@ -74,10 +74,10 @@ def _labels(runs: Sequence[RunRecord], common: Path) -> list[str]:
 def _read(run: RunRecord, label: str) -> Compared:
     files, notes = read_files(run.folder)
     all_notes = tuple(f"{label}: {note}" for note in (*run.notes, *notes))
-    return Compared(label, run, findings_of(run, files), _last_answers(files), all_notes)
+    return Compared(label, run, findings_of(run, files), last_answers(files), all_notes)
 
 
-def _last_answers(files: Sequence[RolloutFile]) -> dict[str, bool]:
+def last_answers(files: Sequence[RolloutFile]) -> dict[str, bool]:
     """Whether each held-out problem was right in the last evaluation; empty without an accuracy reward."""
     last = [file for file in files if file.is_evaluation][-1:]
     table = last[0].read() if last else None
@@ -107,7 +107,7 @@ def _page(compared: Sequence[Compared], common: Path) -> str:
 def _charts(compared: Sequence[Compared]) -> list[Chart]:
     keys = dict.fromkeys(key for item in compared for row in item.run.train for key in row)
     names = component_names(keys) if len(component_names(keys)) > 1 else []
-    wanted = [_KEYS[0], *(f"reward/{name}" for name in names if name != "accuracy"), *_KEYS[1:]]
+    wanted = [KEYS[0], *(f"reward/{name}" for name in names if name != "accuracy"), *KEYS[1:]]
     charts = [_chart(compared, key) for key in wanted]
     return [chart for chart in charts if any(v for c in chart.curves for v in c.values if v is not None)]
 
@@ -164,8 +164,14 @@ def _paired_text(first: Compared, other: Compared) -> str:
     both = first.is_correct.keys() & other.is_correct.keys()
     if first is other or not both:
         return ""
-    gained = sum(other.is_correct[p] and not first.is_correct[p] for p in both)
-    lost = sum(first.is_correct[p] and not other.is_correct[p] for p in both)
+    return paired_text(first.is_correct, other.is_correct)
+
+
+def paired_text(before: Mapping[str, bool], after: Mapping[str, bool]) -> str:
+    """What was gained and lost on the same problems, and whether that is more than chance."""
+    both = before.keys() & after.keys()
+    gained = sum(after[p] and not before[p] for p in both)
+    lost = sum(before[p] and not after[p] for p in both)
     p = sign_test_p(gained, lost)
     verdict = "no more than chance" if p >= 0.05 else "better" if gained > lost else "worse"
     return f"{gained} gained, {lost} lost of {len(both)}, p = {p:.2g}: {verdict}"
@@ -176,7 +182,7 @@ def _seeds(compared: Sequence[Compared]) -> Html | None:
     differing = [key for key in _differing(compared) if key != "seed"]
     groups: dict[tuple[str, ...], list[float]] = {}
     for item in compared:
-        change, values = quarter_change(column(item.run.train, "reward/mean")), _values(item.run)
+        change, values = quarter_change(column(item.run.train, "reward/mean")), compared_settings(item.run)
         if change is not None:
             groups.setdefault(tuple(values.get(key, "not set") for key in differing), []).append(change.last)
     if max((len(found) for found in groups.values()), default=0) < 2:
@@ -196,13 +202,14 @@ def _findings(item: Compared) -> Html:
     return tag("details", tag("summary", f"{item.label}: {len(item.findings)} findings"), listed)
 
 
-def _values(run: RunRecord) -> dict[str, str]:
+def compared_settings(run: RunRecord) -> dict[str, str]:
+    """Every setting that says what the run is, by its dotted key."""
     return {key: sections.plain(value) for key, value in sections.flatten(run.config) if key not in _NOT_COMPARED}
 
 
 def _differing(compared: Sequence[Compared]) -> list[str]:
     """Keys whose values are not the same in all runs."""
-    values: list[dict[str, Any]] = [_values(item.run) for item in compared]
+    values: list[dict[str, Any]] = [compared_settings(item.run) for item in compared]
     keys = dict.fromkeys(key for found in values for key in found)
     return [key for key in keys if len({found.get(key) for found in values}) > 1]
 
@@ -211,7 +218,7 @@ def _differences(compared: Sequence[Compared]) -> Html:
     keys = _differing(compared)
     if not keys:
         return tag("p", "All settings are the same.")
-    values = [_values(item.run) for item in compared]
+    values = [compared_settings(item.run) for item in compared]
     rows = []
     for key in keys:
         cells = [tag("td", found.get(key, "not set"), class_="value") for found in values]
