@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rlbench
@@ -145,6 +146,7 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
     """Exit status of the action (default: train): 0 done, 2 the user's mistake, else as the action says."""
     import hydra
 
+    from rlbench.commands.sweep import RunFailed
     from rlbench.config.compose import (
         CONFIG_ERRORS,
         config_folder,
@@ -162,13 +164,17 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
     # Hydra prints its own traceback and exits unless this is set; we turn its exceptions into one sentence.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     statuses: list[int] = []
+    main_process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-    def run(composed: Any) -> None:
+    def run(composed: Any) -> float | None:
         # No error may leave this function: Hydra would print about it in its own words.
         statuses.append(_run_command(composed, notes, action))
         if statuses[-1] > _SIGNALLED:
             raise KeyboardInterrupt  # a stopped run ends its sweep
+        if statuses[-1] and os.getpid() != main_process:
+            raise RunFailed(statuses[-1])  # a launcher's process: `statuses` is a copy there
+        return _objective(composed) if action is None else None
 
     sys.argv = ["rlbench", *arguments]
     try:
@@ -177,6 +183,8 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
         if not statuses or statuses[-1] <= _SIGNALLED:
             print("stopped before the first step; nothing was saved", file=sys.stderr)
             return _SIGNALLED + signal.SIGINT
+    except RunFailed as error:
+        return error.args[0]
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))
     except OSError as error:
@@ -184,6 +192,18 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
             f"cannot make the run's folder ({error}); hydra.run.dir={error.filename or '...'} must be writable"
         )
     return max(statuses, default=0)
+
+
+def _objective(composed: Any) -> float | None:
+    """For a sweeper that optimizes: the number that tracking.objective names; None outside such a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if "BasicSweeper" in hydra.sweeper._target_ or "MULTIRUN" not in str(hydra.mode):
+        return None
+    from rlbench.commands.sweep import sweep_objective
+
+    return sweep_objective(Path(hydra.runtime.output_dir), composed.tracking.objective)
 
 
 def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[str]], int] | None) -> int:

@@ -21,6 +21,7 @@ from rlbench.tracking.console import RunConsole
 from rlbench.tracking.environment import environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
+from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
 
@@ -49,6 +50,8 @@ def train(config: RunConfig, notes: Sequence[str]) -> int:
 
 def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in_chain: bool = False) -> int:
     """As `train`, in `folder`; a run in a chain leaves it to the chain to say what comes next."""
+    if config.tracking.tensorboard:
+        check_tensorboard()
     console = RunConsole(quiet=config.tracking.quiet)
     for note in notes:
         console.note(note)
@@ -162,7 +165,8 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     )
     steps_done = checkpoint.step if checkpoint else 0
     jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
-    return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done)
+    tensorboard = TensorboardTracker(run_folder, steps_done) if config.tracking.tensorboard else None
+    return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done, tensorboard)
 
 
 def _plan_memory(inputs: Any, parts: Any, run_folder: Path, console: RunConsole) -> None:

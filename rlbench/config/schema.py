@@ -312,9 +312,12 @@ class CheckpointConfig:
 class TrackingConfig:
     wandb: str = AUTO  # auto (online with a key, else offline) | online | offline | disabled
     wandb_project: str = "rlbench"
+    tensorboard: bool = False  # event files in the run's folder
     sample_every_steps: int = 10  # print a completion; 0: never
     save_rollouts: bool = True
-    quiet: bool = False
+    quiet: bool = False  # one line at the start, findings, and the summary
+    # what a sweeper that optimizes is told: the last evaluation's value, or the mean over the last quarter of steps
+    objective: str = "reward/mean"
 
     def __post_init__(self) -> None:
         check_choice("tracking.wandb", self.wandb, [AUTO, "online", "offline", "disabled"])

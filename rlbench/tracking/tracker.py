@@ -1,17 +1,19 @@
-"""All sinks of a run's metrics behind one object: metrics.jsonl, wandb, the console."""
+"""All sinks of a run's metrics behind one object: metrics.jsonl, wandb, TensorBoard, the console."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.jsonl import JsonlWriter
+from rlbench.tracking.tensorboard_tracker import TensorboardTracker
 from rlbench.tracking.wandb_tracker import WandbTracker
 
 
 class Tracker:
-    """Logs a run. `metrics.jsonl` is the record and must work; wandb and the console are optional.
+    """Logs a run. `metrics.jsonl` is the record and must work; the others are optional.
 
     Args:
         jsonl: the record on disk.
@@ -19,6 +21,7 @@ class Tracker:
         wandb: or None.
         console: or None.
         steps_done: steps applied before this process, in a resumed run.
+        tensorboard: or None.
     """
 
     def __init__(
@@ -28,10 +31,16 @@ class Tracker:
         wandb: WandbTracker | None = None,
         console: RunConsole | None = None,
         steps_done: int = 0,
+        tensorboard: TensorboardTracker | None = None,
     ) -> None:
         self.jsonl = jsonl
         self.num_steps = num_steps
         self.wandb = wandb
+        self._curves: dict[str, WandbTracker | TensorboardTracker] = {}
+        if wandb is not None:
+            self._curves["wandb"] = wandb
+        if tensorboard is not None:
+            self._curves["tensorboard"] = tensorboard
         self.console = console
         self._off: set[str] = set()
         if console is not None:
@@ -45,11 +54,10 @@ class Tracker:
             ValueError: if a metric is no number, text, bool or None.
         """
         self.jsonl.write(step, metrics, phase="train")
-        console, wandb = self.console, self.wandb
+        console = self.console
         if console is not None:
             self._try("console", lambda: console.step_line(step, self.num_steps, metrics))
-        if wandb is not None:
-            self._try("wandb", lambda: wandb.log(step, metrics))
+        self._draw(step, metrics)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Record an evaluation (`eval/...` keys); the caller prints it with `RunConsole.evaluation`.
@@ -58,17 +66,19 @@ class Tracker:
             TrackingError, ValueError: as `log_step`.
         """
         self.jsonl.write(step, metrics, phase="eval")
-        wandb = self.wandb
-        if wandb is not None:
-            self._try("wandb", lambda: wandb.log(step, metrics))
+        self._draw(step, metrics)
 
     def close(self) -> None:
         """Close every sink; waits for wandb no longer than its deadline."""
         self.jsonl.close()
-        if self.wandb is not None:
-            self._try("wandb", self.wandb.finish)
+        for name, sink in self._curves.items():
+            self._try(name, sink.finish)
         if self.console is not None:
             self._try("console", self.console.close)
+
+    def _draw(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        for name, sink in self._curves.items():
+            self._try(name, partial(sink.log, step, metrics))
 
     def _try(self, sink: str, call: Callable[[], None]) -> None:
         if sink in self._off:
