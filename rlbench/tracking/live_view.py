@@ -13,6 +13,8 @@ from rlbench.tracking.sparkline import ASCII, BLOCKS, sparkline
 
 TWO_COLUMNS_FROM = 110  # columns of the terminal
 NUM_STEPS_OF_BAR = 20
+BAR = "━"
+MAX_CURVE_CHARS, MAX_BAR_CHARS = 40, 88
 _NAME_CHARS, _NUMBERS_CHARS, _GAP_CHARS = 8, 22, 3
 _COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _MIN_SHARE = 0.02  # of a step: smaller phases are "other"
@@ -50,39 +52,40 @@ class LiveView:
     """
 
     def __init__(self, is_ascii: bool = False) -> None:
-        self._marks, self._block = (ASCII, "#") if is_ascii else (BLOCKS, "█")
+        self._marks, self._block = (ASCII, "#") if is_ascii else (BLOCKS, BAR)
         self._values: dict[str, list[float | None]] = {series.key: [] for series in SERIES}
         self._times: deque[dict[str, float]] = deque(maxlen=NUM_STEPS_OF_BAR)
 
     def add(self, metrics: Mapping[str, float | None]) -> None:
         """Take in a step's metrics, or an evaluation's."""
+        is_evaluation = any(key.startswith("eval/") for key in metrics)
         for series in SERIES:
-            if series.key in metrics:
-                self._values[series.key].append(metrics[series.key])
+            if series.key.startswith("eval/") == is_evaluation:  # a step without the number leaves a gap
+                self._values[series.key].append(metrics.get(series.key))
         times = {key.removeprefix("time/").removesuffix("_s"): value for key, value in metrics.items()
                  if key.startswith("time/") and value is not None}  # fmt: skip
         if "step" in times:
             self._times.append(times)
 
     def lines(self, width: int) -> list[Text]:
-        """Of the view, none longer than `width`; empty before the second step."""
-        shown = [series for series in SERIES if len(self._values[series.key]) > 1]
+        """Of the view, none longer than `width`, an empty one first; none before the second step."""
+        shown = [series for series in SERIES if sum(v is not None for v in self._values[series.key]) > 1]
         if not shown or width < _NAME_CHARS + _NUMBERS_CHARS + _GAP_CHARS + 8:
             return []
         num_columns = 2 if width >= TWO_COLUMNS_FROM else 1
         cell = (width - _GAP_CHARS * (num_columns - 1)) // num_columns
         cells = [self._cell(series, cell) for series in shown]
         rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
-        return [Text(" " * _GAP_CHARS).join(row) for row in rows] + self._phase_lines(width)
+        return [Text(), *(Text(" " * _GAP_CHARS).join(row) for row in rows), *self._phase_lines(width)]
 
     def _cell(self, series: Series, width: int) -> Text:
         values = self._values[series.key]
         known = [value for value in values if value is not None]
         show = format_fraction if series.is_share else format_number
         low, high = (show(f(known)) if known else "-" for f in (min, max))
-        room = width - _NAME_CHARS - _NUMBERS_CHARS - 1
+        room = min(MAX_CURVE_CHARS, width - _NAME_CHARS - _NUMBERS_CHARS - 1)
         line = sparkline(values, room, self._marks)
-        numbers = f"{show(values[-1]).rjust(6)}  {f'{low} to {high}'}"
+        numbers = f"{show(values[-1]).rjust(6)}  {low} to {high}"
         return Text.assemble(
             (series.name.ljust(_NAME_CHARS), "bold"), (line.ljust(room), "cyan"), " ",
             numbers.ljust(_NUMBERS_CHARS)[:_NUMBERS_CHARS],
@@ -93,7 +96,7 @@ class LiveView:
         shares = self._shares()
         if not shares:
             return []
-        room = width - _NAME_CHARS
+        room = min(MAX_BAR_CHARS, width - _NAME_CHARS)
         bar, legend = Text("time".ljust(_NAME_CHARS), style="bold"), Text(" " * _NAME_CHARS)
         edge = total = 0.0
         for number, (name, share) in enumerate(shares.items()):

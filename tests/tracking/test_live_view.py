@@ -40,10 +40,16 @@ def test_a_curve_shows_its_last_value_and_its_range():
     assert line.split()[1:] == ["▁▂▃▄▅▆▇█", "0.800", "0.100", "to", "0.800"]
 
 
+def test_a_step_without_the_number_leaves_a_gap():
+    line = next(line for line in shown(filled(), 80) if line.startswith("grad"))
+
+    assert line.removeprefix("grad    ").startswith("▅ ▅▅▅▅▅▅ ")
+
+
 def test_the_bar_shares_the_time_of_the_steps_out():
     bar, legend = shown(filled(), 88)[-2:]
 
-    assert bar.count("█") == 80 and legend.split("█")[1:] == [" generation 60%  ", " update 30%  ", " other 10%  "]
+    assert bar.count("━") == 80 and legend.split("━")[1:] == [" generation 60%  ", " update 30%  ", " other 10%  "]
 
 
 def test_only_what_has_two_values_is_drawn():
@@ -51,6 +57,7 @@ def test_only_what_has_two_values_is_drawn():
     view.add(metrics(1))
     assert view.lines(80) == []
     view.add(metrics(2))
+    assert "grad" not in "".join(shown(view, 80))
     assert "accuracy" not in "".join(shown(view, 80))
     for share in (0.25, 0.5):
         view.add({"eval/accuracy": share})
@@ -129,7 +136,7 @@ def test_the_view_stands_below_what_was_printed(terminal):
         "length",
         "grad",
         "time",
-        "█",
+        "━",
         "generation",
     ]
     assert "step 9/10" in lines[-1] and ", done at " in lines[-1]
@@ -140,21 +147,21 @@ def test_the_view_leaves_nothing_behind(terminal):
     terminal.close()
     lines = [line for line in screen(text_of(terminal), 30) if line.strip()]
 
-    assert not any(mark in line for line in lines for mark in "▁█") and lines[-1].lstrip().startswith("8/10")
+    assert not any(mark in line for line in lines for mark in "▁━") and lines[-1].lstrip().startswith("8/10")
 
 
 def test_a_low_terminal_keeps_the_status_line_alone(terminal):
     terminal._console.height = 6
     run_steps(terminal)
 
-    assert "█" not in text_of(terminal)
+    assert "━" not in text_of(terminal)
 
 
 def test_nothing_of_it_is_in_a_log_file():
     console = RunConsole(is_terminal=False, file=io.StringIO(), width=120)
     run_steps(console)
 
-    assert not any(mark in text_of(console) for mark in "▁█\x1b")
+    assert not any(mark in text_of(console) for mark in "▁━\x1b")
 
 
 def test_the_end_is_given_with_the_date_where_it_is_another_day():
