@@ -14,7 +14,7 @@ from rlbench.tracking.sparkline import ASCII, BLOCKS, sparkline
 TWO_COLUMNS_FROM = 110  # columns of the terminal
 NUM_STEPS_OF_BAR = 20
 BAR = "━"
-MAX_CURVE_CHARS, MAX_BAR_CHARS = 40, 88
+MIN_CURVE_CHARS, MAX_CURVE_CHARS, MAX_BAR_CHARS = 16, 40, 88
 _NAME_CHARS, _NUMBERS_CHARS, _GAP_CHARS = 8, 22, 3
 _COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _MIN_SHARE = 0.02  # of a step: smaller phases are "other"
@@ -73,21 +73,22 @@ class LiveView:
         if not shown or width < _NAME_CHARS + _NUMBERS_CHARS + _GAP_CHARS + 8:
             return []
         num_columns = 2 if width >= TWO_COLUMNS_FROM else 1
-        cell = (width - _GAP_CHARS * (num_columns - 1)) // num_columns
-        cells = [self._cell(series, cell) for series in shown]
+        room = (width - _GAP_CHARS * (num_columns - 1)) // num_columns - _NAME_CHARS - _NUMBERS_CHARS - 1
+        longest = max(len(self._values[series.key]) for series in shown)
+        curve_chars = min(room, max(MIN_CURVE_CHARS, min(MAX_CURVE_CHARS, longest)))
+        cells = [self._cell(series, curve_chars) for series in shown]
         rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
         return [Text(), *(Text(" " * _GAP_CHARS).join(row) for row in rows), *self._phase_lines(width)]
 
-    def _cell(self, series: Series, width: int) -> Text:
+    def _cell(self, series: Series, curve_chars: int) -> Text:
         values = self._values[series.key]
         known = [value for value in values if value is not None]
         show = format_fraction if series.is_share else format_number
         low, high = (show(f(known)) if known else "-" for f in (min, max))
-        room = min(MAX_CURVE_CHARS, width - _NAME_CHARS - _NUMBERS_CHARS - 1)
-        line = sparkline(values, room, self._marks)
+        line = sparkline(values, curve_chars, self._marks)
         numbers = f"{show(values[-1]).rjust(6)}  {low} to {high}"
         return Text.assemble(
-            (series.name.ljust(_NAME_CHARS), "bold"), (line.ljust(room), "cyan"), " ",
+            (series.name.ljust(_NAME_CHARS), "bold"), (line.ljust(curve_chars), "cyan"), " ",
             numbers.ljust(_NUMBERS_CHARS)[:_NUMBERS_CHARS],
         )  # fmt: skip
 
