@@ -13,8 +13,8 @@ from rlbench.tracking.formats import format_duration
 
 _PHASES = ("generation", "update")
 _RESIDENT = (
-    "Resident memory of a CPU's process counts what was freed and kept for later: "
-    "a phase that follows a larger one shows the larger one's."
+    "Resident memory of a CPU's process counts what was freed and kept for later, so that generation after an update "
+    "shows the update's: here generation is that of the first step."
 )
 
 
@@ -39,11 +39,13 @@ def deviation(planned: float | None, actual: float | None) -> str:
 
 
 def _memory_rows(run: RunRecord, plan: Mapping[str, Any]) -> list[Html]:
-    planned = {f"{name}": number(plan.get(f"{name}_peak_gib")) for name in _PHASES}
+    planned = {name: number(plan.get(f"{name}_peak_gib")) for name in _PHASES}
     planned["peak"] = number(plan.get("peak_gib"))
     rows = []
     for name, value in planned.items():
-        actual = [v for v in column(run.train, f"memory/{name}_gib") if v is not None]
+        is_kept = name == "generation" and run.plan.get("kind") == "resident memory"
+        steps = run.train[:1] if is_kept else run.train
+        actual = [v for v in column(steps, f"memory/{name}_gib") if v is not None]
         rows.append(_row(f"memory, {name}", value, actual, lambda gib: f"{gib:.2f} GiB"))
     return [row for row in rows if row is not None]
 

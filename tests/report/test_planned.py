@@ -24,8 +24,15 @@ PLAN = {
 @pytest.fixture
 def make(tmp_path, read_page):
     def write(plan):
-        run = write_run(tmp_path / "run", train=lambda step: {
-            "memory/update_gib": 4.0 + 0.1 * step, "memory/peak_gib": 5.0, "time/update_s": 0.2 * step})  # fmt: skip
+        run = write_run(
+            tmp_path / "run",
+            train=lambda step: {
+                "memory/generation_gib": 3.0 * step,
+                "memory/update_gib": 4.0 + 0.1 * step,
+                "memory/peak_gib": 5.0,
+                "time/update_s": 0.2 * step,
+            },
+        )
         if plan is not None:
             (run / "plan.json").write_text(plan if isinstance(plan, str) else json.dumps(plan))
         return read_page(write_run_report(run))
@@ -37,7 +44,7 @@ def test_the_deviation_is_that_of_the_highest_step(make):
     text = make(PLAN).text
 
     assert "memory, update4.00 GiB5.00 GiB+25.0%4.55 GiB" in text
-    assert "memory, generation2.00 GiBnot recorded" in text
+    assert "memory, generation2.00 GiB3.00 GiB+50.0%3.00 GiB" in text  # of the first step, before an update
     assert "time, update1.0s2.0s+100.0%1.1s" in text
     assert "activations3.0075%" in text and "kept for later" in text
     assert "measured <b>here</b>" in text
@@ -46,6 +53,7 @@ def test_the_deviation_is_that_of_the_highest_step(make):
 def test_a_formula_plans_no_times(make):
     text = make(PLAN | {"kind": "device memory", "plan": PLAN["plan"] | {"time_s": {}}}).text
 
+    assert "memory, generation2.00 GiB30.00 GiB" in text and "time, generation" not in text
     assert "time, updatenot planned2.0s1.1s" in text and "kept for later" not in text
 
 
