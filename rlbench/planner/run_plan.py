@@ -80,7 +80,7 @@ def find_measured_plan(config: RunConfig, run_folder: Path) -> dict[str, Any] | 
 def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPlan:
     """Memory without a probe that takes time: held bytes, state of the optimizer, and activations by the token."""
     config = inputs.config
-    kept = _activation_bytes(inputs, parts)
+    kept, dense = _activation_bytes(inputs, parts)
     memory.settle()
     held = memory.held()  # on a CPU with the code and caches that a first forward and backward bring in
     adapter = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
@@ -104,7 +104,9 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
         num_microbatches=-(-step_tokens // budget),
         generation=[Probe(size=size, seconds=0.0, peak_bytes=prefill) for size in (0, 1)],
         warm_bytes=warm,
-        update=[Probe(size=n, seconds=0.0, peak_bytes=warm + adapter + head + int(kept * n)) for n in (1, budget)],
+        update=[
+            Probe(size=n, seconds=0.0, peak_bytes=warm + adapter + dense + head + int(kept * n)) for n in (1, budget)
+        ],
         head_bytes=head,
         num_rows=rows,
     )
@@ -112,8 +114,8 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     return replace(made, time_s={})
 
 
-def _activation_bytes(inputs: Inputs, parts: Parts) -> float:
-    """Bytes a packed token at the highest point of an update, without the head's workspace.
+def _activation_bytes(inputs: Inputs, parts: Parts) -> tuple[float, int]:
+    """Bytes a packed token at the highest point of an update, and bytes of matrices made dense then; without the head.
 
     With kernels by `rlbench.models.memory`, else what autograd really keeps of a short forward.
     """
@@ -124,10 +126,13 @@ def _activation_bytes(inputs: Inputs, parts: Parts) -> float:
         recomputed = config.training.recompute_layers or shape.num_layers
         num = 0 if config.training.recompute == "none" else recomputed
         kept = float(kept_bytes(shape, config.training.recompute, num, 1, item))
+        if config.training.offload:  # waits in host memory
+            kept -= num * shape.kept(config.training.recompute) * item
     else:
         (short, few), (long, many) = (count_kept(parts.policy, size) for size in _COUNTED_TOKENS)
         kept = (many - few) / (long - short)
-    return kept + (backward_bytes(shape, 2, item) - backward_bytes(shape, 1, item))
+    dense = backward_bytes(shape, 0, item)
+    return kept + backward_bytes(shape, 1, item) - dense, dense if parts.policy.patched else 0
 
 
 def count_kept(policy: Policy, num_tokens: int) -> tuple[int, int]:
