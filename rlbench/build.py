@@ -66,7 +66,7 @@ class Parts(BaseParts):
     scorer: Scorer
     critic: Critic | None = None  # algorithm.advantage=gae
     critic_optimizer: torch.optim.Optimizer | None = None
-    reference: Policy | None = None  # algorithm.reference_refresh_steps: never trained, starts as the policy
+    reference: Policy | None = None  # that is not the base: never trained, starts as the policy
 
     def close(self) -> None:
         self.scorer.close()
@@ -162,7 +162,8 @@ def build(inputs: Inputs) -> Parts:
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
         critic, critic_optimizer = _critic(base, config)
-        has_reference = config.algorithm.reference_refresh_steps > 0
+        is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
+        has_reference = config.algorithm.reference_refresh_steps > 0 or is_start
         return Parts(
             base=base,
             policy=policy,

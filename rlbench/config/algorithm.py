@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlbench.config.checks import check_choice, check_range
+from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
 
 NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
 SCALES = ["group", "batch", "none"]
@@ -111,6 +112,7 @@ class AlgorithmConfig:
     advantage: str = "group_relative"  # a key of ADVANTAGES
     advantage_scale: str | None = None  # group | batch | none: the standard deviation that divides the advantages
     critic: CriticConfig = field(default_factory=CriticConfig)  # read by advantage=gae
+    pairs: PairsConfig = field(default_factory=PairsConfig)  # online DPO: preference losses in place of a policy loss
 
     loss: str = "clipped_surrogate"  # a key of LOSSES
     normalization: str = "token_mean"  # NORMALIZATIONS: how token losses become the step's loss
@@ -164,6 +166,8 @@ class AlgorithmConfig:
         check_choice("algorithm.kl", self.kl, ["k1", "k2", "k3", "k3_unbiased"])
         check_choice("algorithm.kl_in", self.kl_in, ["loss", "reward"])
         self._check_ranges()
+        if self.pairs.is_on:
+            check_unread_with_pairs(self)
         self._check_loss_options()
         self._check_advantage()
         self._check_kl()
@@ -180,6 +184,9 @@ class AlgorithmConfig:
 
     def resolved_defaults(self) -> dict[str, tuple[Any, str]]:
         """Values of options left null, by key, each with the choice that decides it."""
+        penalty = {"overlong_penalty": (1.0, "default of the soft penalty")} if self.overlong_buffer_tokens else {}
+        if self.pairs.is_on:
+            return penalty
         values: dict[str, tuple[Any, str]] = {
             name: (default, f"default of loss={self.loss}")
             for name, default in self.loss_spec.options.items()
@@ -195,9 +202,7 @@ class AlgorithmConfig:
             values |= {name: (v, f"default of importance={self.importance_method}") for name, v in bounds.items()}
         if self.entropy_target is not None:
             values |= {name: (v, "default of entropy control") for name, v in _ENTROPY_CONTROL.items()}
-        if self.overlong_buffer_tokens:
-            values["overlong_penalty"] = (1.0, "default of the soft penalty")
-        return values
+        return values | penalty
 
     @property
     def importance_method(self) -> str:
@@ -324,7 +329,7 @@ class AlgorithmConfig:
     def _check_kl(self) -> None:
         if not self.reference_refresh_steps:
             self._check_unset("algorithm.reference_refresh_steps is 0", "reference_refresh_frac")
-        elif not self.kl_coef:
+        elif not self.kl_coef and not self.pairs.is_on:
             raise ValueError(
                 f"algorithm.reference_refresh_steps is {self.reference_refresh_steps}, but algorithm.kl_coef is 0 and "
                 "nothing reads the reference; expected 0, or a penalty"

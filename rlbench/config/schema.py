@@ -355,8 +355,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, list(STAGES))
+        has_pairs = self.stage == "rl" and self.algorithm.pairs.is_on
         for section in () if self.chain else STAGES[self.stage]:  # of a chain, each stage's own config is checked
-            _check_unread(section, getattr(self, section), self.stage)
+            if not (has_pairs and section == "preference"):
+                _check_unread(section, getattr(self, section), self.stage)
+        if has_pairs:
+            self.preference.check_online(self.algorithm.reference_refresh_steps)
         if self.checkpoint.keep_best and not self.evaluation.every_steps:
             raise ValueError(
                 f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "

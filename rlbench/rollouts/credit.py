@@ -22,9 +22,13 @@ class RewardFailure(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """`samples` are all rollouts that can be compared, those without advantage too: they count in denominators."""
+    """`samples` are all rollouts that can be compared, those without advantage too: they count in denominators.
+
+    With `algorithm.pairs` they are the rollouts that are in a pair, and have no advantages.
+    """
 
     samples: tuple[TrainingSample, ...]
+    pairs: tuple[tuple[int, int], ...] = ()  # places in `samples` of chosen and rejected
     advantages: dict[str, float]  # by rollout_id, of every sample; the mean over its tokens
     num_no_signal_groups: int
     num_invalid_rollouts: int  # without a reward
@@ -32,8 +36,8 @@ class Credit:
 
     @property
     def has_signal(self) -> bool:
-        """Some trained token has an advantage, or teaches the critic something."""
-        return any(
+        """There is a pair, or some trained token has an advantage, or teaches the critic something."""
+        return bool(self.pairs) or any(
             any(sample.loss_mask) and (any(sample.advantages) or sample.values != sample.returns)
             for sample in self.samples
         )
@@ -73,8 +77,8 @@ def credit(
         )
     num_rollouts = sum(len(group.rollouts) for group in groups)
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
-    _check_invalid(invalid, num_rollouts, rewards)
-    compared = [part for group in groups if (part := _comparable(group, algorithm, rewards))]
+    check_invalid(invalid, num_rollouts, rewards)
+    compared = [part for group in groups if (part := comparable(group, algorithm, rewards))]
     penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
     returns = [_returns(part, penalties, algorithm, token_kl, state_values) for part in compared]
     values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
@@ -89,7 +93,7 @@ def credit(
         if has_signal or not algorithm.max_refills:
             learned = targets[index] if targets is not None else [()] * len(rollouts)
             samples += [
-                _sample(rollout, tokens, algorithm, state_values, of_critic)
+                make_sample(rollout, tokens, algorithm, state_values, of_critic)
                 for rollout, tokens, of_critic in zip(rollouts, of_group, learned, strict=True)
             ]
     return Credit(
@@ -113,7 +117,7 @@ def shaped_rewards(
 ) -> list[tuple[float | None, ...]]:
     """What the advantages of the group compare, one for each rollout that has a reward: the reward with its penalty on
     length and, where they are read apart, the components. Empty if the group is dropped or too small."""
-    rollouts = _comparable(group, algorithm, rewards)
+    rollouts = comparable(group, algorithm, rewards)
     penalties = _overlong_penalties([rollouts], algorithm, max_completion_tokens)
     reads_components = ADVANTAGE_SPECS[algorithm.advantage].reads_components
     return [
@@ -126,7 +130,7 @@ def _component_values(rollout: Rollout, are_read: bool) -> list[float | None]:
     return [component.value for component in rollout.components.values()] if are_read else []
 
 
-def _comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
+def comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
     """The group's rollouts that have a reward; none if the group is dropped or too few are left to compare."""
     valid = [rollout for rollout in group.rollouts if rollout.reward is not None]
     is_dropped = len(valid) < len(group.rollouts) and rewards.on_invalid == "drop_group"
@@ -188,13 +192,14 @@ def _returns(
     )
 
 
-def _sample(
+def make_sample(
     rollout: Rollout,
     advantages: Sequence[float],
     algorithm: AlgorithmConfig,
-    state_values: Mapping[str, StateValues] | None,
-    returns: Sequence[float],
+    state_values: Mapping[str, StateValues] | None = None,
+    returns: Sequence[float] = (),
 ) -> TrainingSample:
+    """The rollout with its credit."""
     completion = rollout.completion
     is_trained = not (algorithm.mask_truncated and completion.finish_reason == FINISH_LENGTH)
     return TrainingSample(
@@ -227,7 +232,7 @@ def _mean(tokens: Sequence[float]) -> float:
     return tokens[0] if min(tokens) == max(tokens) else fmean(tokens)
 
 
-def _check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:
+def check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:
     if not invalid:
         return
     share = len(invalid) / num_rollouts
