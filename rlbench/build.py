@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import RunConfig, SamplingConfig
+from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
@@ -82,6 +83,7 @@ def prepare(config: RunConfig) -> Inputs:
     basis = prepare_base(config)
     derived = basis.derived + derive_drift_limits(config)
     train_rows, eval_rows = split_rows(config, basis.rows)
+    find_trained_rewards(config)
     limit = basis.context_tokens - config.sampling.max_tokens
     reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
 
@@ -162,6 +164,7 @@ def build(inputs: Inputs) -> Parts:
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
         critic, critic_optimizer = _critic(base, config)
+        _attach_reward_models(scorer, base, config)
         is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
         has_reference = config.algorithm.reference_refresh_steps > 0 or is_start
         return Parts(
@@ -188,6 +191,14 @@ def _critic(base: PreTrainedModel, config: RunConfig) -> tuple[Critic | None, to
     critic = Critic(base, config.lora, seed=config.seed)
     critic.set_recompute(config.training)
     return critic, make_optimizer(critic.parameters(), replace(config.optim, lr=config.algorithm.critic.lr))
+
+
+def _attach_reward_models(scorer: Scorer, base: PreTrainedModel, config: RunConfig) -> None:
+    for name, reward in find_trained_rewards(config).items():
+        from rlbench.rollouts.trained_reward import RewardModelScorer
+
+        budget = config.training.tokens_per_microbatch or 1
+        scorer.attach(name, RewardModelScorer(name, base, reward, tokens_per_microbatch=budget).score)
 
 
 def training_sampling(inputs: Inputs) -> SamplingParams:

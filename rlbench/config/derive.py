@@ -47,10 +47,12 @@ _OFFLINE_SIZES = {
     "cpu": {
         "sft.rows_per_step": (16, "cpu profile: a step should take seconds, not minutes"),
         "preference.pairs_per_step": (8, "cpu profile: a step should take seconds, not minutes"),
+        "reward_model.pairs_per_step": (8, "cpu profile: a step should take seconds, not minutes"),
     },
     "gpu": {
         "sft.rows_per_step": (64, "gpu profile"),
         "preference.pairs_per_step": (32, "gpu profile"),
+        "reward_model.pairs_per_step": (32, "gpu profile"),
     },
 }
 _RL_SIZES = {

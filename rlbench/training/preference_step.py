@@ -75,7 +75,7 @@ def make_batch(
     def packed(*wanted: int) -> list[Microbatch]:
         return [
             microbatch
-            for part in _without_repeats(rows)
+            for part in without_repeats(rows)
             for microbatch in pack(
                 [sample for row in part for sample in row.samples(*wanted)],
                 tokens_per_microbatch=tokens_per_microbatch,
@@ -92,7 +92,7 @@ def make_batch(
     )
 
 
-def _without_repeats(rows: Sequence[PreferenceRow]) -> list[list[PreferenceRow]]:
+def without_repeats(rows: Sequence[PreferenceRow]) -> list[list[PreferenceRow]]:
     """A row that a step holds twice, at an epoch's end, comes in parts of its own: as one group it could be cut."""
     parts: list[dict[str, PreferenceRow]] = []
     for row in rows:
