@@ -38,8 +38,14 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
 def _algorithm_rows(inputs: Inputs) -> list[PlanRow]:
     row, config = row_maker(inputs), inputs.config.algorithm
     names = ("advantage", "loss", "normalization", "num_updates", *config.resolved_defaults())
+    rows = [row("Algorithm", f"algorithm.{name}") for name in names]
+    if config.has_teacher:
+        teacher = config.teacher
+        shown = [f"model {teacher.model}" if teacher.model else "the base"]
+        shown += [f"adapter {teacher.adapter}"] if teacher.adapter else []
+        rows.append(PlanRow("Algorithm", "algorithm.teacher", f"{', '.join(shown)}, gamma {teacher.gamma:g}"))
     kl = f"{config.kl_coef:g}" + ("" if config.kl_coef else " (no reference forward is made)")
-    return [row("Algorithm", f"algorithm.{name}") for name in names] + [PlanRow("Algorithm", "algorithm.kl_coef", kl)]
+    return [*rows, PlanRow("Algorithm", "algorithm.kl_coef", kl)]
 
 
 def _pair_rows(inputs: Inputs) -> list[PlanRow]:

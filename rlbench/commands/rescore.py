@@ -133,6 +133,9 @@ def _compare_advantages(
     if config.algorithm.has_kl_reward:
         found.no_advantages = "the run's rewards hold a KL penalty, which is not in the recorded rollouts"
         return
+    if config.algorithm.has_teacher:
+        found.no_advantages = "the run's advantages are its teacher's, whatever the rewards"
+        return
     if config.algorithm.pairs.is_on:
         found.no_advantages = "the run trains on pairs of rollouts, which have none"
         return

@@ -17,6 +17,7 @@ from rlbench.data.packing import Microbatch
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import evaluate, sampled_metrics
 from rlbench.loops.training_loop import TrainingLoop
+from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
@@ -164,17 +165,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         limit = config.sampling.max_tokens
         if config.algorithm.pairs.is_on:
             return pair_up(groups, config.algorithm, config.rewards, max_completion_tokens=limit)
-        token_kl = None
+        token_kl = teacher_gaps = None
         if config.algorithm.has_kl_reward:
             with self._phase("reference"):
-                token_kl = reference_kl(
-                    self.parts.policy,
-                    groups,
-                    estimator=config.algorithm.kl,
-                    reference=self.parts.reference,
-                    temperature=config.sampling.temperature,
-                    tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
-                )
+                token_kl = self._token_kl(groups, config.algorithm.kl, self.parts.reference)
+        if config.algorithm.has_teacher:
+            with self._phase("teacher"):
+                teacher_gaps = self._token_kl(groups, "k1", self.parts.teacher)
         of_states = None
         if self.parts.critic is not None:
             with self._phase("values"):
@@ -191,6 +188,19 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             max_completion_tokens=limit,
             token_kl=token_kl,
             state_values=of_states,
+            teacher_gaps=teacher_gaps,
+        )
+
+    def _token_kl(self, groups: Sequence[RolloutGroup], estimator: str, other: Policy | None) -> dict[str, list[float]]:
+        """Of the policy to `other` (None: the base) at each token, by rollout_id."""
+        config = self.inputs.config
+        return reference_kl(
+            self.parts.policy,
+            groups,
+            estimator=estimator,
+            reference=other,
+            temperature=config.sampling.temperature,
+            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
         )
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:

@@ -51,6 +51,7 @@ def credit(
     max_completion_tokens: int | None = None,
     token_kl: Mapping[str, Sequence[float]] | None = None,
     state_values: Mapping[str, StateValues] | None = None,
+    teacher_gaps: Mapping[str, Sequence[float]] | None = None,
 ) -> Credit:
     """Advantages of the step's valid rollouts.
 
@@ -64,9 +65,10 @@ def credit(
         max_completion_tokens: sampling.max_tokens; needed with a soft penalty on long completions.
         token_kl: KL to the reference of each token, by rollout_id; with a KL penalty in the reward.
         state_values: of a critic, by rollout_id; with an advantage that needs one.
+        teacher_gaps: log student - log teacher of each token, by rollout_id; with an advantage that needs a teacher.
 
     Raises:
-        ValueError: the advantage needs a critic and there are no `state_values`.
+        ValueError: the advantage needs a critic or a teacher, and there are no `state_values` or `teacher_gaps`.
         RewardFailure: a rollout has no reward and `rewards.on_invalid` is stop, or more than
             `rewards.max_invalid_frac` of the rollouts have none.
     """
@@ -75,12 +77,17 @@ def credit(
             f"algorithm.advantage is {algorithm.advantage}, which needs the values of the run's critic; recorded "
             "rollouts have none: expected an advantage of rewards alone, e.g. group_relative"
         )
+    if algorithm.has_teacher and teacher_gaps is None:
+        raise ValueError(
+            f"algorithm.advantage is {algorithm.advantage}, which needs the logprobs of the run's teacher; recorded "
+            "rollouts have none: expected an advantage of rewards, e.g. group_relative"
+        )
     num_rollouts = sum(len(group.rollouts) for group in groups)
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
     check_invalid(invalid, num_rollouts, rewards)
     compared = [part for group in groups if (part := comparable(group, algorithm, rewards))]
     penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
-    returns = [_returns(part, penalties, algorithm, token_kl, state_values) for part in compared]
+    returns = [_returns(part, penalties, algorithm, token_kl, state_values, teacher_gaps) for part in compared]
     values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
     targets = value_targets(returns, **algorithm.target_options()) if algorithm.has_critic else None
     samples: list[TrainingSample] = []
@@ -101,7 +108,7 @@ def credit(
         advantages=advantages,
         num_no_signal_groups=num_no_signal,
         num_invalid_rollouts=len(invalid),
-        metrics=_metrics(samples, penalties, token_kl),
+        metrics=_metrics(samples, penalties, {"kl/reference": token_kl, "kl/teacher": teacher_gaps}),
     )
 
 
@@ -141,7 +148,8 @@ def comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: Rewards
 def _options(algorithm: AlgorithmConfig) -> dict[str, Any]:
     default = ADVANTAGE_SPECS[algorithm.advantage].default_scale
     scale = {} if default is None else {"scale": algorithm.advantage_scale or default}
-    return scale | (algorithm.gae_options() if algorithm.has_critic else {})
+    gamma = {"gamma": algorithm.teacher.gamma} if algorithm.has_teacher else {}
+    return scale | gamma | (algorithm.gae_options() if algorithm.has_critic else {})
 
 
 def _overlong_penalties(
@@ -170,6 +178,7 @@ def _returns(
     algorithm: AlgorithmConfig,
     token_kl: Mapping[str, Sequence[float]] | None,
     state_values: Mapping[str, StateValues] | None,
+    teacher_gaps: Mapping[str, Sequence[float]] | None,
 ) -> GroupReturns:
     returns = []
     for rollout in rollouts:
@@ -189,6 +198,7 @@ def _returns(
         weights=weights,
         values=[found.values for found in of_critic],
         last_values=[found.last for found in of_critic],
+        teacher_gaps=[teacher_gaps[r.rollout_id] for r in rollouts] if teacher_gaps is not None else [],
     )
 
 
@@ -216,15 +226,22 @@ def make_sample(
 
 
 def _metrics(
-    samples: Sequence[TrainingSample], penalties: Mapping[str, float], token_kl: Mapping[str, Sequence[float]] | None
+    samples: Sequence[TrainingSample],
+    penalties: Mapping[str, float],
+    token_values: Mapping[str, Mapping[str, Sequence[float]] | None],
 ) -> dict[str, float]:
+    """
+    Args:
+        token_values: by name of the metric, values of each token by rollout_id, whose mean is taken.
+    """
     metrics: dict[str, float] = {}
     if samples:
         metrics["rollouts/masked_frac"] = fmean(not any(sample.loss_mask) for sample in samples)
     if penalties:
         metrics["completion/overlong_penalty_mean"] = fmean(penalties.values())
-    if token_kl:
-        metrics["kl/reference"] = fmean(kl for tokens in token_kl.values() for kl in tokens)
+    for name, by_rollout in token_values.items():
+        if by_rollout:
+            metrics[name] = fmean(value for tokens in by_rollout.values() for value in tokens)
     return metrics
 
 

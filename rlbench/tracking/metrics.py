@@ -70,6 +70,7 @@ METRICS: dict[str, MetricSpec] = {
     "reward_model/accuracy": _share("pairs whose chosen completion scores higher", "higher"),
     "loss/clip_frac": _share("loss tokens whose gradient the clip removed"),
     "kl/reference": MetricSpec("KL to the reference policy", "nats/token", "neither", ".4f"),
+    "kl/teacher": MetricSpec("KL to the teacher", "nats/token", "lower", ".4f"),
     "drift/ess_frac": _share("effective sample size of the importance ratios", "higher"),
     "drift/level": MetricSpec("drift: 0 ok, 1 warn, 2 correct, 3 stop", "", "lower", ".0f"),
     "identity/adapter_effect_mean": MetricSpec("effect of the adapter on logprobs", "nats", "neither", ".4f"),
