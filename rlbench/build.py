@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
-from rlbench.config.schema import RunConfig, SamplingConfig
+from rlbench.config.schema import LoraConfig, RunConfig, SamplingConfig
+from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
 from rlbench.models.source import ResolvedModel, resolve_model
-from rlbench.models.warm_start import find_adapter
+from rlbench.models.warm_start import find_adapter, frozen_adapter
 from rlbench.records import SamplingParams
 from rlbench.rollouts.score import Scorer
 
@@ -66,7 +67,8 @@ class Parts(BaseParts):
     scorer: Scorer
     critic: Critic | None = None  # algorithm.advantage=gae
     critic_optimizer: torch.optim.Optimizer | None = None
-    reference: Policy | None = None  # algorithm.reference_refresh_steps: never trained, starts as the policy
+    reference: Policy | None = None  # that is not the base: never trained, starts as the policy
+    teacher: Policy | None = None  # of algorithm.advantage=teacher; None: the base
 
     def close(self) -> None:
         self.scorer.close()
@@ -82,6 +84,7 @@ def prepare(config: RunConfig) -> Inputs:
     basis = prepare_base(config)
     derived = basis.derived + derive_drift_limits(config)
     train_rows, eval_rows = split_rows(config, basis.rows)
+    find_trained_rewards(config)
     limit = basis.context_tokens - config.sampling.max_tokens
     reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
 
@@ -114,6 +117,7 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
     # What costs nothing to check comes first: a wrong path must not wait for rows to be made or torch to be imported.
     check_paths(config.data)
     find_adapter(config.lora)
+    _check_teacher(config)
     _check_model_exists(config)
     rows = {"train": load_rows(config.data, "train", row_problem)}
     has_test = config.data.path is None or config.data.eval_path is not None
@@ -162,13 +166,16 @@ def build(inputs: Inputs) -> Parts:
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
         critic, critic_optimizer = _critic(base, config)
-        has_reference = config.algorithm.reference_refresh_steps > 0
+        _attach_reward_models(scorer, base, config)
+        is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
+        has_reference = config.algorithm.reference_refresh_steps > 0 or is_start
         return Parts(
             base=base,
             policy=policy,
             engine=engine,
             optimizer=make_optimizer(policy.parameters(), config.optim),
             scorer=scorer,
+            teacher=_teacher(base, inputs, device),
             critic=critic,
             critic_optimizer=critic_optimizer,
             reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
@@ -187,6 +194,65 @@ def _critic(base: PreTrainedModel, config: RunConfig) -> tuple[Critic | None, to
     critic = Critic(base, config.lora, seed=config.seed)
     critic.set_recompute(config.training)
     return critic, make_optimizer(critic.parameters(), replace(config.optim, lr=config.algorithm.critic.lr))
+
+
+def _attach_reward_models(scorer: Scorer, base: PreTrainedModel, config: RunConfig) -> None:
+    for name, reward in find_trained_rewards(config).items():
+        from rlbench.rollouts.trained_reward import RewardModelScorer
+
+        budget = config.training.tokens_per_microbatch or 1
+        scorer.attach(name, RewardModelScorer(name, base, reward, tokens_per_microbatch=budget).score)
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Without torch.
+
+    Raises:
+        ValueError: the teacher is not there, or it is what the student starts as.
+    """
+    if not config.algorithm.has_teacher:
+        return
+    teacher, start = config.algorithm.teacher, config.lora.init_from
+    if teacher.adapter is not None:
+        frozen_adapter(teacher.adapter, "algorithm.teacher.adapter")
+    elif teacher.model is None and start is None:
+        raise ValueError(
+            "algorithm.teacher.model and algorithm.teacher.adapter are null, so the base teaches, but the student "
+            "starts as the base; expected a teacher, or lora.init_from"
+        )
+
+
+def _teacher(base: PreTrainedModel, inputs: Inputs, device: str) -> Policy | None:
+    """
+    Raises:
+        ValueError: the teacher has other tokens than the student, or its adapter does not fit.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from rlbench.models.base import load_base
+    from rlbench.models.policy import Policy
+
+    config, teacher = inputs.config, inputs.config.algorithm.teacher
+    if not config.algorithm.has_teacher or (teacher.model is None and teacher.adapter is None):
+        return None
+    if teacher.model is not None:
+        found = resolve_model(replace(config.model, path=teacher.model))
+        vocabulary = AutoTokenizer.from_pretrained(str(found.folder), local_files_only=True).get_vocab()
+        if vocabulary != inputs.tokenizer.get_vocab():
+            raise ValueError(
+                f"algorithm.teacher.model is {teacher.model}, whose tokenizer has other tokens than "
+                f"{inputs.model.name}; expected a model with the same tokens"
+            )
+        dtype = getattr(torch, config.model.dtype)
+        base = load_base(str(found.folder), dtype=dtype, device=device, quantization=config.model.quantization)
+    # an adapter that was never trained changes nothing: its B is zero
+    adapter = teacher.adapter
+    lora = frozen_adapter(adapter, "algorithm.teacher.adapter") if adapter is not None else LoraConfig(rank=1)
+    frozen = Policy(base, lora, seed=config.seed)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    return frozen
 
 
 def training_sampling(inputs: Inputs) -> SamplingParams:

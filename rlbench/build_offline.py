@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlbench.build import BaseInputs, BaseParts, prepare_base, shared_fields, split_rows
 from rlbench.config.schema import RunConfig
 from rlbench.data.preferences import PreferenceSet, make_preferences, preference_problem
 from rlbench.data.supervised import SampleSet, make_samples, supervised_problem
+
+if TYPE_CHECKING:
+    from rlbench.models.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +82,59 @@ def prepare_preference(config: RunConfig) -> PreferenceInputs:
     return PreferenceInputs(**shared_fields(basis), train=train, evaluation=evaluation)
 
 
+def prepare_reward_model(config: RunConfig) -> PreferenceInputs:
+    """As `prepare_preference`, of pairs alone; a row's margin is read.
+
+    Raises:
+        ValueError: anything a user can get wrong.
+    """
+    basis = prepare_base(config, partial(preference_problem, is_unpaired=False, reads_margin=True))
+
+    def preferences(rows: Any, split: str) -> PreferenceSet:
+        limit, reason = token_limit(basis)
+        return make_preferences(
+            rows,
+            split,
+            config.data,
+            basis.tokenizer,
+            is_unpaired=False,
+            reads_margin=True,
+            max_tokens=limit,
+            # both completions keep their last token
+            max_packed_tokens=(config.training.tokens_per_microbatch or 1) - 2,
+            limit_reason=reason,
+        )
+
+    train, evaluation = both_splits(basis, preferences)
+    return PreferenceInputs(**shared_fields(basis), train=train, evaluation=evaluation)
+
+
 def build_offline(inputs: BaseInputs) -> BaseParts:
     """Load the base and make policy and optimizer around it.
 
     Raises:
         ValueError: the model has an architecture that is not supported, or `lora.init_from` does not fit it.
     """
+    from rlbench.models.policy import Policy
+
+    return _build_around_base(inputs, Policy)
+
+
+def build_reward_model(inputs: BaseInputs) -> BaseParts:
+    """As `build_offline`; the policy is a reward model.
+
+    Raises:
+        ValueError: as `build_offline`.
+    """
+    from rlbench.models.reward_model import RewardModel
+
+    return _build_around_base(inputs, RewardModel)
+
+
+def _build_around_base(inputs: BaseInputs, make: type[Policy]) -> BaseParts:
     import torch
 
     from rlbench.models.base import load_base
-    from rlbench.models.policy import Policy
     from rlbench.training.optim import make_optimizer
 
     config = inputs.config
@@ -101,7 +147,7 @@ def build_offline(inputs: BaseInputs) -> BaseParts:
         device=device,
         quantization=config.model.quantization,
     )
-    policy = Policy(base, config.lora, seed=config.seed)
+    policy = make(base, config.lora, seed=config.seed)
     policy.set_recompute(config.training)
     return BaseParts(base=base, policy=policy, optimizer=make_optimizer(policy.parameters(), config.optim))
 

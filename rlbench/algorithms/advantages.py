@@ -1,8 +1,8 @@
 """Advantages of a step's rollouts from their rewards: plain numbers, one list of tokens a rollout.
 
 Every function takes the groups of a step and returns, for each group and rollout, the advantage of each token. Here
-only `reinforce_plus_plus` tells the tokens of a rollout apart, and only with a KL penalty in the reward; `gae` is in
-a module of its own.
+only `reinforce_plus_plus` tells the tokens of a rollout apart, and only with a KL penalty in the reward; `gae` and
+`teacher` are in modules of their own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class GroupReturns:
     weights: Mapping[str, float] = field(default_factory=dict)  # of the components
     values: Sequence[Sequence[float]] = ()  # of a critic, as `returns`: of the state before each token
     last_values: Sequence[float] = ()  # of the state after each rollout
+    teacher_gaps: Sequence[Sequence[float]] = ()  # log student - log teacher of each token, as `returns`
 
     @property
     def rewards(self) -> list[float]:

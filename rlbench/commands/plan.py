@@ -28,14 +28,42 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
         rows.append(row("Sizes", "engine.kv_cache_gib"))
-    algorithm = ("advantage", "loss", "normalization", "num_updates", *config.algorithm.resolved_defaults())
-    rows += [row("Algorithm", f"algorithm.{name}") for name in algorithm]
-    kl = f"{config.algorithm.kl_coef:g}" + ("" if config.algorithm.kl_coef else " (no reference forward is made)")
-    rows.append(PlanRow("Algorithm", "algorithm.kl_coef", kl))
+    rows += _pair_rows(inputs) if config.algorithm.pairs.is_on else _algorithm_rows(inputs)
     checks = ("identity_every_steps", "identity_tokens", "drift_warn_nats", "drift_stop_nats")
     rows += [row("Checks", f"checks.{name}") for name in checks]
     rows.append(PlanRow("Files", "run folder", str(run_folder)))
     return rows
+
+
+def _algorithm_rows(inputs: Inputs) -> list[PlanRow]:
+    row, config = row_maker(inputs), inputs.config.algorithm
+    names = ("advantage", "loss", "normalization", "num_updates", *config.resolved_defaults())
+    rows = [row("Algorithm", f"algorithm.{name}") for name in names]
+    if config.has_teacher:
+        teacher = config.teacher
+        shown = [f"model {teacher.model}" if teacher.model else "the base"]
+        shown += [f"adapter {teacher.adapter}"] if teacher.adapter else []
+        rows.append(PlanRow("Algorithm", "algorithm.teacher", f"{', '.join(shown)}, gamma {teacher.gamma:g}"))
+    kl = f"{config.kl_coef:g}" + ("" if config.kl_coef else " (no reference forward is made)")
+    return [*rows, PlanRow("Algorithm", "algorithm.kl_coef", kl)]
+
+
+def _pair_rows(inputs: Inputs) -> list[PlanRow]:
+    row, config = row_maker(inputs), inputs.config
+    pairs = config.algorithm.pairs
+    rows = [PlanRow("Algorithm", "algorithm.pairs", f"{pairs.choice}, rewards differ by {pairs.min_gap:g} or more")]
+    rows.append(row("Algorithm", "algorithm.num_updates"))
+    return rows + loss_rows(inputs)
+
+
+def loss_rows(inputs: BaseInputs) -> list[PlanRow]:
+    """The preference losses and what they read."""
+    row, config = row_maker(inputs), inputs.config.preference
+    weights = [f"{weight:g} {name}" for name, weight, _ in config.weighted_losses()]
+    defaults = config.resolved_defaults(has_warm_start=inputs.config.lora.init_from is not None)
+    names = [name for name in (*defaults, "divergence", "wpo") if getattr(config, name) is not None]
+    losses = [PlanRow("Loss", "preference.losses", " + ".join(weights))]
+    return losses + [row("Loss", f"preference.{name}") for name in names]
 
 
 def recompute_keys(inputs: BaseInputs) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlbench.build import BaseInputs
 from rlbench.build_offline import PreferenceInputs, SftInputs
-from rlbench.commands.plan import model_rows, recompute_keys, row_maker, source_rows
+from rlbench.commands.plan import loss_rows, model_rows, recompute_keys, row_maker, source_rows
 from rlbench.tracking.console import PlanRow
 
 
@@ -27,7 +27,21 @@ def sft_plan_rows(inputs: SftInputs, run_folder: Path) -> list[PlanRow]:
 
 def preference_plan_rows(inputs: PreferenceInputs, run_folder: Path) -> list[PlanRow]:
     """Rows of the plan by section: model, data, losses, sizes, files."""
-    row, train, config = row_maker(inputs), inputs.train, inputs.config.preference
+    rows = model_rows(inputs) + source_rows(inputs) + _pair_rows(inputs) + loss_rows(inputs)
+    return rows + [row_maker(inputs)("Sizes", "preference.pairs_per_step"), *size_rows(inputs), files_row(run_folder)]
+
+
+def reward_model_plan_rows(inputs: PreferenceInputs, run_folder: Path) -> list[PlanRow]:
+    """Rows of the plan by section: model, data, loss, sizes, files."""
+    row = row_maker(inputs)
+    num_margins = sum(pair.margin != 0 for pair in inputs.train.rows)
+    rows = model_rows(inputs) + source_rows(inputs) + _pair_rows(inputs)
+    rows += [PlanRow("Loss", "pairs with a margin", str(num_margins)), row("Loss", "reward_model.centering_coef")]
+    return rows + [row("Sizes", "reward_model.pairs_per_step"), *size_rows(inputs), files_row(run_folder)]
+
+
+def _pair_rows(inputs: PreferenceInputs) -> list[PlanRow]:
+    train = inputs.train
     made = train.format == f"{inputs.config.data.prompt_column} and {inputs.config.data.answer_column}"
     note = "pairs are MADE: the answer, and the answer with its last number changed" if made else ""
     rows = [
@@ -37,12 +51,7 @@ def preference_plan_rows(inputs: PreferenceInputs, run_folder: Path) -> list[Pla
     ]
     if train.num_too_long:
         rows.append(PlanRow("Data", "too long, left out", str(train.num_too_long)))
-    weights = [f"{weight:g} {name}" for name, weight, _ in config.weighted_losses()]
-    rows += [PlanRow("Loss", "preference.losses", " + ".join(weights))]
-    defaults = config.resolved_defaults(has_warm_start=inputs.config.lora.init_from is not None)
-    rows += [row("Loss", f"preference.{name}") for name in (*defaults, "divergence", "wpo")]
-    rows = model_rows(inputs) + source_rows(inputs) + rows
-    return rows + [row("Sizes", "preference.pairs_per_step"), *size_rows(inputs), files_row(run_folder)]
+    return rows
 
 
 def size_rows(inputs: BaseInputs) -> list[PlanRow]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
+from rlbench.config.trained_reward import check_without_model
 from rlbench.records import RolloutGroup
 from rlbench.tracking.rollout_store import read_groups
 from rlbench.tracking.safe_text import printable, shorten
@@ -78,6 +79,7 @@ def compare(config: RunConfig, files: Iterable[Path]) -> Comparison:
     from rlbench.models.device import usable_cores
     from rlbench.rollouts.score import Scorer
 
+    check_without_model(config.rewards, "rescore")
     scorer = Scorer(replace(config.rewards, num_workers=config.rewards.num_workers or min(4, usable_cores())))
     found = Comparison()
     try:
@@ -130,6 +132,12 @@ def _compare_advantages(
 
     if config.algorithm.has_kl_reward:
         found.no_advantages = "the run's rewards hold a KL penalty, which is not in the recorded rollouts"
+        return
+    if config.algorithm.has_teacher:
+        found.no_advantages = "the run's advantages are its teacher's, whatever the rewards"
+        return
+    if config.algorithm.pairs.is_on:
+        found.no_advantages = "the run trains on pairs of rollouts, which have none"
         return
     limit = config.sampling.max_tokens
     try:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rlbench.config.checks import nearest
 from rlbench.config.schema import RewardsConfig, RunConfig
+from rlbench.config.trained_reward import check_without_model
 from rlbench_rewards import RewardPool, RewardSample
 from rlbench_rewards.trial import FAIL, PASS, Report, as_plain, peak_memory_mib, try_reward
 
@@ -60,6 +61,7 @@ def reward_test(config: RunConfig, options: TrialOptions) -> int:
     console = Console()
     if not config.rewards.components:
         raise ValueError("rewards.components is empty, expected at least one reward")
+    check_without_model(config.rewards, "reward test")
     loaded = load_rows(replace(config.data, limit=options.num_rows or config.data.limit), "train")
     rows = _rows(config, loaded.dataset, options.num_rows)
     console.print(f"{loaded.description}; {len(rows)} of them are used", highlight=False)

@@ -18,7 +18,7 @@ class Stage:
 
 def load_stage(name: str) -> Stage:
     """The stage that `stage=` names. Nothing heavy is imported: a wrong path must not wait for torch."""
-    return {"rl": _rl, "sft": _sft, "preference": _preference}[name]()
+    return {"rl": _rl, "sft": _sft, "preference": _preference, "reward_model": _reward_model}[name]()
 
 
 def _rl() -> Stage:
@@ -54,6 +54,19 @@ def _preference() -> Stage:
     )
 
 
+def _reward_model() -> Stage:
+    from rlbench.build_offline import build_reward_model, prepare_reward_model
+    from rlbench.commands.plan_offline import reward_model_plan_rows
+
+    return Stage(
+        prepare=prepare_reward_model,
+        plan_rows=reward_model_plan_rows,
+        build=build_reward_model,
+        load_loop=_reward_model_loop,
+        learned={"loss": "loss/reward_model", "margin": "reward_model/margin", "accuracy": "reward_model/accuracy"},
+    )
+
+
 def _rl_loop() -> Callable[..., Any]:
     from rlbench.loops.rl import RlLoop
 
@@ -70,3 +83,9 @@ def _preference_loop() -> Callable[..., Any]:
     from rlbench.loops.preference import PreferenceLoop
 
     return PreferenceLoop
+
+
+def _reward_model_loop() -> Callable[..., Any]:
+    from rlbench.loops.reward_model import RewardModelLoop
+
+    return RewardModelLoop

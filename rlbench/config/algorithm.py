@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlbench.config.checks import check_choice, check_range
+from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
+from rlbench.config.teacher import TeacherConfig
 
 NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
 SCALES = ["group", "batch", "none"]
@@ -66,6 +68,7 @@ class AdvantageSpec:
     min_group_size: int = 2  # completions of one prompt that it compares
     reads_components: bool = False  # each reward apart, not their sum
     needs_critic: bool = False  # values of states
+    needs_teacher: bool = False  # logprobs of a teacher; rewards are not read
 
 
 ADVANTAGES: dict[str, AdvantageSpec] = {
@@ -75,6 +78,7 @@ ADVANTAGES: dict[str, AdvantageSpec] = {
     "reinforce_plus_plus": AdvantageSpec(min_group_size=1),
     "reinforce_plus_plus_baseline": AdvantageSpec(),
     "maxrl": AdvantageSpec(),
+    "teacher": AdvantageSpec(min_group_size=1, needs_teacher=True),
     "gae": AdvantageSpec(default_scale="batch", scales=("batch", "none"), min_group_size=1, needs_critic=True),
 }
 
@@ -111,6 +115,8 @@ class AlgorithmConfig:
     advantage: str = "group_relative"  # a key of ADVANTAGES
     advantage_scale: str | None = None  # group | batch | none: the standard deviation that divides the advantages
     critic: CriticConfig = field(default_factory=CriticConfig)  # read by advantage=gae
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)  # read by advantage=teacher
+    pairs: PairsConfig = field(default_factory=PairsConfig)  # online DPO: preference losses in place of a policy loss
 
     loss: str = "clipped_surrogate"  # a key of LOSSES
     normalization: str = "token_mean"  # NORMALIZATIONS: how token losses become the step's loss
@@ -164,6 +170,8 @@ class AlgorithmConfig:
         check_choice("algorithm.kl", self.kl, ["k1", "k2", "k3", "k3_unbiased"])
         check_choice("algorithm.kl_in", self.kl_in, ["loss", "reward"])
         self._check_ranges()
+        if self.pairs.is_on:
+            check_unread_with_pairs(self)
         self._check_loss_options()
         self._check_advantage()
         self._check_kl()
@@ -180,6 +188,9 @@ class AlgorithmConfig:
 
     def resolved_defaults(self) -> dict[str, tuple[Any, str]]:
         """Values of options left null, by key, each with the choice that decides it."""
+        penalty = {"overlong_penalty": (1.0, "default of the soft penalty")} if self.overlong_buffer_tokens else {}
+        if self.pairs.is_on:
+            return penalty
         values: dict[str, tuple[Any, str]] = {
             name: (default, f"default of loss={self.loss}")
             for name, default in self.loss_spec.options.items()
@@ -195,9 +206,7 @@ class AlgorithmConfig:
             values |= {name: (v, f"default of importance={self.importance_method}") for name, v in bounds.items()}
         if self.entropy_target is not None:
             values |= {name: (v, "default of entropy control") for name, v in _ENTROPY_CONTROL.items()}
-        if self.overlong_buffer_tokens:
-            values["overlong_penalty"] = (1.0, "default of the soft penalty")
-        return values
+        return values | penalty
 
     @property
     def importance_method(self) -> str:
@@ -219,6 +228,10 @@ class AlgorithmConfig:
     @property
     def has_critic(self) -> bool:
         return ADVANTAGES[self.advantage].needs_critic
+
+    @property
+    def has_teacher(self) -> bool:
+        return ADVANTAGES[self.advantage].needs_teacher
 
     def gae_options(self) -> dict[str, float]:
         """Keyword values of `rlbench.algorithms.gae.gae`, for the policy's advantages."""
@@ -306,12 +319,19 @@ class AlgorithmConfig:
 
     def _check_advantage(self) -> None:
         spec = ADVANTAGES[self.advantage]
-        if self.critic != CriticConfig() and not spec.needs_critic:
-            changed = next(f.name for f in fields(CriticConfig) if getattr(self.critic, f.name) != f.default)
-            raise ValueError(
-                f"algorithm.critic.{changed} is {getattr(self.critic, changed)}, but algorithm.advantage="
-                f"{self.advantage} has no critic; expected its default, or algorithm.advantage=gae"
-            )
+        for section, is_read, reader in (
+            ("critic", spec.needs_critic, "gae"),
+            ("teacher", spec.needs_teacher, "teacher"),
+        ):
+            part = getattr(self, section)
+            changed = next((f.name for f in fields(part) if getattr(part, f.name) != f.default), None)
+            if changed is not None and not is_read:
+                raise ValueError(
+                    f"algorithm.{section}.{changed} is {getattr(part, changed)}, but algorithm.advantage="
+                    f"{self.advantage} has no {section}; expected its default, or algorithm.advantage={reader}"
+                )
+        if spec.needs_teacher:
+            self._check_no_reward_is_shaped()
         if self.advantage_scale is None:
             return
         if not spec.scales:
@@ -321,10 +341,20 @@ class AlgorithmConfig:
             )
         check_choice("algorithm.advantage_scale", self.advantage_scale, list(spec.scales))
 
+    def _check_no_reward_is_shaped(self) -> None:
+        kl_in = self.kl_in if self.has_kl_reward else None
+        names = {"max_refills": self.max_refills, "overlong_buffer_tokens": self.overlong_buffer_tokens, "kl_in": kl_in}
+        for name, value in names.items():
+            if value:
+                raise ValueError(
+                    f"algorithm.{name} is {value}, but algorithm.advantage=teacher does not read rewards; expected its "
+                    "default"
+                )
+
     def _check_kl(self) -> None:
         if not self.reference_refresh_steps:
             self._check_unset("algorithm.reference_refresh_steps is 0", "reference_refresh_frac")
-        elif not self.kl_coef:
+        elif not self.kl_coef and not self.pairs.is_on:
             raise ValueError(
                 f"algorithm.reference_refresh_steps is {self.reference_refresh_steps}, but algorithm.kl_coef is 0 and "
                 "nothing reads the reference; expected 0, or a penalty"

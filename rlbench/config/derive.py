@@ -47,10 +47,12 @@ _OFFLINE_SIZES = {
     "cpu": {
         "sft.rows_per_step": (16, "cpu profile: a step should take seconds, not minutes"),
         "preference.pairs_per_step": (8, "cpu profile: a step should take seconds, not minutes"),
+        "reward_model.pairs_per_step": (8, "cpu profile: a step should take seconds, not minutes"),
     },
     "gpu": {
         "sft.rows_per_step": (64, "gpu profile"),
         "preference.pairs_per_step": (32, "gpu profile"),
+        "reward_model.pairs_per_step": (32, "gpu profile"),
     },
 }
 _RL_SIZES = {
@@ -111,6 +113,12 @@ def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str,
     """What only a run with an engine needs."""
     for name, (value, reason) in config.algorithm.resolved_defaults().items():
         fill(f"algorithm.{name}", value, reason)
+    if config.algorithm.pairs.is_on:
+        defaults = config.preference.online_defaults(
+            has_warm_start=config.lora.init_from is not None, is_refreshed=config.algorithm.reference_refresh_steps > 0
+        )
+        for name, (value, reason) in defaults.items():
+            fill(f"preference.{name}", value, reason)
     fill("engine.kind", *_engine(config, facts))
     if config.engine.kind == "vllm" and facts.vllm_problem:
         raise ValueError(facts.vllm_problem)

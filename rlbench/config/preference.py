@@ -150,6 +150,41 @@ class PreferenceConfig:
             )
         return values
 
+    def online_defaults(self, *, has_warm_start: bool, is_refreshed: bool) -> dict[str, tuple[Any, str]]:
+        """As `resolved_defaults`, of losses on pairs of rollouts: what will be written is not known before."""
+        values = self.resolved_defaults(has_warm_start=has_warm_start or is_refreshed)
+        values.pop("precompute_reference", None)
+        if is_refreshed and "reference" in values:
+            values["reference"] = ("start", "algorithm.reference_refresh_steps moves it")
+        return values
+
+    def check_online(self, reference_refresh_steps: int) -> None:
+        """
+        Raises:
+            ValueError: a setting does not fit pairs that are made of rollouts.
+        """
+        if self.is_unpaired:
+            raise ValueError(
+                f"preference.losses is {self.losses}, but algorithm.pairs makes pairs; expected losses on pairs, e.g. "
+                "sigmoid"
+            )
+        if self.pairs_per_step is not None:
+            raise ValueError(
+                f"preference.pairs_per_step is {self.pairs_per_step}, but with algorithm.pairs the pairs are those of "
+                "algorithm.prompts_per_step groups; expected null"
+            )
+        if self.precompute_reference:
+            raise ValueError(
+                "preference.precompute_reference is true, but rollouts are not known before they are made; expected "
+                "null or false"
+            )
+        if reference_refresh_steps and (not self.needs_reference or self.reference == "base"):
+            found = self.reference if self.needs_reference else "not needed by preference.losses"
+            raise ValueError(
+                f"algorithm.reference_refresh_steps is {reference_refresh_steps}, but preference.reference is {found}; "
+                "expected 0, or a loss with preference.reference=start"
+            )
+
     def _or(self, name: str, default: Any) -> Any:
         value = getattr(self, name)
         return default if value is None else value

@@ -9,7 +9,18 @@ from rlbench.config.schema import AUTO, RunConfig
 
 _FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "rewards.num_workers",
          "model.cache_dir")  # fmt: skip
-_WARN = ("training.", "optim.", "engine.", "rewards.", "algorithm.", "sampling.", "sft.", "preference.", "name")
+_WARN = (
+    "training.",
+    "optim.",
+    "engine.",
+    "rewards.",
+    "algorithm.",
+    "sampling.",
+    "sft.",
+    "preference.",
+    "reward_model.",
+    "name",
+)
 
 
 _OF_THIS_MACHINE = ("hardware.", "rewards.num_workers")

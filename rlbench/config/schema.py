@@ -13,13 +13,15 @@ from typing import Any
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_range, nearest
 from rlbench.config.preference import PreferenceConfig
+from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
 
 AUTO = "auto"
 STAGES = {  # what a run trains on, and the sections that it does not read
-    "rl": ("sft", "preference"),
-    "sft": ("rewards", "algorithm", "sampling", "engine", "checks", "preference"),
-    "preference": ("rewards", "algorithm", "sampling", "engine", "checks", "sft"),
+    "rl": ("sft", "preference", "reward_model"),
+    "sft": ("rewards", "algorithm", "sampling", "engine", "checks", "preference", "reward_model"),
+    "preference": ("rewards", "algorithm", "sampling", "engine", "checks", "sft", "reward_model"),
+    "reward_model": ("rewards", "algorithm", "sampling", "engine", "checks", "sft", "preference"),
 }
 
 
@@ -333,7 +335,8 @@ class ChainStageConfig:
 @dataclass
 class RunConfig:
     name: str = "run"  # of the run's folder: outputs/<name>/<time>
-    stage: str = "rl"  # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family)
+    # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family) | reward_model
+    stage: str = "rl"
     seed: int = 0  # of sampling and of the adapter's initial weights
     resume: str | None = None  # folder of a run or of one of its checkpoints; auto: the newest valid one, or a new run
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -344,6 +347,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checks: ChecksConfig = field(default_factory=ChecksConfig)
@@ -358,8 +362,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, list(STAGES))
+        has_pairs = self.stage == "rl" and self.algorithm.pairs.is_on
         for section in () if self.chain else STAGES[self.stage]:  # of a chain, each stage's own config is checked
-            _check_unread(section, getattr(self, section), self.stage)
+            if not (has_pairs and section == "preference"):
+                _check_unread(section, getattr(self, section), self.stage)
+        if has_pairs:
+            self.preference.check_online(self.algorithm.reference_refresh_steps)
         if self.checkpoint.keep_best and not self.evaluation.every_steps:
             raise ValueError(
                 f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "

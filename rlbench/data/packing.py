@@ -10,7 +10,7 @@ C longest completion input.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,17 @@ def pack(
     """
     parts = [part for group in _by_group(samples) for part in _split_group(group, tokens_per_microbatch)]
     return [_build(bin_, device) for bin_ in _distribute(parts, tokens_per_microbatch)]
+
+
+def with_next_token(sample: TrainingSample) -> TrainingSample:
+    """One token more, so that the last real token becomes an input; which one it is does not matter."""
+    return replace(
+        sample,
+        token_ids=(*sample.token_ids, 0),
+        sampling_logprobs=(*sample.sampling_logprobs, 0.0),
+        advantages=(*sample.advantages, 0.0),
+        loss_mask=(*sample.loss_mask, False),
+    )
 
 
 def num_packed_tokens(part: Sequence[TrainingSample]) -> int:

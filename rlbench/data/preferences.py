@@ -7,12 +7,13 @@
 | prompt, completion, label | a single completion, good (true) or bad; for unpaired losses |
 | data.prompt_column, data.answer_column | a pair: the answer, and the answer with its last number changed |
 
-For an unpaired loss a pair is two single completions.
+For an unpaired loss a pair is two single completions. A reward model reads a pair's column margin too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class PreferenceRow:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[tuple[int, ...], tuple[int, ...]]
     is_desirable: bool | None = None  # None: a pair
+    margin: float = 0.0  # of a pair, for reward models: by how much the chosen one must win
 
     def samples(self, *indices: int) -> list[TrainingSample]:
         """The completions of these indices as samples of one group: their prompt is packed once."""
@@ -73,8 +75,13 @@ def preference_format(columns: Mapping[str, Any], config: DataConfig) -> tuple[s
     return next((names for names in formats if all(columns.get(name) is not None for name in names)), None)
 
 
-def preference_problem(row: dict[str, Any], config: DataConfig, *, is_unpaired: bool) -> str:
+def preference_problem(
+    row: dict[str, Any], config: DataConfig, *, is_unpaired: bool, reads_margin: bool = False
+) -> str:
     """What is wrong with a row of a file, "" if nothing is."""
+    margin = row.get("margin") if reads_margin else None
+    if margin is not None and not _is_number(margin):
+        return f"column 'margin' is {margin!r}, expected a number or nothing"
     names = preference_format(row, config)
     if names is None:
         return (
@@ -107,6 +114,7 @@ def make_preferences(
     tokenizer: Any,
     *,
     is_unpaired: bool,
+    reads_margin: bool = False,
     max_tokens: int,
     max_packed_tokens: int,
     limit_reason: str,
@@ -119,6 +127,7 @@ def make_preferences(
         config: the `data` part of the config.
         tokenizer: of the model.
         is_unpaired: the loss reads single completions.
+        reads_margin: take a pair's column margin over, where it has one.
         max_tokens: of a prompt with one completion; a longer row is an error or left out, as `data.long_prompts` says.
         max_packed_tokens: of a prompt with both completions, which share it; treated alike.
         limit_reason: how these numbers came about, for the error message.
@@ -154,13 +163,22 @@ def make_preferences(
             labelled += _label(row_id, row, names, prompt, completions)
         else:
             pairs.append(
-                PreferenceRow(row_id=row_id, prompt_token_ids=prompt, completions=(completions[0], completions[1]))
+                PreferenceRow(
+                    row_id=row_id,
+                    prompt_token_ids=prompt,
+                    completions=(completions[0], completions[1]),
+                    margin=float(row.get("margin") or 0.0) if reads_margin else 0.0,
+                )
             )
     found = pairs or [*_with_mismatch(labelled, max_tokens, split)]
     if not found:
         raise ValueError(f"no row is left of the {split} data: all {num_too_long} are longer than {max_tokens} tokens")
     described = "; ".join(" and ".join(names) for names in formats)
     return PreferenceSet(rows=tuple(found), num_too_long=num_too_long, format=described)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

@@ -13,19 +13,23 @@ from rlbench.checks.drift import STOP, WARN, Decision, Drift, DriftError, decide
 from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
+from rlbench.data.packing import Microbatch
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import evaluate, sampled_metrics
 from rlbench.loops.training_loop import TrainingLoop
+from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
+from rlbench.rollouts.pairs import has_pair, pair_up
 from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.metrics import summarise_rollouts
 from rlbench.tracking.rollout_store import write_rollouts
 from rlbench.training.checkpoint import Beside
 from rlbench.training.optim import learning_rate, set_lr
+from rlbench.training.pair_update import PairOptions, make_pair_batches, update_on_pairs
 from rlbench.training.reference_kl import reference_kl, refresh_reference
-from rlbench.training.update import Minibatch, make_minibatches, update_policy
+from rlbench.training.update import Minibatch, UpdateResult, make_minibatches, update_policy
 from rlbench.training.value_step import CriticResult, state_values, update_critic
 from rlbench.weight_sync import sync
 
@@ -130,7 +134,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
 
     def _has_signal(self, group: RolloutGroup) -> bool:
         config = self.inputs.config
-        return has_signal(group, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
+        is_useful = has_pair if config.algorithm.pairs.is_on else has_signal
+        return is_useful(group, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
 
     def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         config, parts = self.inputs.config, self.parts
@@ -157,17 +162,16 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
 
     def _credit(self, groups: Sequence[RolloutGroup]) -> Credit:
         config = self.inputs.config
-        token_kl = None
+        limit = config.sampling.max_tokens
+        if config.algorithm.pairs.is_on:
+            return pair_up(groups, config.algorithm, config.rewards, max_completion_tokens=limit)
+        token_kl = teacher_gaps = None
         if config.algorithm.has_kl_reward:
             with self._phase("reference"):
-                token_kl = reference_kl(
-                    self.parts.policy,
-                    groups,
-                    estimator=config.algorithm.kl,
-                    reference=self.parts.reference,
-                    temperature=config.sampling.temperature,
-                    tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
-                )
+                token_kl = self._token_kl(groups, config.algorithm.kl, self.parts.reference)
+        if config.algorithm.has_teacher:
+            with self._phase("teacher"):
+                teacher_gaps = self._token_kl(groups, "k1", self.parts.teacher)
         of_states = None
         if self.parts.critic is not None:
             with self._phase("values"):
@@ -181,9 +185,22 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             groups,
             config.algorithm,
             config.rewards,
-            max_completion_tokens=config.sampling.max_tokens,
+            max_completion_tokens=limit,
             token_kl=token_kl,
             state_values=of_states,
+            teacher_gaps=teacher_gaps,
+        )
+
+    def _token_kl(self, groups: Sequence[RolloutGroup], estimator: str, other: Policy | None) -> dict[str, list[float]]:
+        """Of the policy to `other` (None: the base) at each token, by rollout_id."""
+        config = self.inputs.config
+        return reference_kl(
+            self.parts.policy,
+            groups,
+            estimator=estimator,
+            reference=other,
+            temperature=config.sampling.temperature,
+            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
         )
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
@@ -194,6 +211,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         lr = learning_rate(step - num_warmup, num_steps - num_warmup, config.optim) if step > num_warmup else 0.0
         if not credited.has_signal:
             return {"optim/lr": lr, "optim/is_skipped": 1.0}
+        if config.algorithm.pairs.is_on:
+            return self._update_on_pairs(credited, lr)
         minibatches = make_minibatches(
             credited.samples,
             config.algorithm,
@@ -220,14 +239,44 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             )
         shown = result.metrics if of_critic.is_finite else of_critic.shown
         self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown)
-        drift = measure_batch(result.microbatches, result.logprobs, max_ratio=config.checks.drift_max_ratio)
+        microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
+        return self._of_update(result, lr, microbatches) | of_critic.metrics
+
+    def _update_on_pairs(self, credited: Credit, lr: float) -> dict[str, float | None]:
+        """The batch's optimizer steps with the preference losses."""
+        config, parts = self.inputs.config, self.parts
+        batches = make_pair_batches(
+            credited.samples,
+            credited.pairs,
+            num_minibatches=config.algorithm.num_minibatches,
+            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            device=parts.policy.device,
+        )
+        options = PairOptions(
+            num_updates=config.algorithm.num_updates,
+            temperature=config.sampling.temperature,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+        set_lr(parts.optimizer, lr)
+        with self._phase("update"):
+            result = update_on_pairs(
+                parts.policy, batches, parts.optimizer, config.preference, options, reference=parts.reference
+            )
+        self._count_updates(result.num_applied, result.is_finite, result.metrics)
+        return self._of_update(result, lr, [microbatch for batch in batches for microbatch in batch.microbatches])
+
+    def _of_update(
+        self, result: UpdateResult, lr: float, microbatches: Sequence[Microbatch]
+    ) -> dict[str, float | None]:
+        """Metrics of the policy's updates; the drift is judged."""
+        max_ratio = self.inputs.config.checks.drift_max_ratio
+        drift = measure_batch(result.microbatches, result.logprobs, max_ratio=max_ratio)
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
             | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
-            | of_critic.metrics
             | (self._judge(drift) if drift is not None and result.num_applied else {})
-            | self._sizes([microbatch for minibatch in minibatches for microbatch in minibatch.microbatches])
+            | self._sizes(microbatches)
         )
 
     def _update_critic(self, minibatches: Sequence[Minibatch], step: int, num_steps: int) -> CriticResult:
@@ -250,7 +299,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
 
     def _refresh_reference(self, step: int) -> None:
         config, reference = self.inputs.config.algorithm, self.parts.reference
-        if reference is not None and step % config.reference_refresh_steps == 0:
+        if reference is not None and config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
             refresh_reference(reference, self.parts.policy, config.refresh_frac)
 
     def _judge(self, drift: Drift) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""PPO's critic: a second adapter and a linear value head on the tensors of the same base.
+"""PPO's critic: a second adapter and a linear value head on the tensors of the same base; heads as files.
 
 Shapes: N loss positions, D hidden.
 """
@@ -16,7 +16,36 @@ from rlbench.config.schema import LoraConfig, TrainingConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
 
-_HEAD_FILE = "value_head.safetensors"
+HEAD_FILE = "value_head.safetensors"
+_SCALE = "scale"
+
+
+def make_head(like: Tensor) -> nn.Linear:
+    """A linear head to one number, float32, at zero.
+
+    Args:
+        like: [V, D] on the device of the model.
+    """
+    head = nn.Linear(like.shape[1], 1, dtype=torch.float32, device=like.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def save_head(folder: Path, head: nn.Linear, scale: tuple[float, float] | None = None) -> None:
+    """Write the head, and mean and standard deviation of its values where they are known."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    if scale is not None:
+        tensors[_SCALE] = torch.tensor(scale, dtype=torch.float64)
+    save_file(tensors, str(folder / HEAD_FILE))
+
+
+def load_head(folder: Path, head: nn.Linear) -> tuple[float, float] | None:
+    """Take over what `save_head` wrote; returns the scale."""
+    tensors = load_file(str(folder / HEAD_FILE))
+    scale = tensors.pop(_SCALE, None)
+    head.load_state_dict(tensors)
+    return None if scale is None else (float(scale[0]), float(scale[1]))
 
 
 class Critic:
@@ -34,9 +63,7 @@ class Critic:
             seed: of the adapter's initial weights.
         """
         self._backbone = Policy(base, lora, seed=seed)
-        self.head = nn.Linear(self._backbone.head_weight.shape[1], 1, dtype=torch.float32, device=self.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = make_head(self._backbone.head_weight)
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +89,7 @@ class Critic:
     def save_adapter(self, folder: Path, base_name: str) -> None:
         """Adapter in PEFT's format, the head beside it."""
         self._backbone.save_adapter(folder, base_name)
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-        save_file(head, str(folder / _HEAD_FILE))
+        save_head(folder, self.head)
 
     def load_adapter(self, folder: Path) -> None:
         """Take over the tensors of `save_adapter`, bit for bit.
@@ -72,4 +98,4 @@ class Critic:
             ValueError: they do not fit this critic.
         """
         self._backbone.load_adapter(folder)
-        self.head.load_state_dict(load_file(str(folder / _HEAD_FILE)))
+        load_head(folder, self.head)

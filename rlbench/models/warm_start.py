@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlbench.config.schema import LoraConfig
 
@@ -24,19 +25,7 @@ def find_adapter(config: LoraConfig) -> Path | None:
     """
     if config.init_from is None:
         return None
-    place = Path(config.init_from).expanduser()
-    folder = next((f for f in (place, place / "adapter") if (f / "adapter_model.safetensors").is_file()), None)
-    if folder is None:
-        newest = max(place.glob("checkpoints/step-*/adapter"), default=None)
-        hint = f"; the run was stopped, its newest checkpoint is lora.init_from={newest}" if newest else ""
-        raise ValueError(
-            f"lora.init_from is {config.init_from}, but no adapter_model.safetensors is there or in its adapter/; "
-            f"expected the folder of a finished run or of a PEFT adapter{hint}"
-        )
-    try:
-        saved = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"lora.init_from: {folder}/adapter_config.json cannot be read ({error})") from error
+    folder, saved = _read(config.init_from, "lora.init_from")
     for theirs, ours in _KEYS.items():
         if saved.get(theirs) != getattr(config, ours):
             raise ValueError(
@@ -44,3 +33,39 @@ def find_adapter(config: LoraConfig) -> Path | None:
                 f"made with {saved.get(theirs)}; expected the same"
             )
     return folder
+
+
+def frozen_adapter(place: str, key: str) -> LoraConfig:
+    """The settings of an adapter that is only read, with `init_from` its folder.
+
+    Args:
+        place: the folder of a finished run or of a PEFT adapter.
+        key: that names it, for errors.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    folder, saved = _read(place, key)
+    targets = saved["target_modules"]
+    return LoraConfig(
+        targets=targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        init_from=str(folder),
+        **{ours: saved[theirs] for theirs, ours in _KEYS.items()},
+    )
+
+
+def _read(place: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """The adapter's folder and its adapter_config.json."""
+    given = Path(place).expanduser()
+    folder = next((f for f in (given, given / "adapter") if (f / "adapter_model.safetensors").is_file()), None)
+    if folder is None:
+        newest = max(given.glob("checkpoints/step-*/adapter"), default=None)
+        hint = f"; the run was stopped, its newest checkpoint is {key}={newest}" if newest else ""
+        raise ValueError(
+            f"{key} is {place}, but no adapter_model.safetensors is there or in its adapter/; "
+            f"expected the folder of a finished run or of a PEFT adapter{hint}"
+        )
+    try:
+        return folder, json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {folder}/adapter_config.json cannot be read ({error})") from error

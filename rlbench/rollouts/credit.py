@@ -22,9 +22,13 @@ class RewardFailure(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """`samples` are all rollouts that can be compared, those without advantage too: they count in denominators."""
+    """`samples` are all rollouts that can be compared, those without advantage too: they count in denominators.
+
+    With `algorithm.pairs` they are the rollouts that are in a pair, and have no advantages.
+    """
 
     samples: tuple[TrainingSample, ...]
+    pairs: tuple[tuple[int, int], ...] = ()  # places in `samples` of chosen and rejected
     advantages: dict[str, float]  # by rollout_id, of every sample; the mean over its tokens
     num_no_signal_groups: int
     num_invalid_rollouts: int  # without a reward
@@ -32,8 +36,8 @@ class Credit:
 
     @property
     def has_signal(self) -> bool:
-        """Some trained token has an advantage, or teaches the critic something."""
-        return any(
+        """There is a pair, or some trained token has an advantage, or teaches the critic something."""
+        return bool(self.pairs) or any(
             any(sample.loss_mask) and (any(sample.advantages) or sample.values != sample.returns)
             for sample in self.samples
         )
@@ -47,6 +51,7 @@ def credit(
     max_completion_tokens: int | None = None,
     token_kl: Mapping[str, Sequence[float]] | None = None,
     state_values: Mapping[str, StateValues] | None = None,
+    teacher_gaps: Mapping[str, Sequence[float]] | None = None,
 ) -> Credit:
     """Advantages of the step's valid rollouts.
 
@@ -60,9 +65,10 @@ def credit(
         max_completion_tokens: sampling.max_tokens; needed with a soft penalty on long completions.
         token_kl: KL to the reference of each token, by rollout_id; with a KL penalty in the reward.
         state_values: of a critic, by rollout_id; with an advantage that needs one.
+        teacher_gaps: log student - log teacher of each token, by rollout_id; with an advantage that needs a teacher.
 
     Raises:
-        ValueError: the advantage needs a critic and there are no `state_values`.
+        ValueError: the advantage needs a critic or a teacher, and there are no `state_values` or `teacher_gaps`.
         RewardFailure: a rollout has no reward and `rewards.on_invalid` is stop, or more than
             `rewards.max_invalid_frac` of the rollouts have none.
     """
@@ -71,12 +77,17 @@ def credit(
             f"algorithm.advantage is {algorithm.advantage}, which needs the values of the run's critic; recorded "
             "rollouts have none: expected an advantage of rewards alone, e.g. group_relative"
         )
+    if algorithm.has_teacher and teacher_gaps is None:
+        raise ValueError(
+            f"algorithm.advantage is {algorithm.advantage}, which needs the logprobs of the run's teacher; recorded "
+            "rollouts have none: expected an advantage of rewards, e.g. group_relative"
+        )
     num_rollouts = sum(len(group.rollouts) for group in groups)
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
-    _check_invalid(invalid, num_rollouts, rewards)
-    compared = [part for group in groups if (part := _comparable(group, algorithm, rewards))]
+    check_invalid(invalid, num_rollouts, rewards)
+    compared = [part for group in groups if (part := comparable(group, algorithm, rewards))]
     penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
-    returns = [_returns(part, penalties, algorithm, token_kl, state_values) for part in compared]
+    returns = [_returns(part, penalties, algorithm, token_kl, state_values, teacher_gaps) for part in compared]
     values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
     targets = value_targets(returns, **algorithm.target_options()) if algorithm.has_critic else None
     samples: list[TrainingSample] = []
@@ -89,7 +100,7 @@ def credit(
         if has_signal or not algorithm.max_refills:
             learned = targets[index] if targets is not None else [()] * len(rollouts)
             samples += [
-                _sample(rollout, tokens, algorithm, state_values, of_critic)
+                make_sample(rollout, tokens, algorithm, state_values, of_critic)
                 for rollout, tokens, of_critic in zip(rollouts, of_group, learned, strict=True)
             ]
     return Credit(
@@ -97,7 +108,7 @@ def credit(
         advantages=advantages,
         num_no_signal_groups=num_no_signal,
         num_invalid_rollouts=len(invalid),
-        metrics=_metrics(samples, penalties, token_kl),
+        metrics=_metrics(samples, penalties, {"kl/reference": token_kl, "kl/teacher": teacher_gaps}),
     )
 
 
@@ -113,7 +124,7 @@ def shaped_rewards(
 ) -> list[tuple[float | None, ...]]:
     """What the advantages of the group compare, one for each rollout that has a reward: the reward with its penalty on
     length and, where they are read apart, the components. Empty if the group is dropped or too small."""
-    rollouts = _comparable(group, algorithm, rewards)
+    rollouts = comparable(group, algorithm, rewards)
     penalties = _overlong_penalties([rollouts], algorithm, max_completion_tokens)
     reads_components = ADVANTAGE_SPECS[algorithm.advantage].reads_components
     return [
@@ -126,7 +137,7 @@ def _component_values(rollout: Rollout, are_read: bool) -> list[float | None]:
     return [component.value for component in rollout.components.values()] if are_read else []
 
 
-def _comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
+def comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
     """The group's rollouts that have a reward; none if the group is dropped or too few are left to compare."""
     valid = [rollout for rollout in group.rollouts if rollout.reward is not None]
     is_dropped = len(valid) < len(group.rollouts) and rewards.on_invalid == "drop_group"
@@ -137,7 +148,8 @@ def _comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: Reward
 def _options(algorithm: AlgorithmConfig) -> dict[str, Any]:
     default = ADVANTAGE_SPECS[algorithm.advantage].default_scale
     scale = {} if default is None else {"scale": algorithm.advantage_scale or default}
-    return scale | (algorithm.gae_options() if algorithm.has_critic else {})
+    gamma = {"gamma": algorithm.teacher.gamma} if algorithm.has_teacher else {}
+    return scale | gamma | (algorithm.gae_options() if algorithm.has_critic else {})
 
 
 def _overlong_penalties(
@@ -166,6 +178,7 @@ def _returns(
     algorithm: AlgorithmConfig,
     token_kl: Mapping[str, Sequence[float]] | None,
     state_values: Mapping[str, StateValues] | None,
+    teacher_gaps: Mapping[str, Sequence[float]] | None,
 ) -> GroupReturns:
     returns = []
     for rollout in rollouts:
@@ -185,16 +198,18 @@ def _returns(
         weights=weights,
         values=[found.values for found in of_critic],
         last_values=[found.last for found in of_critic],
+        teacher_gaps=[teacher_gaps[r.rollout_id] for r in rollouts] if teacher_gaps is not None else [],
     )
 
 
-def _sample(
+def make_sample(
     rollout: Rollout,
     advantages: Sequence[float],
     algorithm: AlgorithmConfig,
-    state_values: Mapping[str, StateValues] | None,
-    returns: Sequence[float],
+    state_values: Mapping[str, StateValues] | None = None,
+    returns: Sequence[float] = (),
 ) -> TrainingSample:
+    """The rollout with its credit."""
     completion = rollout.completion
     is_trained = not (algorithm.mask_truncated and completion.finish_reason == FINISH_LENGTH)
     return TrainingSample(
@@ -211,15 +226,22 @@ def _sample(
 
 
 def _metrics(
-    samples: Sequence[TrainingSample], penalties: Mapping[str, float], token_kl: Mapping[str, Sequence[float]] | None
+    samples: Sequence[TrainingSample],
+    penalties: Mapping[str, float],
+    token_values: Mapping[str, Mapping[str, Sequence[float]] | None],
 ) -> dict[str, float]:
+    """
+    Args:
+        token_values: by name of the metric, values of each token by rollout_id, whose mean is taken.
+    """
     metrics: dict[str, float] = {}
     if samples:
         metrics["rollouts/masked_frac"] = fmean(not any(sample.loss_mask) for sample in samples)
     if penalties:
         metrics["completion/overlong_penalty_mean"] = fmean(penalties.values())
-    if token_kl:
-        metrics["kl/reference"] = fmean(kl for tokens in token_kl.values() for kl in tokens)
+    for name, by_rollout in token_values.items():
+        if by_rollout:
+            metrics[name] = fmean(value for tokens in by_rollout.values() for value in tokens)
     return metrics
 
 
@@ -227,7 +249,7 @@ def _mean(tokens: Sequence[float]) -> float:
     return tokens[0] if min(tokens) == max(tokens) else fmean(tokens)
 
 
-def _check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:
+def check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:
     if not invalid:
         return
     share = len(invalid) / num_rollouts

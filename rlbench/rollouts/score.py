@@ -1,14 +1,17 @@
-"""Rewards of completions, computed in the worker processes of `rlbench_rewards`."""
+"""Rewards of completions, computed in the worker processes of `rlbench_rewards`; reward models in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlbench.config.schema import RewardsConfig
+from rlbench.config.trained_reward import is_trained
 from rlbench.records import FINISH_LENGTH, Completion, Prompt, RewardComponent
-from rlbench_rewards import RewardPool, RewardSample
+from rlbench_rewards import RewardOutcome, RewardPool, RewardSample
 from rlbench_rewards.composition import Scored, Term, compose
+
+InProcess = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], list[RewardOutcome]]  # one a completion
 
 
 class Scorer:
@@ -27,12 +30,17 @@ class Scorer:
         if not config.components:
             raise ValueError("rewards.components is empty, expected at least one reward")
         self._config = config
+        self._in_process: dict[str, InProcess] = {}
         self._terms = {
             name: Term(weight=component.weight, gate_min=component.gate_min)
             for name, component in config.components.items()
         }
+        specs = reward_specs(config)
+        self._pool: RewardPool | None = None
+        if not specs:
+            return
         self._pool = RewardPool(
-            reward_specs(config),
+            specs,
             num_workers=config.num_workers or 1,
             timeout_s=config.timeout_s,
             allowed_prefixes=config.allowed_prefixes,
@@ -40,6 +48,10 @@ class Scorer:
             max_retries=config.max_retries,
             max_pending=config.max_pending,
         )
+
+    def attach(self, name: str, score: InProcess) -> None:
+        """Let `score` give the outcomes of the component `name`, a reward model."""
+        self._in_process[name] = score
 
     def score(
         self,
@@ -60,7 +72,7 @@ class Scorer:
             for prompt, group, group_texts in zip(prompts, completions, texts, strict=True)
             for completion, text in zip(group, group_texts, strict=True)
         ]
-        outcomes = iter(self._pool.score(samples))
+        outcomes = iter(self._outcomes(samples, prompts, completions))
         return [
             [
                 {
@@ -78,6 +90,18 @@ class Scorer:
             for group in completions
         ]
 
+    def _outcomes(
+        self, samples: Sequence[RewardSample], prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[dict[str, RewardOutcome]]:
+        """By component, in the order of the config, of each sample."""
+        of_pool = self._pool.submit(samples) if self._pool is not None else None
+        own = {name: score(prompts, completions) for name, score in self._in_process.items()}
+        found = of_pool.result() if of_pool is not None else [{} for _ in samples]
+        return [
+            {name: own[name][i] if name in own else outcomes[name] for name in self._config.components}
+            for i, outcomes in enumerate(found)
+        ]
+
     def totals(self, group: Sequence[Mapping[str, RewardComponent]]) -> list[float | None]:
         """Rewards of one prompt's rollouts, as `rewards.combine` says; None where a component broke."""
         scored = [{name: Scored(c.status, c.value) for name, c in components.items()} for components in group]
@@ -85,14 +109,15 @@ class Scorer:
 
     def metrics(self) -> dict[str, float]:
         """`reward_pool/...`: outcomes, retries, restarts and latencies since the last call."""
-        return self._pool.stats.take()
+        return self._pool.stats.take() if self._pool is not None else {}
 
     def close(self) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def reward_specs(config: RewardsConfig) -> list[dict[str, Any]]:
-    """The components as the reward pool takes them."""
+    """The components as the reward pool takes them: all but reward models."""
     return [
         {
             "name": name,
@@ -103,4 +128,5 @@ def reward_specs(config: RewardsConfig) -> list[dict[str, Any]]:
             "as_messages": component.as_messages,
         }
         for name, component in config.components.items()
+        if not is_trained(component)
     ]

@@ -56,6 +56,9 @@ _LOSSES = (
     Column("loss", "loss/preference", 7, _kl, is_optional=True),
     Column("margin", "preference/margin", 7, _kl, is_optional=True, help="chosen less rejected, in nats"),
     Column("acc", "preference/accuracy", 6, lambda v: format_fraction(v, 1), is_optional=True, help="told apart"),
+    Column("loss", "loss/reward_model", 7, _kl, is_optional=True),
+    Column("margin", "reward_model/margin", 7, _kl, is_optional=True, help="score of chosen less rejected"),
+    Column("acc", "reward_model/accuracy", 6, lambda v: format_fraction(v, 1), is_optional=True, help="told apart"),
 )
 _LOSS_KEYS = {column.key for column in _LOSSES}
 _OF_ROLLOUTS = ("reward/mean", "completion/", "groups/", "loss/clip_frac", "tokens/generation_per_s")

@@ -1,6 +1,6 @@
 """The preference losses of a config on the logprobs of whole completions, on tensors alone.
 
-Shapes: B completions of one microbatch or of the whole step; P = B / 2 pairs, chosen and rejected next to each other.
+Shapes: B completions of one microbatch or of the whole step; P pairs of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from rlbench.config.preference import PreferenceConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What is known of the completions of a microbatch. All tensors [B]."""
+    """What is known of the completions of a microbatch. All tensors but `pairs` [B]."""
 
     logps: Tensor  # sum of the completion's logprobs, carries gradient
     ref_logps: Tensor  # of the reference; 0 where no loss needs it
     lengths: Tensor  # tokens
+    pairs: Tensor  # int64 [P, 2]: places of chosen and rejected; [0, 2] of unpaired losses
     log_weights: Tensor | None = None  # wpo: mean log weight of a token, without gradient
     is_desirable: Tensor | None = None  # bool; of unpaired losses
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of values [B] those of chosen and of rejected completions: [P] each."""
+        return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,7 @@ class PreferenceObjective:
         )  # [P]
         metrics: dict[str, Tensor] = {}
         if completions.log_weights is not None:
-            chosen, rejected = completions.log_weights.unflatten(0, (-1, 2)).unbind(1)
+            chosen, rejected = completions.split(completions.log_weights)
             weights = torch.exp(chosen + rejected)  # [P]
             per_pair = per_pair * weights
             metrics["preference/wpo_weight"] = weights.sum() / self.num_rows
@@ -72,9 +77,9 @@ class PreferenceObjective:
         return per_pair.sum() / self.num_rows, metrics
 
     def _pair_inputs(self, completions: Completions) -> PairInputs:
-        chosen, rejected = completions.logps.unflatten(0, (-1, 2)).unbind(1)  # [P]
-        ref_chosen, ref_rejected = completions.ref_logps.unflatten(0, (-1, 2)).unbind(1)
-        chosen_lengths, rejected_lengths = completions.lengths.to(chosen.dtype).unflatten(0, (-1, 2)).unbind(1)
+        chosen, rejected = completions.split(completions.logps)  # [P]
+        ref_chosen, ref_rejected = completions.split(completions.ref_logps)
+        chosen_lengths, rejected_lengths = completions.split(completions.lengths.to(chosen.dtype))
         divergence, alpha = self.config.divergence, self.config.alpha
         return PairInputs(
             chosen_logps=chosen,

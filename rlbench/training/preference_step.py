@@ -1,12 +1,12 @@
 """One optimizer step on preferences, and the same losses on held-out rows.
 
-Shapes: N loss positions and B completions of one microbatch, D hidden.
+Shapes: N loss positions and B completions of one microbatch, P pairs, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,21 +17,50 @@ from rlbench.config.preference import PreferenceConfig
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.preferences import PreferenceRow
 from rlbench.models.policy import Policy
+from rlbench.records import TrainingSample
 from rlbench.training.preference_objective import Completions, PreferenceObjective
-from rlbench.training.step import StepResult, add_shares, finish_step
+from rlbench.training.step import StepResult, add_shares, finish_step, reference_logprobs
 from rlbench_kernels import linear_logprobs
 
 ReferenceTable = Mapping[str, Sequence[float]]  # by row_id: logps of both completions under the reference
-_SHARP = 0.5  # temperature whose logprobs give sum p^2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """The rows of one step, packed: of a pair both completions after their prompt, in one microbatch."""
+    """The completions of one step, packed: those of a prompt after it, in one microbatch where they fit.
 
-    rows: tuple[PreferenceRow, ...]
+    `pairs` counts completions over all microbatches, in their order. A completion may be in several pairs, or in none.
+    """
+
     microbatches: list[Microbatch]
-    mismatched: list[Microbatch]  # of losses that read their KL
+    pairs: Tensor  # int64 [P, 2]: places of chosen and rejected; [0, 2] of unpaired losses
+    labels: Mapping[str, bool] = field(default_factory=dict)  # by row_id: is_desirable; of unpaired losses
+    mismatched: list[Microbatch] = field(default_factory=list)  # of losses that read their KL
+
+    @property
+    def num_rows(self) -> int:
+        """Pairs; of unpaired losses completions."""
+        return len(self.samples) if self.labels else len(self.pairs)
+
+    @property
+    def samples(self) -> list[TrainingSample]:
+        return [sample for microbatch in self.microbatches for sample in microbatch.samples]
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        """Of pairs; a completion counts as often as it is chosen."""
+        lengths = [len(sample.token_ids) for sample in self.samples]
+        return sum(lengths[place] for place in self.pairs[:, 0].tolist())
+
+    def pairs_by_microbatch(self) -> list[Tensor] | None:
+        """The pairs of each, counted from its own first completion; None if a pair lies in two of them."""
+        parts, start = [], 0
+        for microbatch in self.microbatches:
+            own = self.pairs - start
+            is_inside = (own >= 0) & (own < microbatch.num_sequences)
+            parts.append(own[is_inside.all(dim=1)])
+            start += microbatch.num_sequences
+        return parts if sum(map(len, parts)) == len(self.pairs) else None
 
 
 def make_batch(
@@ -46,7 +75,7 @@ def make_batch(
     def packed(*wanted: int) -> list[Microbatch]:
         return [
             microbatch
-            for part in _without_repeats(rows)
+            for part in without_repeats(rows)
             for microbatch in pack(
                 [sample for row in part for sample in row.samples(*wanted)],
                 tokens_per_microbatch=tokens_per_microbatch,
@@ -54,14 +83,16 @@ def make_batch(
             )
         ]
 
+    num_pairs = 0 if config.is_unpaired else len(rows)
     return PreferenceBatch(
-        rows=tuple(rows),
         microbatches=packed(*indices),
+        pairs=torch.arange(2 * num_pairs, device=device).view(num_pairs, 2),  # next to each other
+        labels={row.row_id: bool(row.is_desirable) for row in rows} if config.is_unpaired else {},
         mismatched=packed(1) if config.needs_mismatch else [],
     )
 
 
-def _without_repeats(rows: Sequence[PreferenceRow]) -> list[list[PreferenceRow]]:
+def without_repeats(rows: Sequence[PreferenceRow]) -> list[list[PreferenceRow]]:
     """A row that a step holds twice, at an epoch's end, comes in parts of its own: as one group it could be cut."""
     parts: list[dict[str, PreferenceRow]] = []
     for row in rows:
@@ -80,11 +111,14 @@ def preference_step(
     *,
     max_grad_norm: float,
     reference: ReferenceTable | None,
+    ref_logps: Sequence[Tensor] | None = None,
+    temperature: float = 1.0,
 ) -> StepResult:
     """Make one update from a batch.
 
-    A loss that sorts the step's pairs is differentiated with respect to all completions' logps first, from a forward
-    without gradient; a second forward carries that gradient on, so that memory stays that of one microbatch.
+    A loss that sorts the step's pairs, or pairs that lie in two microbatches, are differentiated with respect to all
+    completions' logps first, from a forward without gradient; a second forward carries that gradient on, so that memory
+    stays that of one microbatch.
 
     Args:
         policy: its adapter is updated.
@@ -92,21 +126,42 @@ def preference_step(
         optimizer: over `policy.parameters()`, learning rate set.
         config: the `preference` part of the config.
         max_grad_norm: as in `train_step`.
-        reference: logps computed before; None: the adapter is switched off for a forward, where a loss needs it.
+        reference: logps computed before, by row; None: a forward, where a loss needs it.
+        ref_logps: the same for each microbatch, of `batch_ref_logps`; None: from `reference`.
+        temperature: logprobs are taken at it; that of sampling where the policy wrote the completions.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
+    if ref_logps is None:
+        ref_logps = batch_ref_logps(policy, batch, config, reference)
+    sums, logprobs = _gradients(policy, batch, config, reference, ref_logps, temperature)
+    return finish_step(policy, optimizer, sums, logprobs, max_grad_norm=max_grad_norm)
+
+
+def _gradients(
+    policy: Policy,
+    batch: PreferenceBatch,
+    config: PreferenceConfig,
+    reference: ReferenceTable | None,
+    ref_logps: Sequence[Tensor],
+    temperature: float,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Accumulate the step's gradient; returns its metrics and the logprobs [N] of each microbatch."""
     objective = _objective(policy, batch, config, reference)
-    if config.needs_whole_step:
-        gradients, sums = _whole_step(policy, batch, config, reference, objective)
+    pairs = None if config.needs_whole_step else batch.pairs_by_microbatch()
+    if pairs is None:
+        gradients, sums, all_logprobs = _whole_step(policy, batch, config, ref_logps, objective, temperature)
         for microbatch, gradient in zip(batch.microbatches, gradients, strict=True):
-            (sequence_logps(policy, microbatch) * gradient).sum().backward()
-    else:
-        for microbatch in batch.microbatches:
-            loss, shares = objective(_completions(policy, microbatch, batch, config, reference))
-            loss.backward()
-            add_shares(sums, shares)
-    return finish_step(policy, optimizer, _finished(sums, objective), [], max_grad_norm=max_grad_norm)
+            (sequence_logps(policy, microbatch, temperature) * gradient).sum().backward()
+        return _finished(sums, objective), all_logprobs
+    sums: dict[str, Tensor] = {}
+    all_logprobs: list[Tensor] = []
+    for microbatch, ref, own in zip(batch.microbatches, ref_logps, pairs, strict=True):
+        completions, logprobs = _completions(policy, microbatch, batch, config, ref, own, temperature)
+        loss, shares = objective(completions)
+        loss.backward()
+        add_shares(sums, shares)
+        all_logprobs.append(logprobs)
+    return _finished(sums, objective), all_logprobs
 
 
 @torch.no_grad()
@@ -115,12 +170,8 @@ def held_out_preferences(
 ) -> dict[str, float]:
     """The metrics of a step, without an update."""
     objective = _objective(policy, batch, config, reference)
-    if config.needs_whole_step:
-        _, sums = _whole_step(policy, batch, config, reference, objective)
-    else:
-        sums: dict[str, Tensor] = {}
-        for microbatch in batch.microbatches:
-            add_shares(sums, objective(_completions(policy, microbatch, batch, config, reference))[1])
+    ref_logps = batch_ref_logps(policy, batch, config, reference)
+    _, sums, _ = _whole_step(policy, batch, config, ref_logps, objective, 1.0)
     return {name: float(value) for name, value in _finished(sums, objective).items()}
 
 
@@ -140,21 +191,59 @@ def reference_table(
         samples = [sample for row in rows for sample in row.samples(index)]
         for microbatch in pack(samples, tokens_per_microbatch=tokens_per_microbatch, device=policy.device):
             with torch.no_grad():
-                logps = _base_logps(policy, microbatch) if is_base else sequence_logps(policy, microbatch)
+                logps = _reference_logps(policy, microbatch, 1.0) if is_base else sequence_logps(policy, microbatch)
             for sample, value in zip(microbatch.samples, logps.tolist(), strict=True):
                 table[sample.group_id].append(value)
     return table
 
 
-def sequence_logps(policy: Policy, microbatch: Microbatch) -> Tensor:
+def batch_ref_logps(
+    policy: Policy,
+    batch: PreferenceBatch,
+    config: PreferenceConfig,
+    table: ReferenceTable | None,
+    *,
+    frozen: Policy | None = None,
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Logps under the reference, of each microbatch: float32 [B], without gradient; 0 where no loss needs them.
+
+    Args:
+        table: computed before; None: a forward.
+        frozen: the reference; None: the policy's base with the adapter off.
+    """
+    if not config.needs_reference:
+        return [torch.zeros(microbatch.num_sequences, device=policy.device) for microbatch in batch.microbatches]
+    if table is not None:
+        return [_from_table(policy, microbatch, config, table, 0) for microbatch in batch.microbatches]
+    return [_reference_logps(policy, microbatch, temperature, frozen) for microbatch in batch.microbatches]
+
+
+def sequence_logps(policy: Policy, microbatch: Microbatch, temperature: float = 1.0) -> Tensor:
     """Sum of each completion's logprobs: float32 [B]."""
-    logprobs, _ = linear_logprobs(policy.hidden(microbatch), policy.head_weight, microbatch.targets)
+    hidden = policy.hidden(microbatch)
+    logprobs, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
     return sum_by_sequence(logprobs, microbatch.sequence_ids, microbatch.num_sequences)
 
 
-def _base_logps(policy: Policy, microbatch: Microbatch) -> Tensor:
-    with policy.reference():
-        return sequence_logps(policy, microbatch)
+def _reference_logps(
+    policy: Policy, microbatch: Microbatch, temperature: float, frozen: Policy | None = None
+) -> Tensor:
+    logprobs = reference_logprobs(policy, microbatch, temperature, frozen)
+    return sum_by_sequence(logprobs, microbatch.sequence_ids, microbatch.num_sequences)
+
+
+def _from_table(
+    policy: Policy, microbatch: Microbatch, config: PreferenceConfig, table: ReferenceTable, index: int
+) -> Tensor:
+    """Logps of the microbatch's completions as the table says: float32 [B].
+
+    Args:
+        index: of the completion in its row, where the microbatch holds one of each; pairs hold 0 and 1 in turn.
+    """
+    picks = [index if config.is_unpaired else i % 2 for i in range(microbatch.num_sequences)]
+    values = [table[sample.group_id][pick] for sample, pick in zip(microbatch.samples, picks, strict=True)]
+    return torch.tensor(values, device=policy.device)
 
 
 def _objective(
@@ -164,13 +253,18 @@ def _objective(
     if config.needs_mismatch:
         with torch.no_grad():
             logps = torch.cat([sequence_logps(policy, microbatch) for microbatch in batch.mismatched])
-        ref_logps = torch.cat([_reference(policy, mb, config, reference, 1) for mb in batch.mismatched])
-        kl = mismatch_kl(logps, ref_logps)
+        ref_logps = [
+            _reference_logps(policy, microbatch, 1.0)
+            if reference is None
+            else _from_table(policy, microbatch, config, reference, 1)
+            for microbatch in batch.mismatched
+        ]
+        kl = mismatch_kl(logps, torch.cat(ref_logps))
     return PreferenceObjective(
         config=config,
-        num_rows=len(batch.rows),
-        num_chosen_tokens=sum(len(row.completions[0]) for row in batch.rows),
-        num_desirable=sum(bool(row.is_desirable) for row in batch.rows),
+        num_rows=batch.num_rows,
+        num_chosen_tokens=batch.num_chosen_tokens,
+        num_desirable=sum(batch.labels[sample.group_id] for sample in batch.samples) if batch.labels else 0,
         kl=kl,
     )
 
@@ -180,71 +274,68 @@ def _completions(
     microbatch: Microbatch,
     batch: PreferenceBatch,
     config: PreferenceConfig,
-    reference: ReferenceTable | None,
-) -> Completions:
+    ref_logps: Tensor,
+    pairs: Tensor,
+    temperature: float,
+) -> tuple[Completions, Tensor]:
+    """What the losses read of a microbatch, and its logprobs [N], detached."""
     hidden = policy.hidden(microbatch)  # [N, D]
-    logprobs, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets)  # [N]
+    logprobs, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)  # [N]
     ids, num_sequences = microbatch.sequence_ids, microbatch.num_sequences
     lengths = torch.bincount(ids, minlength=num_sequences)
     log_weights = is_desirable = None
     if config.wpo:
-        with torch.no_grad():
-            sharp, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=_SHARP)
+        with torch.no_grad():  # at half the temperature: log p^2 - log sum p^2
+            sharp, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=0.5 * temperature)
             log_weights = sum_by_sequence(wpo_log_weights(logprobs, sharp), ids, num_sequences) / lengths
     if config.is_unpaired:
-        labels = {row.row_id: bool(row.is_desirable) for row in batch.rows}
-        is_desirable = torch.tensor([labels[s.group_id] for s in microbatch.samples], device=policy.device)
-    return Completions(
+        labels = [batch.labels[sample.group_id] for sample in microbatch.samples]
+        is_desirable = torch.tensor(labels, device=policy.device)
+    completions = Completions(
         logps=sum_by_sequence(logprobs, ids, num_sequences),
-        ref_logps=_reference(policy, microbatch, config, reference, 0),
+        ref_logps=ref_logps,
         lengths=lengths,
+        pairs=pairs,
         log_weights=log_weights,
         is_desirable=is_desirable,
     )
-
-
-def _reference(
-    policy: Policy, microbatch: Microbatch, config: PreferenceConfig, table: ReferenceTable | None, index: int
-) -> Tensor:
-    """Logps of the microbatch's completions under the reference: float32 [B].
-
-    Args:
-        index: of the completion in its row, where the microbatch holds one of each; pairs hold 0 and 1 in turn.
-    """
-    if not config.needs_reference:
-        return torch.zeros(microbatch.num_sequences, device=policy.device)
-    if table is None:
-        return _base_logps(policy, microbatch)
-    picks = [index if config.is_unpaired else i % 2 for i in range(microbatch.num_sequences)]
-    values = [table[sample.group_id][pick] for sample, pick in zip(microbatch.samples, picks, strict=True)]
-    return torch.tensor(values, device=policy.device)
+    return completions, logprobs.detach()
 
 
 def _whole_step(
     policy: Policy,
     batch: PreferenceBatch,
     config: PreferenceConfig,
-    reference: ReferenceTable | None,
+    ref_logps: Sequence[Tensor],
     objective: PreferenceObjective,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """d loss / d logps [B] of each microbatch, and the step's metrics, from forwards without gradient."""
+    temperature: float,
+) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+    """d loss / d logps [B] of each microbatch, the step's metrics, and logprobs [N], from forwards without gradient."""
     with torch.no_grad():
-        parts = [_completions(policy, microbatch, batch, config, reference) for microbatch in batch.microbatches]
+        found = [
+            _completions(policy, microbatch, batch, config, ref, batch.pairs, temperature)
+            for microbatch, ref in zip(batch.microbatches, ref_logps, strict=True)
+        ]
+    parts = [completions for completions, _ in found]
     logps = torch.cat([part.logps for part in parts]).requires_grad_()
-    has_weights = parts[0].log_weights is not None
     with torch.enable_grad():
         loss, sums = objective(
             Completions(
                 logps=logps,
                 ref_logps=torch.cat([part.ref_logps for part in parts]),
                 lengths=torch.cat([part.lengths for part in parts]),
-                log_weights=torch.cat([p.log_weights for p in parts if p.log_weights is not None])
-                if has_weights
-                else None,
+                pairs=batch.pairs,
+                log_weights=_joined([part.log_weights for part in parts]),
+                is_desirable=_joined([part.is_desirable for part in parts]),
             )
         )
     (gradient,) = torch.autograd.grad(loss, logps)
-    return list(gradient.split([len(part.logps) for part in parts])), sums
+    return list(gradient.split([len(part.logps) for part in parts])), sums, [logprobs for _, logprobs in found]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _finished(sums: Mapping[str, Tensor], objective: PreferenceObjective) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def make_minibatches(
                 max_completion_tokens=max_completion_tokens,
             ),
         )
-        for part in _split(samples, config.num_minibatches)
+        for part in split_groups(samples, config.num_minibatches)
         for kept in [[sample for sample in part if _matters(sample, config)]]
     ]
 
@@ -126,7 +126,7 @@ def update_policy(
     return UpdateResult(
         num_applied=num_applied,
         is_finite=is_finite,
-        metrics=_merge(steps),
+        metrics=merge_metrics(steps),
         microbatches=[microbatch for part in before for microbatch in minibatches[part].microbatches],
         logprobs=[logprobs for part in before.values() for logprobs in part],
     )
@@ -152,7 +152,8 @@ def _matters(sample: TrainingSample, config: AlgorithmConfig) -> bool:
     return config.needs_every_sample or any(sample.advantages)
 
 
-def _split(samples: Sequence[TrainingSample], num_parts: int) -> list[list[TrainingSample]]:
+def split_groups(samples: Sequence[TrainingSample], num_parts: int) -> list[list[TrainingSample]]:
+    """Parts of about equally many groups; a group is not cut."""
     groups: dict[str, list[TrainingSample]] = {}
     for sample in samples:
         groups.setdefault(sample.group_id, []).append(sample)
@@ -162,7 +163,8 @@ def _split(samples: Sequence[TrainingSample], num_parts: int) -> list[list[Train
     return parts
 
 
-def _merge(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def merge_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the steps; maxima where the name ends in _max."""
     names = dict.fromkeys(name for step in steps for name in step)
     merged = {}
     for name in names:

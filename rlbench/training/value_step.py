@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from rlbench.algorithms.value_losses import clipped_value_loss, explained_variance
-from rlbench.data.packing import Microbatch, pack
+from rlbench.data.packing import Microbatch, pack, with_next_token
 from rlbench.models.value_head import Critic
 from rlbench.records import FINISH_LENGTH, RolloutGroup, StateValues, TrainingSample
 from rlbench.training.reference_kl import unscored_sample
@@ -50,7 +50,7 @@ def state_values(
     for rollout in (r for group in groups for r in group.rollouts if r.reward is not None):
         sample = unscored_sample(rollout)
         if bootstrap_truncated and rollout.completion.finish_reason == FINISH_LENGTH:
-            sample = _with_state_after(sample)
+            sample = with_next_token(sample)
         samples[rollout.rollout_id] = sample
     # The state after a completion takes one row more than a training microbatch has for it.
     budget = tokens_per_microbatch + int(bootstrap_truncated)
@@ -142,14 +142,3 @@ def _of_batch(minibatches: Sequence[Minibatch]) -> dict[str, float]:
     explained = explained_variance(values, returns)
     metrics = {"value/mean": float(values.mean()), "value/return_mean": float(returns.mean())}
     return metrics if math.isnan(explained) else metrics | {"value/explained_var": explained}
-
-
-def _with_state_after(sample: TrainingSample) -> TrainingSample:
-    """One token more, so that the last real token becomes an input; which one it is does not matter."""
-    return replace(
-        sample,
-        token_ids=(*sample.token_ids, 0),
-        sampling_logprobs=(*sample.sampling_logprobs, 0.0),
-        advantages=(*sample.advantages, 0.0),
-        loss_mask=(*sample.loss_mask, False),
-    )

@@ -35,6 +35,11 @@ with warnings.catch_warnings(), clean_start():  # TRL imports vLLM where it is i
 P, L = 6, 7  # pairs, longest completion
 
 
+def adjacent(num_completions: int) -> torch.Tensor:
+    """Chosen and rejected in turn."""
+    return torch.arange(num_completions).view(-1, 2)
+
+
 class Batch:
     """Random ragged per-token logprobs [2P, L] of policy and reference, chosen and rejected in turn."""
 
@@ -62,6 +67,7 @@ class Batch:
             logps=self.sums(self.logprobs),
             ref_logps=self.sums(self.ref) * has_reference,
             lengths=self.lengths,
+            pairs=adjacent(len(self.lengths)),
             log_weights=self.sums(weights) / self.lengths if wpo else None,
             is_desirable=self.labels if is_unpaired else None,
         )
@@ -316,7 +322,7 @@ def one_pair(name: str) -> tuple[torch.Tensor, Completions]:
     options = {key: value for key, value in {"beta": BETA, "label_smoothing": E}.items() if key in spec.options}
     logps = torch.tensor([C, R], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([RC, RR], dtype=torch.float64) * spec.needs_reference
-    completions = Completions(logps=logps, ref_logps=reference, lengths=torch.tensor([NC, NR]))
+    completions = Completions(logps=logps, ref_logps=reference, lengths=torch.tensor([NC, NR]), pairs=adjacent(2))
     objective = PreferenceObjective(
         config=PreferenceConfig(losses=[name], **options), num_rows=1, num_chosen_tokens=NC, num_desirable=0
     )
@@ -348,7 +354,14 @@ def test_the_loss_does_not_depend_on_the_split_into_microbatches(name):
     )
 
     parts = [
-        objective(Completions(logps=whole.logps[s], ref_logps=whole.ref_logps[s], lengths=whole.lengths[s]))
+        objective(
+            Completions(
+                logps=whole.logps[s],
+                ref_logps=whole.ref_logps[s],
+                lengths=whole.lengths[s],
+                pairs=adjacent(len(whole.lengths[s])),
+            )
+        )
         for s in (slice(0, 4), slice(4, 2 * P))
     ]
 
@@ -366,7 +379,7 @@ def test_kto_by_hand_in_float64():
     )  # fmt: skip
     completions = Completions(
         logps=torch.tensor(ratios, dtype=torch.float64), ref_logps=torch.zeros(2, dtype=torch.float64),
-        lengths=torch.tensor([1, 1]), is_desirable=torch.tensor([True, False]),
+        lengths=torch.tensor([1, 1]), pairs=adjacent(0), is_desirable=torch.tensor([True, False]),
     )  # fmt: skip
 
     assert objective(completions)[0].item() == pytest.approx(expected, rel=1e-12)
@@ -408,6 +421,8 @@ def test_a_certain_completion_gives_orpo_a_finite_gradient():
     objective = PreferenceObjective(
         config=PreferenceConfig(losses=["orpo"]), num_rows=1, num_chosen_tokens=2, num_desirable=0
     )
-    loss, _ = objective(Completions(logps=logps, ref_logps=torch.zeros(2), lengths=torch.tensor([2, 3])))
+    loss, _ = objective(
+        Completions(logps=logps, ref_logps=torch.zeros(2), lengths=torch.tensor([2, 3]), pairs=adjacent(2))
+    )
 
     assert torch.autograd.grad(loss, logps)[0].isfinite().all()

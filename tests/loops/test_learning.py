@@ -9,6 +9,7 @@ OPTIONS = {
     "rloo": [],
     "reinforce_plus_plus": [],
     "ppo": ["algorithm.critic.lr=0.003"],
+    "online_dpo": ["optim.lr=0.01"],
 }
 
 
