@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlbench.models.policy import Policy
@@ -83,6 +84,7 @@ def save_checkpoint(
     """
     final = run_folder / "checkpoints" / _name(state["step"])
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    aside = final.with_name(f".{final.name}.{os.getpid()}.before")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -92,14 +94,17 @@ def save_checkpoint(
             _save(temporary / name, trained, its_optimizer, base_name)
         (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
         _write_manifest(temporary)
-        if final.exists():  # the same step, saved by an earlier try of this run
-            shutil.rmtree(final)
+        if final.exists():  # the same step, saved before
+            os.rename(final, aside)
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except OSError as error:
         raise TrackingError.from_os_error("save a checkpoint to", final, error) from error
+    except SafetensorError as error:  # its writer's way to say what OSError says: disk full
+        raise TrackingError(f"cannot save a checkpoint to {final}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
     kept = {_name(step) for step in keep_steps}
     for old in _folders(run_folder)[keep_last:]:
         if old.name not in kept:

@@ -2,12 +2,15 @@
 
 import functools
 import json
+import random
+import resource
 
 import pytest
 import torch
 
 from rlbench.config.schema import AlgorithmConfig, OptimConfig
 from rlbench.data.packing import pack
+from rlbench.tracking.errors import TrackingError
 from rlbench.training.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
 from rlbench.training.optim import make_optimizer
 from rlbench.training.step import train_step
@@ -140,3 +143,35 @@ def test_an_adapter_of_another_rank_is_refused(two_checkpoints, tiny_base):
     with pytest.raises(ValueError, match=r"expected equal lora.\* settings"):
         restore(read_checkpoint(two_checkpoints[0]), policy, optimizer)
     assert torch.isfinite(next(iter(policy.parameters()))).all()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_old(two_checkpoints, tiny_base, tmp_path):
+    """The writers' own errors, safetensors' among them, under a limit on the size of files."""
+    policy, optimizer = start(tiny_base)
+    make_update(policy, optimizer, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(TrackingError, match="cannot save a checkpoint to .*step-000003: .*File too large"):
+            save(tmp_path, policy, optimizer, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert find_checkpoint(tmp_path)[0].step == 2
+
+
+def test_any_single_byte_that_changes_is_noticed(two_checkpoints):
+    """Every byte of small files, the manifest among them; 100 random ones of the others."""
+    folder, draw = two_checkpoints[1], random.Random(0)
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        kept = file.read_bytes()
+        places = range(len(kept)) if len(kept) < 2000 else draw.sample(range(len(kept)), 100)
+        for place in places:
+            changed = bytearray(kept)
+            changed[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            with pytest.raises(ValueError):
+                read_checkpoint(folder)
+        file.write_bytes(kept)
+    assert read_checkpoint(folder).step == 2
