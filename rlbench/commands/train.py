@@ -92,6 +92,7 @@ def _run(
     from rlbench.loops.stopping import StopRequest
     from rlbench.loops.training_loop import NonFiniteError
     from rlbench.rollouts.credit import RewardFailure
+    from rlbench.training.microbatch_budget import UpdateMemoryError
 
     tracker = _tracker(inputs, checkpoint, run_folder, console)
     if inputs.config.stage == "rl" and checkpoint is None:
@@ -100,6 +101,7 @@ def _run(
     make_loop = stage.load_loop()
     loop = make_loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
     failures: dict[type[Exception], int] = {
+        UpdateMemoryError: 8,
         NonFiniteError: 3,
         TrackingError: 4,
         RewardFailure: 5,

@@ -304,8 +304,10 @@ class CheckpointConfig:
     # a number of the evaluations, such as eval/accuracy: the checkpoint of its best value (the lowest, if its name ends
     # in loss) is written and kept too; needs evaluation.every_steps
     keep_best: str | None = None
+    on_error: str = "stop"  # stop | go_on: what a run does when a checkpoint cannot be written, e.g. disk full
 
     def __post_init__(self) -> None:
+        check_choice("checkpoint.on_error", self.on_error, ["stop", "go_on"])
         check_range("checkpoint.every_steps", self.every_steps, low=0)
         check_range("checkpoint.keep_last", self.keep_last, low=1)
 

@@ -35,6 +35,7 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
     reference: dict[str, list[float]] | None = None  # by row_id; None: a forward each step, or no reference
 
     def __post_init__(self) -> None:
+        TrainingLoop.__post_init__(self)
         config = self.inputs.config
         self.stream = PromptStream(self.inputs.train.rows, seed=config.seed, shuffle=config.data.shuffle)
 
@@ -77,7 +78,7 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
                 max_grad_norm=config.optim.max_grad_norm,
                 reference=self.reference,
             )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics)
+        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, batch.rows)
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(batch.microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

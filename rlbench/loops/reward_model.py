@@ -23,6 +23,7 @@ class RewardModelLoop(TrainingLoop[PreferenceInputs, BaseParts]):
     stream: PromptStream[PreferenceRow] = field(init=False)
 
     def __post_init__(self) -> None:
+        TrainingLoop.__post_init__(self)
         config = self.inputs.config
         self.stream = PromptStream(self.inputs.train.rows, seed=config.seed, shuffle=config.data.shuffle)
 
@@ -56,7 +57,7 @@ class RewardModelLoop(TrainingLoop[PreferenceInputs, BaseParts]):
                 centering_coef=config.reward_model.centering_coef,
                 max_grad_norm=config.optim.max_grad_norm,
             )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics)
+        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, batch.rows)
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(batch.microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

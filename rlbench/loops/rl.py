@@ -63,6 +63,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        TrainingLoop.__post_init__(self)
         data = self.inputs.config.data
         self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
         self.entropy_control = make_entropy_control(self.inputs.config.algorithm)
@@ -179,7 +180,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                     self.parts.critic,
                     groups,
                     bootstrap_truncated=config.algorithm.critic.bootstrap_truncated,
-                    tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+                    tokens_per_microbatch=self.budget.tokens,
                 )
         return credit(
             groups,
@@ -200,7 +201,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             estimator=estimator,
             reference=other,
             temperature=config.sampling.temperature,
-            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            tokens_per_microbatch=self.budget.tokens,
         )
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
@@ -216,13 +217,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         minibatches = make_minibatches(
             credited.samples,
             config.algorithm,
-            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            tokens_per_microbatch=self.budget.tokens,
             max_completion_tokens=config.sampling.max_tokens,
             device=parts.policy.device,
         )
         of_critic = self._update_critic(minibatches, step, num_steps)
         if step <= num_warmup:
-            self._count_updates(0, of_critic.is_finite, of_critic.shown)
+            self._count_updates(0, of_critic.is_finite, of_critic.shown, credited.samples)
             return {"optim/lr": lr, "optim/is_skipped": 0.0, "optim/num_updates": 0.0, **of_critic.metrics}
         set_lr(parts.optimizer, lr)
         with self._phase("update"):
@@ -236,9 +237,10 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 entropy_control=self.entropy_control,
                 seed=sampling_seed(config.seed, step, "token choice", 0),
                 reference=parts.reference,
+                budget=self.budget,
             )
         shown = result.metrics if of_critic.is_finite else of_critic.shown
-        self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown)
+        self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown, credited.samples)
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
         return self._of_update(result, lr, microbatches) | of_critic.metrics
 
@@ -249,7 +251,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             credited.samples,
             credited.pairs,
             num_minibatches=config.algorithm.num_minibatches,
-            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            tokens_per_microbatch=self.budget.tokens,
             device=parts.policy.device,
         )
         options = PairOptions(
@@ -262,7 +264,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             result = update_on_pairs(
                 parts.policy, batches, parts.optimizer, config.preference, options, reference=parts.reference
             )
-        self._count_updates(result.num_applied, result.is_finite, result.metrics)
+        self._count_updates(result.num_applied, result.is_finite, result.metrics, credited.samples)
         return self._of_update(result, lr, [microbatch for batch in batches for microbatch in batch.microbatches])
 
     def _of_update(

@@ -23,6 +23,7 @@ class SftLoop(TrainingLoop[SftInputs, BaseParts]):
     stream: PromptStream[TrainingSample] = field(init=False)
 
     def __post_init__(self) -> None:
+        TrainingLoop.__post_init__(self)
         config = self.inputs.config
         self.stream = PromptStream(self.inputs.train.samples, seed=config.seed, shuffle=config.data.shuffle)
 
@@ -46,7 +47,9 @@ class SftLoop(TrainingLoop[SftInputs, BaseParts]):
             result = sft_step(
                 self.parts.policy, microbatches, self.parts.optimizer, max_grad_norm=config.optim.max_grad_norm
             )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics)
+        self._count_updates(
+            int(result.is_applied), result.is_applied, result.metrics, [s for mb in microbatches for s in mb.samples]
+        )
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

@@ -14,10 +14,13 @@ from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
 from rlbench.data.packing import Microbatch
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StopRequest
+from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
+from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.phase_memory import PhaseMemory
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
+from rlbench.training.microbatch_budget import MicrobatchBudget
 
 _CHECKPOINT_STEPS = 10  # between two checkpoints at least, where the user says nothing
 _CHECKPOINT_FRAC = 0.02  # of the time
@@ -45,12 +48,18 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     history: list[Mapping[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     last_checkpoint: Path | None = None
+    num_failed_saves: int = 0
+    budget: MicrobatchBudget = field(init=False)
     _saved_step: int = 0
     _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
     _health: HealthWatch | None = None
     _memory: PhaseMemory = field(default_factory=lambda: PhaseMemory(None))  # in `run` that of the device
+
+    def __post_init__(self) -> None:
+        tokens = self.inputs.config.training.tokens_per_microbatch or 1
+        self.budget = MicrobatchBudget(tokens, self.console.warning)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -62,6 +71,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.last_checkpoint = checkpoint.folder
         self._saved_step = self.step
+        self.budget.tokens = min(self.budget.tokens, state.get("tokens_per_microbatch", self.budget.tokens))
         self._restore(state)
 
     def run(self) -> None:
@@ -94,6 +104,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             "step": self.step,
             "policy_version": self.policy_version,
             "num_bad_steps": self.num_bad_steps,
+            "tokens_per_microbatch": self.budget.tokens,
             "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
             "evaluations": [
                 {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
@@ -101,7 +112,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
             **self._state(),
         }
-        with self._phase("checkpoint"):
+        with self._phase("checkpoint"), self._survived_if_asked():
             self.last_checkpoint = save_checkpoint(
                 self.run_folder,
                 self.parts.policy,
@@ -113,6 +124,18 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 beside=self._beside(),
             )
         self._saved_step, self._save_s, self._saved_at = self.step, time.monotonic() - start, time.monotonic()
+
+    @contextmanager
+    def _survived_if_asked(self) -> Iterator[None]:
+        """With checkpoint.on_error=go_on a checkpoint that cannot be written is a warning; the next is tried anew."""
+        try:
+            yield
+        except TrackingError as error:
+            if self.inputs.config.checkpoint.on_error != "go_on":
+                raise
+            self.num_failed_saves += 1
+            kept = f"the last one is {self.last_checkpoint}" if self.last_checkpoint else "there is none yet"
+            self.console.warning(f"step {self.step}: {error}; going on without it, {kept}")
 
     def _is_checkpoint_due(self) -> bool:
         every = self.inputs.config.checkpoint.every_steps
@@ -164,16 +187,25 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         """Of the loop: take back what `_state` gave."""
         raise NotImplementedError
 
-    def _count_updates(self, num_applied: int, is_finite: bool, metrics: Mapping[str, float]) -> None:
+    def _count_updates(
+        self, num_applied: int, is_finite: bool, metrics: Mapping[str, float], samples: Sequence[Any]
+    ) -> None:
+        """
+        Args:
+            samples: dataclasses that the update read; kept in a file if it was not finite.
+        """
         self.policy_version += num_applied
         if is_finite:
             self.num_bad_steps = 0
             return
         self.num_bad_steps += 1
+        facts = {"policy_version": self.policy_version, **metrics}
+        kept = write_bad_batch(self.run_folder, self.step + 1, samples, facts)
         limit = self.inputs.config.training.max_bad_steps
         self.console.warning(
             f"step {self.step + 1}: loss {metrics['loss/total']}, gradient norm {metrics['optim/grad_norm']}: "
-            f"not finite, the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit})"
+            f"not finite, the update is skipped ({self.num_bad_steps} in a row, training.max_bad_steps is {limit}); "
+            f"its batch: {kept}"
         )
         if self.num_bad_steps >= limit:
             raise NonFiniteError(f"no finite gradient in {limit} steps in a row; a lower optim.lr is the usual cure")
@@ -182,6 +214,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         num_tokens = sum(len(microbatch.token_ids) for microbatch in microbatches)
         return {
             "training/num_microbatches": float(len(microbatches)),
+            "training/tokens_per_microbatch": float(self.budget.tokens),
             "training/num_tokens": float(num_tokens),
             "tokens/training_per_s": num_tokens / self._seconds["update"],
         }
@@ -200,6 +233,8 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     def _log_step(self, step: int, metrics: dict[str, float | None], start: float) -> None:
         """Add the step's times and memory and hand its metrics on."""
         metrics["policy_version"] = float(self.policy_version)
+        if self.num_failed_saves:
+            metrics["checkpoint/num_failed"] = float(self.num_failed_saves)
         metrics |= {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._seconds.items()}
         metrics["time/step_s"] = time.monotonic() - start
         metrics |= self._memory.take()

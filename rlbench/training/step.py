@@ -16,6 +16,7 @@ from rlbench.algorithms.reduce import BatchTotals, token_weights
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
+from rlbench.training.microbatch_budget import MicrobatchBudget, as_before, fitted
 from rlbench.training.objective import Objective
 from rlbench.training.token_choice import choose_tokens
 from rlbench_kernels import linear_logprobs, linear_token_loss
@@ -41,6 +42,7 @@ def train_step(
     totals: BatchTotals | None = None,
     columns: Sequence[Columns] | None = None,
     entropy_coef: float | None = None,
+    budget: MicrobatchBudget | None = None,
 ) -> StepResult:
     """Make one update from packed microbatches.
 
@@ -56,6 +58,10 @@ def train_step(
         totals: counts of the update where samples without advantage were left out; None: those of `microbatches`.
         columns: from `fixed_columns`, for each microbatch; None: made here.
         entropy_coef: None: `config.entropy_coef`.
+        budget: a forward or backward pass that finds no memory is made again in smaller microbatches; None: an error.
+
+    Raises:
+        UpdateMemoryError: not even one sample a microbatch fits.
     """
     totals = totals or count_totals(microbatches)
     if columns is None:
@@ -68,14 +74,21 @@ def train_step(
         num_bonus_tokens=sum(int(mask.sum()) for mask in top),
         entropy_coef=config.entropy_coef if entropy_coef is None else entropy_coef,
     )
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    all_logprobs: list[Tensor] = []
-    for microbatch, fixed in zip(microbatches, columns, strict=True):
-        weights = _weights(microbatch, config, totals, len(microbatches))
-        shares, logprobs = _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature)
-        all_logprobs.append(logprobs)
-        add_shares(sums, shares)
+
+    def accumulate(tokens: int | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        optimizer.zero_grad(set_to_none=True)
+        packed, fixed_of = (microbatches, columns) if tokens is None else fitted(microbatches, columns, tokens)
+        sums: dict[str, Tensor] = {}
+        all_logprobs: list[Tensor] = []
+        for microbatch, fixed in zip(packed, fixed_of, strict=True):
+            weights = _weights(microbatch, config, totals, len(packed))
+            shares, logprobs = _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature)
+            all_logprobs.append(logprobs)
+            add_shares(sums, shares)
+        return sums, as_before(all_logprobs, packed, microbatches)
+
+    samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+    sums, all_logprobs = budget.attempt(samples, accumulate) if budget else accumulate(None)
     return finish_step(policy, optimizer, sums, all_logprobs, max_grad_norm=max_grad_norm)
 
 

@@ -14,6 +14,7 @@ from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch, pack
 from rlbench.models.policy import Policy
 from rlbench.records import TrainingSample
+from rlbench.training.microbatch_budget import MicrobatchBudget
 from rlbench.training.step import fixed_columns, train_step
 
 
@@ -79,6 +80,7 @@ def update_policy(
     entropy_control: EntropyControl,
     seed: int,
     reference: Policy | None = None,
+    budget: MicrobatchBudget | None = None,
 ) -> UpdateResult:
     """Make `config.num_updates` optimizer steps from a batch; update i takes minibatch i modulo their number.
 
@@ -92,6 +94,7 @@ def update_policy(
         entropy_control: read before each step, told the entropy after it.
         seed: of the random choice that some losses make.
         reference: as in `reference_logprobs`.
+        budget: as in `train_step`.
     """
     columns = _columns(policy, minibatches, config, temperature, seed, reference)
     before: dict[int, list[Tensor]] = {}  # by minibatch
@@ -111,6 +114,7 @@ def update_policy(
             totals=minibatches[part].totals,
             columns=columns[part],
             entropy_coef=entropy_control.applied,
+            budget=budget,
         )
         # without them no step came before this one
         own = zip(columns[part], result.logprobs, strict=True)

@@ -46,7 +46,7 @@ def saved_steps(monkeypatch, *, num_steps: int, step_s: float, save_s: float, ev
         inputs=SimpleNamespace(config=config, model=SimpleNamespace(name="none")),
         parts=SimpleNamespace(policy=policy, optimizer=None, step_s=step_s),
         tracker=SimpleNamespace(wandb=None),
-        console=SimpleNamespace(phase=lambda name: nullcontext()),
+        console=SimpleNamespace(phase=lambda name: nullcontext(), warning=print),
         run_folder=Path("run"),
         stop=SimpleNamespace(signal_number=None),
     )  # type: ignore[arg-type]
