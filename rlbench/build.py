@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlbench.checks.limits import derive_drift_limits
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rlbench.engine.interface import Engine
+    from rlbench.engine.recorded_engine import RecordedEngine
     from rlbench.models.policy import Policy
     from rlbench.models.value_head import Critic
 
@@ -154,15 +156,18 @@ def build(inputs: Inputs) -> Parts:
     import torch
 
     from rlbench.models.policy import Policy
+    from rlbench.rollouts.recorded_scorer import RecordedScorer
     from rlbench.training.optim import make_optimizer
 
     config = inputs.config
-    scorer = Scorer(config.rewards, columns=list(inputs.train.prompts[0].columns))
+    recorded = _recorded(inputs) if config.engine.kind == "recorded" else None
+    columns = list(inputs.train.prompts[0].columns)
+    scorer = RecordedScorer(config.rewards, recorded) if recorded else Scorer(config.rewards, columns=columns)
     try:
         device = "cuda" if config.hardware.profile == "gpu" else "cpu"
         if device == "cpu":
             torch.set_num_threads(config.hardware.num_threads or 1)
-        base, engine = _base_and_engine(inputs, device)
+        base, engine = _base_and_engine(inputs, device, recorded)
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
         critic, critic_optimizer = _critic(base, config)
@@ -285,7 +290,20 @@ def _ends_and_guides(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engine]:
+def _recorded(inputs: Inputs) -> RecordedEngine:
+    from rlbench.engine.recorded_engine import RecordedEngine
+
+    config = inputs.config
+    engine = RecordedEngine(Path(config.engine.recorded_from or "").expanduser())
+    if (config.training.num_steps or 0) > engine.num_steps:
+        raise ValueError(
+            f"training.num_steps is {config.training.num_steps}, but engine.recorded_from "
+            f"({config.engine.recorded_from}) holds rollouts of {engine.num_steps} steps"
+        )
+    return engine
+
+
+def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | None) -> tuple[PreTrainedModel, Engine]:
     """The engine, and the trainer's base: the engine's own tensors where they can be shared, else loaded apart."""
     import torch
 
@@ -312,6 +330,8 @@ def _base_and_engine(inputs: Inputs, device: str) -> tuple[PreTrainedModel, Engi
         if config.engine.share:
             return bind_base(folder, engine.base_weights(), dtype=dtype), engine
         return load_base(folder, dtype=dtype, device=device), engine
+    if recorded is not None:
+        return load_base(folder, dtype=dtype, device=device), recorded
     from rlbench.engine.hf_engine import HfEngine
 
     base = load_base(folder, dtype=dtype, device=device)

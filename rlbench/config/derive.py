@@ -153,6 +153,8 @@ def _engine(config: RunConfig, facts: HardwareFacts) -> tuple[str, str]:
 
 
 def _share(config: RunConfig) -> tuple[bool, str]:
+    if config.engine.kind == "recorded":
+        return True, "engine=recorded computes nothing; the trainer alone has the base"
     if config.engine.kind == "hf":
         return True, "engine=hf computes with the trainer's own tensors"
     if config.hardware.profile == "cpu":

@@ -196,14 +196,20 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
-    kind: str = AUTO  # auto (the faster one that is installed) | hf | vllm
+    kind: str = AUTO  # auto (the faster one that is installed) | hf | vllm | recorded: no generation
+    recorded_from: str | None = None  # engine=recorded: folder of the run whose rollouts and rewards are trained on
     max_num_seqs: int | None = None  # most sequences decoded together
     kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
     share: bool | None = None  # one copy of the base for engine and trainer
     deterministic: bool = False  # vllm on a GPU: kernels whose results do not depend on the batch; slower
 
     def __post_init__(self) -> None:
-        check_choice("engine.kind", self.kind, [AUTO, "hf", "vllm"])
+        check_choice("engine.kind", self.kind, [AUTO, "hf", "vllm", "recorded"])
+        if (self.kind == "recorded") != (self.recorded_from is not None):
+            raise ValueError(
+                f"engine.kind is {self.kind} and engine.recorded_from is {self.recorded_from}; expected both "
+                "engine=recorded and the folder of a run, or neither"
+            )
         check_range("engine.max_num_seqs", self.max_num_seqs, low=1)
         check_range("engine.kv_cache_gib", self.kv_cache_gib, low=0, is_low_open=True)
 

@@ -156,6 +156,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     def _prove(
         self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> dict[str, float]:
+        if self._is_recorded:
+            return {}
         with self._phase("identity"):
             return self.identity.check(
                 step, prompts, completions, policy_version=self.policy_version, fingerprint=self.fingerprint
@@ -357,8 +359,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         groups = make_groups(prompts.prompts, completions, self.inputs.tokenizer, parts.scorer, step=self.step)
         return sampled_metrics(groups)
 
+    @property
+    def _is_recorded(self) -> bool:
+        """Nothing is generated: there are no weights to prove, and no answers to held-out problems."""
+        return self.inputs.config.engine.kind == "recorded"
+
     def _evaluate(self) -> None:
-        if self.inputs.evaluation is None:
+        if self.inputs.evaluation is None or self._is_recorded:
             return
         with self._phase("evaluation"):
             evaluation, groups = evaluate(

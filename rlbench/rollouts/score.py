@@ -31,10 +31,7 @@ class Scorer:
             raise ValueError("rewards.components is empty, expected at least one reward")
         self._config = config
         self._in_process: dict[str, InProcess] = {}
-        self._terms = {
-            name: Term(weight=component.weight, gate_min=component.gate_min)
-            for name, component in config.components.items()
-        }
+        self._terms = reward_terms(config)
         specs = reward_specs(config)
         self._pool: RewardPool | None = None
         if not specs:
@@ -114,6 +111,14 @@ class Scorer:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+
+
+def reward_terms(config: RewardsConfig) -> dict[str, Term]:
+    """How each component enters the whole reward, by its name."""
+    return {
+        name: Term(weight=component.weight, gate_min=component.gate_min)
+        for name, component in config.components.items()
+    }
 
 
 def reward_specs(config: RewardsConfig) -> list[dict[str, Any]]:

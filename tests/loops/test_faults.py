@@ -1,6 +1,16 @@
-"""A run whose engine samples from other weights stops within the step, with exit status 6 and one sentence.
+"""Faults of a whole run, injected: each ends as promised.
 
-All faults, against both engines: tests/checks/test_faults.py.
+fault -> promise -> test, in this folder where no other is named
+kill -9 -> continues bit for bit -> test_rl_runs.py, test_sft_runs.py, test_chain_runs.py, scripts/soak_kills.py
+SIGTERM, Ctrl-C -> the step ends, is saved, status 143 or 130; a second one ends at once -> test_rl_runs.py
+disk full -> old checkpoint intact, one sentence, status 4; checkpoint.on_error=go_on: a warning -> here, and
+    tests/training/test_checkpoint.py
+damaged checkpoint -> named, the one before is taken; any changed byte is noticed -> tests/training/test_checkpoint.py
+no finite gradient -> skipped, batch kept, status 3 after training.max_bad_steps -> here
+out of memory in an update -> half the microbatch, same gradient -> here, tests/training/test_microbatch_budget.py
+reward hangs, breaks, dies -> no reward, never 0; worker replaced -> tests/rewards/test_pool.py, test_pool_policies.py
+wandb unreachable -> off with one line, metrics.jsonl goes on -> tests/tracking/test_wandb_tracker.py
+engine with other weights -> status 6 within the step -> here; all of them: tests/checks/test_faults.py
 """
 
 import json

@@ -1,0 +1,45 @@
+"""Rewards as they were recorded, for rollouts that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rlbench.config.schema import RewardsConfig
+from rlbench.engine.recorded_engine import RecordedEngine
+from rlbench.records import Completion, Prompt, RewardComponent
+from rlbench.rollouts.score import Scorer, reward_terms
+
+
+class RecordedScorer(Scorer):
+    """Components from the record, found by a completion's seed; weights and `rewards.combine` are the config's."""
+
+    def __init__(self, config: RewardsConfig, engine: RecordedEngine) -> None:
+        self._config, self._engine = config, engine
+        self._terms = reward_terms(config)
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], texts: Sequence[Sequence[str]]
+    ) -> list[list[dict[str, RewardComponent]]]:
+        """
+        Raises:
+            ValueError: a configured component was not recorded.
+        """
+        return [[self._recorded(completion.seed) for completion in group] for group in completions]
+
+    def _recorded(self, seed: int) -> dict[str, RewardComponent]:
+        rollout = self._engine.rollout(seed)
+        for name in self._terms:
+            if name not in rollout.components:
+                raise ValueError(
+                    f"rewards.components has {name}, but rollout {rollout.rollout_id} was recorded with "
+                    f"{', '.join(rollout.components)}; expected the rewards of engine.recorded_from, or a rescore"
+                )
+        return {name: replace(rollout.components[name], weight=term.weight) for name, term in self._terms.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """No worker has run."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs."""
