@@ -171,7 +171,8 @@ def build(inputs: Inputs) -> Parts:
         policy = Policy(base, config.lora, seed=config.seed)
         policy.set_recompute(config.training)
         critic, critic_optimizer = _critic(base, config)
-        _attach_reward_models(scorer, base, config)
+        if recorded is None:
+            _attach_reward_models(scorer, base, config)
         is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
         has_reference = config.algorithm.reference_refresh_steps > 0 or is_start
         return Parts(

@@ -15,7 +15,7 @@ from rlbench.build_offline import PreferenceInputs
 from rlbench.data.preferences import PreferenceRow
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation
-from rlbench.loops.training_loop import TrainingLoop
+from rlbench.loops.training_loop import TrainingLoop, samples_of
 from rlbench.tracking.errors import TrackingError
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.preference_step import (
@@ -78,7 +78,7 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
                 max_grad_norm=config.optim.max_grad_norm,
                 reference=self.reference,
             )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, batch.rows)
+        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, samples_of(batch.microbatches))
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(batch.microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

@@ -12,7 +12,7 @@ from rlbench.build_offline import PreferenceInputs
 from rlbench.data.preferences import PreferenceRow
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation
-from rlbench.loops.training_loop import TrainingLoop
+from rlbench.loops.training_loop import TrainingLoop, samples_of
 from rlbench.models.reward_model import RewardModel
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.reward_step import RewardBatch, held_out_rewards, make_reward_batch, reward_step
@@ -57,7 +57,7 @@ class RewardModelLoop(TrainingLoop[PreferenceInputs, BaseParts]):
                 centering_coef=config.reward_model.centering_coef,
                 max_grad_norm=config.optim.max_grad_norm,
             )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, batch.rows)
+        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, samples_of(batch.microbatches))
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(batch.microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

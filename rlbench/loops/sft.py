@@ -12,7 +12,7 @@ from rlbench.build_offline import SftInputs
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation
-from rlbench.loops.training_loop import TrainingLoop
+from rlbench.loops.training_loop import TrainingLoop, samples_of
 from rlbench.records import TrainingSample
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.sft_step import held_out_loss, sft_step
@@ -47,9 +47,7 @@ class SftLoop(TrainingLoop[SftInputs, BaseParts]):
             result = sft_step(
                 self.parts.policy, microbatches, self.parts.optimizer, max_grad_norm=config.optim.max_grad_norm
             )
-        self._count_updates(
-            int(result.is_applied), result.is_applied, result.metrics, [s for mb in microbatches for s in mb.samples]
-        )
+        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, samples_of(microbatches))
         metrics: dict[str, float | None] = {**result.metrics, **self._sizes(microbatches), "optim/lr": lr}
         metrics["data/epoch"] = float(self.stream.epoch)
         self.step = step

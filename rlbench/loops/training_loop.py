@@ -14,6 +14,7 @@ from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
 from rlbench.data.packing import Microbatch
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StopRequest
+from rlbench.records import TrainingSample
 from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
@@ -256,3 +257,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         with self.console.phase(name), self._memory.phase(name):
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
+
+
+def samples_of(microbatches: Sequence[Microbatch]) -> list[TrainingSample]:
+    return [sample for microbatch in microbatches for sample in microbatch.samples]
