@@ -17,6 +17,7 @@ from rlbench_rewards.sandbox.limits import Limits
 from rlbench_rewards.sandbox.supervisor import Sandbox, SandboxError
 
 SCORES = ("all", "fraction")
+_GOLD_COLUMNS = ("canonical_solution", "code", "solution")  # of HumanEval, MBPP, KodCode
 _MAX_SHOWN = 200
 _MAX_PROGRAM_CHARS = 500_000
 
@@ -44,6 +45,8 @@ class CodeTests:
     Raises:
         ValueError: an unknown choice, or no isolation works here.
     """
+
+    needs_right_answer = True
 
     def __init__(
         self,
@@ -84,6 +87,12 @@ class CodeTests:
         if num_passed == len(verdicts):
             return RewardOutput(value=1.0, details=details)
         return RewardOutput(value=num_passed / len(verdicts) if self._score == "fraction" else 0.0, details=details)
+
+    def gold_completion(self, sample: RewardSample) -> str | None:
+        """The row's own solution; None where it has none, as in LiveCodeBench."""
+        found = (sample.columns.get(name) for name in _GOLD_COLUMNS)
+        program = next((text for text in found if isinstance(text, str) and text.strip()), None)
+        return None if program is None else f"```python\n{program}\n```"
 
     def close(self) -> None:
         """End the sandbox. The end of the process does it as well."""

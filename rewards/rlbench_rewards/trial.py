@@ -155,8 +155,13 @@ class _Trial:
         if not self.rows:
             self._add("gold answers", NOTE, "there are no rows")
             return
-        golds = self._gold_completions()
-        right = self._outcomes([_with(row, gold) for row, gold in zip(self.rows, golds, strict=True)])
+        known = [(row, gold) for row, gold in zip(self.rows, self._gold_completions(), strict=True) if gold is not None]
+        if len(known) < len(self.rows):
+            self._add("gold answers", NOTE, f"{len(self.rows) - len(known)} of {len(self.rows)} rows hold none")
+        if not known:
+            return
+        self.rows, golds = [row for row, _ in known], [gold for _, gold in known]
+        right = self._outcomes([_with(row, gold) for row, gold in known])
         bad = [
             f"{row.prompt_id}: gold {_shown(str(row.columns.get('answer')))} gives {_told(outcome)}"
             for row, outcome in zip(self.rows, right, strict=True)
@@ -185,7 +190,7 @@ class _Trial:
         self._verdict("shuffled answers", bad, len(pairs), "do not score 1")
         return len(bad), len(pairs)
 
-    def _gold_completions(self) -> list[str]:
+    def _gold_completions(self) -> Sequence[str | None]:
         """From the reward itself, else the form in which the first row's gold answer scores best."""
         if hasattr(self.target, "gold_completion"):
             return [self._gold_completion(row) for row in self.rows]
@@ -195,8 +200,9 @@ class _Trial:
         best = max(range(len(_DRESSES)), key=lambda index: outcomes[index].value or 0.0)
         return [_DRESSES[best].format(answer) for answer in answers]
 
-    def _gold_completion(self, row: RewardSample) -> str:
-        """ "" for a row without a usable gold answer: scoring it then tells what is wrong with the row."""
+    def _gold_completion(self, row: RewardSample) -> str | None:
+        """None for a row that is not expected to hold a gold answer, "" for one whose gold answer cannot be used:
+        scoring it then tells what is wrong with the row."""
         try:
             return self.target.gold_completion(row)
         except RewardError:

@@ -81,6 +81,7 @@ def reward_test(config: RunConfig, options: TrialOptions) -> int:
 
 
 def _rows(config: RunConfig, dataset: object, limit: int) -> list[RewardSample]:
+    from rlbench.data.chat import question_text
     from rlbench.data.prompts import select_rows
     from rlbench.data.sources import LoadedRows
 
@@ -91,7 +92,7 @@ def _rows(config: RunConfig, dataset: object, limit: int) -> list[RewardSample]:
     )
     return [
         RewardSample(
-            prompt=str(row[config.data.prompt_column]),
+            prompt=question_text(row, config.data),
             completion="",
             prompt_id=f"train/{row['row_number']}",
             columns={**row, "answer": row[config.data.answer_column]},

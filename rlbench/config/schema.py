@@ -77,6 +77,9 @@ class DataConfig:
     source: str = AUTO  # auto (hub, else generated problems) | hub | generated
     prompt_column: str = "question"
     answer_column: str = "answer"
+    shown_columns: list[str] = field(
+        default_factory=list
+    )  # follow the prompt, e.g. the tests; a list is one item a line
     limit: int | None = None  # use the first rows only
     shuffle: bool = True
     seed: int = 0  # of the shuffling and of generated problems

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rlbench.config.schema import DataConfig
+
+
+def question_text(row: Mapping[str, Any], config: DataConfig) -> str:
+    """The prompt column, then each of `data.shown_columns` that is not empty, with blank lines between.
+
+    Raises:
+        ValueError: the row has no such column.
+    """
+    for column in config.shown_columns:
+        if column not in row:
+            raise ValueError(f"data.shown_columns names {column!r}, expected one of: {', '.join(map(str, row))}")
+    shown = [row[column] for column in config.shown_columns]
+    parts = ["\n".join(map(str, value)) if isinstance(value, list) else str(value) for value in shown if value]
+    return "\n\n".join([str(row[config.prompt_column]), *parts])
 
 
 def chat_messages(question: str, config: DataConfig) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.schema import DataConfig
-from rlbench.data.chat import chat_messages, render
+from rlbench.data.chat import chat_messages, question_text, render
 from rlbench.data.conversation import completion_ids, is_conversation, mixed_problem, value_problem
 from rlbench.data.sources import answer_problem
 from rlbench.data.supervised import check_long, check_prompt_settings, continue_ids
@@ -206,7 +206,7 @@ def _tokens(
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """The prompt's tokens, and those of each completion of the row."""
     if names == (config.prompt_column, config.answer_column):
-        messages, answer = chat_messages(str(row[config.prompt_column]), config), str(row[config.answer_column])
+        messages, answer = chat_messages(question_text(row, config), config), str(row[config.answer_column])
         ids = list(render(messages, tokenizer)[1])
         texts = [answer, wrong_answer(answer, str(row["row_number"]))]
         return tuple(ids), [tuple(continue_ids(messages, ids, text, row, tokenizer)) for text in texts]

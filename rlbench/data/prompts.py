@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.schema import DataConfig
-from rlbench.data.chat import chat_messages, render
+from rlbench.data.chat import chat_messages, question_text, render
 from rlbench.data.sources import LoadedRows
 from rlbench.records import Prompt
 
@@ -45,8 +45,7 @@ def make_prompts(
     prompts: list[Prompt] = []
     num_too_long = 0
     for row in rows:
-        question = str(row[config.prompt_column])
-        text, token_ids = render(chat_messages(question, config), tokenizer)
+        text, token_ids = render(chat_messages(question_text(row, config), config), tokenizer)
         if len(token_ids) > max_prompt_tokens:
             if config.long_prompts == "error":
                 raise ValueError(

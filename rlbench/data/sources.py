@@ -16,7 +16,11 @@ from rlbench.data.hub import hub_problem
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("nlile/hendrycks-MATH-benchmark", "default")}
+_HUB = {
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math": ("nlile/hendrycks-MATH-benchmark", "default"),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+}
 _IMITATED = ("gsm8k",)  # what generated problems can stand in for
 _NUM_GENERATED = {"train": 2000, "test": 500}
 _GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."

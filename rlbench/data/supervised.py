@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.schema import DataConfig
-from rlbench.data.chat import chat_messages, render
+from rlbench.data.chat import chat_messages, question_text, render
 from rlbench.data.conversation import (
     as_messages,
     assistant_mask,
@@ -154,7 +154,7 @@ def given_sample(sample_id: str, token_ids: Sequence[int], mask: Sequence[bool])
 
 def answer_ids(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Of a row with a question: the online loop's prompt, and the answer as an engine would end it."""
-    messages, answer = chat_messages(str(row[config.prompt_column]), config), str(row[config.answer_column])
+    messages, answer = chat_messages(question_text(row, config), config), str(row[config.answer_column])
     prompt_ids = list(render(messages, tokenizer)[1])
     return prompt_ids, continue_ids(messages, prompt_ids, answer, row, tokenizer)
 
