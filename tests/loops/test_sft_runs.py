@@ -99,7 +99,10 @@ def test_settings_of_other_stages_are_errors(tmp_path):
     )
     check(run("stage=sft", folder=tmp_path), "stage=sft does not read it; expected its default (rewards=none)")
     check(run("sft.loss_on=all", folder=tmp_path), "sft.loss_on is all, but stage=rl does not read it")
-    check(run("stage=sfd", folder=tmp_path), "stage is 'sfd', expected one of: rl, sft, preference; did you mean sft?")
+    check(
+        run("stage=sfd", folder=tmp_path),
+        "stage is 'sfd', expected one of: rl, sft, preference, reward_model; did you mean sft?",
+    )
 
 
 def test_bad_rows_are_named(overrides, tmp_path):
