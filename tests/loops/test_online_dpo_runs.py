@@ -15,7 +15,7 @@ ONLINE = ["algorithm=online_dpo", "preference=dpo", "optim.schedule=constant", "
 
 
 def same(ours: dict, theirs: dict) -> None:
-    keys = [k for k in theirs if not k.startswith(("time/", "tokens/")) and not k.endswith("_s")]
+    keys = [k for k in theirs if not k.startswith(("time/", "tokens/")) and not k.endswith(("_s", "_gib"))]
     assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
 
 
