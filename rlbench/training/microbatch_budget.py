@@ -1,4 +1,7 @@
-"""Out of device memory in an update: the same gradient from microbatches of half the tokens."""
+"""Out of device memory in an update: its gradient again, from microbatches of half the tokens.
+
+It is the same gradient, but with algorithm.normalization=microbatch_token_mean, which depends on the split.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class MicrobatchBudget:
         self.num_halvings += 1
         self.announce(
             f"out of memory in the update ({reason}): training.tokens_per_microbatch is {self.tokens} instead of "
-            f"{before} from here on, and the gradient is computed again, the same one"
+            f"{before} from here on, and the gradient is computed again"
         )
 
 
