@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rlbench.build import BaseParts
 from rlbench.build_offline import PreferenceInputs
+from rlbench.data.packing import Microbatch
 from rlbench.data.preferences import PreferenceRow
-from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import Evaluation
-from rlbench.loops.training_loop import TrainingLoop, samples_of
+from rlbench.loops.offline import OfflineLoop
 from rlbench.tracking.errors import TrackingError
-from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.preference_step import (
     PreferenceBatch,
     held_out_preferences,
@@ -25,19 +21,20 @@ from rlbench.training.preference_step import (
     preference_step,
     reference_table,
 )
+from rlbench.training.step import StepResult
 
 _REFERENCE_FILE = "reference_logps.json"
 
 
 @dataclass(slots=True)
-class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
-    stream: PromptStream[PreferenceRow] = field(init=False)
+class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
     reference: dict[str, list[float]] | None = None  # by row_id; None: a forward each step, or no reference
 
-    def __post_init__(self) -> None:
-        TrainingLoop.__post_init__(self)
-        config = self.inputs.config
-        self.stream = PromptStream(self.inputs.train.rows, seed=config.seed, shuffle=config.data.shuffle)
+    def _rows(self) -> Sequence[PreferenceRow]:
+        return self.inputs.train.rows
+
+    def _rows_per_step(self) -> int | None:
+        return self.inputs.config.preference.pairs_per_step
 
     def _begin(self) -> None:
         if not self.inputs.config.preference.precompute_reference:
@@ -56,33 +53,17 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
             )
         _write(file, self.reference)
 
-    def _state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state()}
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.stream.restore(state["stream"])
-
-    def _step(self, num_steps: int) -> None:
-        start, config = time.monotonic(), self.inputs.config
-        self._seconds = {}
-        step = self.step + 1
-        batch = self._batch(self.stream.next(config.preference.pairs_per_step or 1))
-        lr = learning_rate(step, num_steps, config.optim)
-        set_lr(self.parts.optimizer, lr)
-        with self._phase("update"):
-            result = preference_step(
-                self.parts.policy,
-                batch,
-                self.parts.optimizer,
-                config.preference,
-                max_grad_norm=config.optim.max_grad_norm,
-                reference=self.reference,
-            )
-        self._count_updates(int(result.is_applied), result.is_applied, result.metrics, samples_of(batch.microbatches))
-        metrics: dict[str, float | None] = {**result.metrics, **self._sizes(batch.microbatches), "optim/lr": lr}
-        metrics["data/epoch"] = float(self.stream.epoch)
-        self.step = step
-        self._log_step(step, metrics, start)
+    def _train(self, packed: PreferenceBatch) -> tuple[StepResult, Sequence[Microbatch]]:
+        config = self.inputs.config
+        result = preference_step(
+            self.parts.policy,
+            packed,
+            self.parts.optimizer,
+            config.preference,
+            max_grad_norm=config.optim.max_grad_norm,
+            reference=self.reference,
+        )
+        return result, packed.microbatches
 
     def _evaluate(self) -> None:
         if self.inputs.evaluation is None:
@@ -90,7 +71,7 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
         with self._phase("evaluation"):
             found = held_out_preferences(
                 self.parts.policy,
-                self._batch(self.inputs.evaluation.rows),
+                self._pack(self.inputs.evaluation.rows),
                 self.inputs.config.preference,
                 reference=self.reference,
             )
@@ -107,7 +88,7 @@ class PreferenceLoop(TrainingLoop[PreferenceInputs, BaseParts]):
             f"{100 * metrics['eval/preference_accuracy']:.1f}% told apart"
         )
 
-    def _batch(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
+    def _pack(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         config = self.inputs.config
         return make_batch(
             rows,

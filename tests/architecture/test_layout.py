@@ -54,9 +54,16 @@ def compose(*overrides: str):
 GROUPS = ["hardware", "model", "data", "rewards", "algorithm", "engine", "optim", "tracking"]
 
 
+NEEDS = {("engine", "recorded"): ["engine.recorded_from=RUN"]}  # what a choice means nothing without
+
+
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in group_choices(g)])
 def test_every_group_choice_composes_and_converts(group, choice):
-    to_run_config(compose(f"{group}={choice}"))
+    needed = NEEDS.get((group, choice), [])
+    to_run_config(compose(f"{group}={choice}", *needed))
+    if needed:
+        with pytest.raises(ValueError, match=f"{group}.kind is {choice} and .* is None; expected both"):
+            to_run_config(compose(f"{group}={choice}"))
 
 
 @pytest.mark.parametrize("choice", group_choices("preference"))
