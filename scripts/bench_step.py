@@ -3,12 +3,14 @@
     python scripts/bench_step.py [--cases dense:llama-3.1-8b:nf4,..] [--impls rlbench,unsloth,trl] [--output FILE.json]
 
 Batches: dense (8 sequences of 1,024 tokens, cross-entropy of all), long (one of 16,384), grpo (16 prompts of 200 tokens
-with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate). Random weights, LoRA of
-rank 16 on all linear layers. Implementations, each in a process of its own:
+with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate), ppo (the same with a
+critic's values and update; all have signal), dpo (16 such prompts with 2 completions each, the reference in the step).
+Random weights, LoRA of rank 16 on all linear layers. Implementations, each in a process of its own:
 
     rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, mlp+offload@8192, ...
     unsloth    its model, patches and checkpointing ("unsloth": offloaded; off: none); GRPO by its GRPOTrainer
-    trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO by TRL's GRPOTrainer
+    trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO and DPO by TRL's trainers
+               (the installed one has no PPO)
 
 Times are wall times of whole steps with the device synchronised, the median over the steps after the warm-up; memory is
 the allocator's peak, weights included. The matmul rate is measured in every process before and after: a case whose two
@@ -42,15 +44,20 @@ IMPLS = (
     "trl:on,trl:off"
 )
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo")
-WARM_UP, TIMED, MAX_TIMED_S = 3, 8, 20.0
-PROMPT_TOKENS, GROUP_SIZE, NUM_PROMPTS = 200, 8, 16
+WARM_UP, MAX_WARM_UP_S, TIMED, MAX_TIMED_S = 3, 30.0, 8, 20.0
+PROMPT_TOKENS, NUM_PROMPTS = 200, 16
+GROUP_SIZES = {"grpo": 8, "ppo": 8, "dpo": 2}
 Step = Callable[[], None]
 
 
 class Batch(NamedTuple):
     rows: list[list[int]]  # token ids; grpo: of the completions
-    prompts: list[list[int]]  # grpo: by group
-    advantages: list[float]  # grpo: by completion
+    prompts: list[list[int]]  # of groups
+    advantages: list[float]  # of grpo and ppo: by completion
+
+    @property
+    def group_size(self) -> int:
+        return len(self.rows) // max(1, len(self.prompts))
 
     @property
     def num_tokens(self) -> int:
@@ -65,12 +72,13 @@ def make_batch(kind: str, vocab: int) -> Batch:
     def ids(count: int) -> list[int]:
         return torch.randint(3, vocab, (count,), generator=generator).tolist()
 
-    if kind != "grpo":
+    if kind not in GROUP_SIZES:
         return Batch([ids(n) for n in ([1024] * 8 if kind == "dense" else [16_384])], [], [])
-    count = NUM_PROMPTS * GROUP_SIZE
+    count = NUM_PROMPTS * GROUP_SIZES[kind]
     lengths = torch.randint(50, 1001, (count,), generator=generator).tolist()
-    advantages = torch.randn(NUM_PROMPTS, GROUP_SIZE, generator=generator)
-    advantages[::3] = 0.0
+    advantages = torch.randn(NUM_PROMPTS, GROUP_SIZES[kind], generator=generator)
+    if kind == "grpo":
+        advantages[::3] = 0.0
     return Batch(
         [ids(n) for n in lengths], [ids(PROMPT_TOKENS) for _ in range(NUM_PROMPTS)], advantages.ravel().tolist()
     )
@@ -86,10 +94,12 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     from rlbench.models.device import hardware_facts
     from rlbench.models.memory import derive_recompute
     from rlbench.models.policy import Policy
+    from rlbench.models.value_head import Critic
     from rlbench.training.optim import make_optimizer
     from rlbench.training.sft_step import sft_step
     from rlbench.training.step import train_step
     from rlbench.training.update import make_minibatches
+    from rlbench.training.value_step import update_critic
 
     mode, tokens = option.split("@")
     mode, _, offload = mode.partition("+")
@@ -106,19 +116,56 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     budget = config.training.tokens_per_microbatch
     samples = make_samples(kind, batch)
     algorithm = AlgorithmConfig(importance="off")
-    if kind != "grpo":
+    if kind not in GROUP_SIZES:
         return lambda: check(sft_step(
             policy, pack(samples, tokens_per_microbatch=budget, device="cuda"), optimizer, max_grad_norm=0
         ))  # fmt: skip
+    if kind == "dpo":
+        return dpo_step(policy, optimizer, batch, budget)
+    critic = Critic(base, LoraConfig(rank=RANK, alpha=ALPHA), seed=1) if kind == "ppo" else None
+    if critic is not None:
+        critic.set_recompute(config.training)
+        critic_optimizer = make_optimizer(critic.parameters(), OptimConfig(lr=1e-5))
 
     def step() -> None:
         (minibatch,) = make_minibatches(
             samples, algorithm, tokens_per_microbatch=budget, max_completion_tokens=1000, device="cuda"
         )
+        if critic is not None:
+            with torch.no_grad():
+                for microbatch in minibatch.microbatches:
+                    critic.values(microbatch)
+            found = update_critic(
+                critic, [minibatch], critic_optimizer, num_updates=1, clip_value=0.2, max_grad_norm=1.0
+            )
+            if not found.is_finite:
+                raise RuntimeError("the critic's step was not finite")
         check(train_step(
             policy, minibatch.microbatches, optimizer, algorithm, temperature=1.0, max_grad_norm=0,
             totals=minibatch.totals,
         ))  # fmt: skip
+
+    return step
+
+
+def dpo_step(policy: Any, optimizer: Any, batch: Batch, budget: int) -> Step:
+    from rlbench.config.preference import PreferenceConfig
+    from rlbench.data.preferences import PreferenceRow
+    from rlbench.training.preference_step import make_batch as make_pairs
+    from rlbench.training.preference_step import preference_step
+
+    config = PreferenceConfig()
+    config.beta = 0.1
+    rows = [
+        PreferenceRow(row_id=str(i), prompt_token_ids=tuple(prompt), completions=(tuple(chosen), tuple(rejected)))
+        for i, (prompt, chosen, rejected) in enumerate(
+            zip(batch.prompts, batch.rows[::2], batch.rows[1::2], strict=True)
+        )
+    ]
+
+    def step() -> None:
+        pairs = make_pairs(rows, config, tokens_per_microbatch=budget, device=policy.device)
+        check(preference_step(policy, pairs, optimizer, config, max_grad_norm=0, reference=None))
 
     return step
 
@@ -129,18 +176,21 @@ def make_samples(kind: str, batch: Batch) -> list[Any]:
 
     samples = []
     for index, row in enumerate(batch.rows):
-        is_grpo = kind == "grpo"
-        prompt = batch.prompts[index // GROUP_SIZE] if is_grpo else row[:1]
-        completion = row if is_grpo else row[1:]
-        advantage = batch.advantages[index] if is_grpo else 0.0
+        is_group = kind in GROUP_SIZES
+        prompt = batch.prompts[index // batch.group_size] if is_group else row[:1]
+        completion = row if is_group else row[1:]
+        advantage = batch.advantages[index] if is_group else 0.0
+        values = (0.5,) * len(completion) if kind == "ppo" else ()
         samples.append(
             TrainingSample(
-                group_id=str(index // GROUP_SIZE if is_grpo else index),
+                group_id=str(index // batch.group_size if is_group else index),
                 prompt_token_ids=tuple(prompt),
                 token_ids=tuple(completion),
                 sampling_logprobs=(-10.0,) * len(completion),
                 advantages=(advantage,) * len(completion),
                 loss_mask=(True,) * len(completion),
+                values=values,
+                returns=values,
             )
         )
     return samples
@@ -191,7 +241,11 @@ def trl_step(folder: str, quantization: str, kind: str, option: str, batch: Batc
 def peer_step(model: Any, tokenizer: Any, kind: str, batch: Batch, options: dict[str, Any]) -> Step:
     import torch
 
+    if kind == "dpo":
+        return dpo_peer_step(model, tokenizer, batch, options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    if kind == "ppo":
+        raise RuntimeError("the installed TRL has no PPO trainer")
     if kind == "grpo":
         parts, loss_of = grpo_parts(model, tokenizer, batch, options)
     else:
@@ -212,6 +266,27 @@ def peer_step(model: Any, tokenizer: Any, kind: str, batch: Batch, options: dict
     return step
 
 
+def dpo_peer_step(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]) -> Step:
+    """A step of its trainer, whole: two pairs a forward, its data loader and its optimizer."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"w{token}" for token in ids)
+
+    arguments = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=2, gradient_accumulation_steps=NUM_PROMPTS // 2,
+        max_steps=1, max_length=PROMPT_TOKENS + 1000, bf16=True, report_to="none", learning_rate=1e-5,
+        save_strategy="no", **options,
+    )  # fmt: skip
+    rows = [
+        {"prompt": text(prompt) + " ", "chosen": text(chosen), "rejected": text(rejected)}
+        for prompt, chosen, rejected in zip(batch.prompts, batch.rows[::2], batch.rows[1::2], strict=True)
+    ]
+    trainer = DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return lambda: (trainer.train(), None)[1]
+
+
 def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]) -> tuple[list[Any], Any]:
     """One padded microbatch a group, as the trainer splits a batch of 16 x 8, and the trainer's loss of one."""
     import torch
@@ -219,7 +294,7 @@ def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore
 
     arguments = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=GROUP_SIZE, num_generations=GROUP_SIZE,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch.group_size, num_generations=batch.group_size,
         gradient_accumulation_steps=NUM_PROMPTS, max_completion_length=1000, beta=0.0, bf16=True, report_to="none",
         **options,
     )  # fmt: skip
@@ -233,19 +308,20 @@ def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]
     trainer.current_gradient_accumulation_steps = NUM_PROMPTS
     model = trainer.model
     model.train()  # pyright: ignore[reportOptionalMemberAccess]
+    size = batch.group_size
     total = torch.tensor(batch.num_tokens, device="cuda")
     parts = []
     for group, prompt in enumerate(batch.prompts):
-        rows = batch.rows[group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
+        rows = batch.rows[group * size : (group + 1) * size]
         longest = max(map(len, rows))
         parts.append({
-            "prompt_ids": torch.tensor([prompt] * GROUP_SIZE, device="cuda"),
-            "prompt_mask": torch.ones(GROUP_SIZE, len(prompt), dtype=torch.long, device="cuda"),
+            "prompt_ids": torch.tensor([prompt] * size, device="cuda"),
+            "prompt_mask": torch.ones(size, len(prompt), dtype=torch.long, device="cuda"),
             "completion_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows], device="cuda"),
             "completion_mask": torch.tensor(
                 [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device="cuda"
             ),
-            "advantages": torch.tensor(batch.advantages[group * GROUP_SIZE : (group + 1) * GROUP_SIZE], device="cuda"),
+            "advantages": torch.tensor(batch.advantages[group * size : (group + 1) * size], device="cuda"),
             "num_items_in_batch": total,
         })  # fmt: skip
     return parts, lambda part: trainer.compute_loss(model, dict(part))
@@ -284,9 +360,14 @@ def run_worker(case: str, impl: str) -> None:
         row = {"case": case.replace(":", ", "), "impl": impl, "metric": metric, "value": value, "unit": unit}
         print("ROW " + json.dumps(row), flush=True)
 
-    for _ in range(WARM_UP):
+    start = time.perf_counter()
+    for number in range(1, WARM_UP + 1):
         step()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        print(f"warm-up: {number} steps after {seconds:.1f} s", file=sys.stderr, flush=True)
+        if seconds > MAX_WARM_UP_S:
+            break
     report("resident", torch.cuda.memory_allocated() / 2**20, "MiB")
     torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
@@ -306,7 +387,7 @@ def run_worker(case: str, impl: str) -> None:
     torch.cuda.empty_cache()
     after = matmul_tflops()
     report("matmul rate", before, "TFLOP/s")
-    if kind != "grpo":
+    if kind not in GROUP_SIZES:
         floor = 4 * num_weights(shape) * batch.num_tokens / (before * 1e12)
         report("share of the floor", floor / seconds, "fraction")
     if abs(after / before - 1) > 0.03:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -35,3 +36,11 @@ def check_range(
         raise ValueError(f"{key} is {value}, expected at most {high}")
     if value != value:
         raise ValueError(f"{key} is {value}, expected a number")
+
+
+def check_pattern(key: str, pattern: str | None) -> None:
+    """None passes."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"{key} is {pattern!r}, expected a regular expression: {error}") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from rlbench.config.algorithm import AlgorithmConfig
-from rlbench.config.checks import check_choice, check_range, nearest
+from rlbench.config.checks import check_choice, check_pattern, check_range, nearest
 from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
@@ -77,6 +77,7 @@ class DataConfig:
     source: str = AUTO  # auto (hub, else generated problems) | hub | generated
     prompt_column: str = "question"
     answer_column: str = "answer"
+    answer_remove: str | None = None  # regex: what it matches is left out of answers, e.g. a calculator's notes
     shown_columns: list[str] = field(
         default_factory=list
     )  # follow the prompt, e.g. the tests; a list is one item a line
@@ -93,6 +94,7 @@ class DataConfig:
         check_choice("data.source", self.source, [AUTO, "hub", "generated"])
         check_choice("data.long_prompts", self.long_prompts, ["error", "skip"])
         check_range("data.limit", self.limit, low=1)
+        check_pattern("data.answer_remove", self.answer_remove)
         check_range("data.max_bad_rows", self.max_bad_rows, low=0)
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"data.prompt_template is {self.prompt_template!r}, expected it to contain {{prompt}}")

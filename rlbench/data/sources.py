@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ def load_rows(config: DataConfig, split: str, row_problem: RowProblem | None = N
         ValueError: the source cannot be had, a column is missing, or more rows than `data.max_bad_rows` are broken.
     """
     check_paths(config)
+    loaded = _load(config, split, row_problem)
+    return _without(loaded, config) if config.answer_remove else loaded
+
+
+def _load(config: DataConfig, split: str, row_problem: RowProblem | None) -> LoadedRows:
     path = config.path if split == "train" else config.eval_path
     if path is not None:
         key = "data.path" if split == "train" else "data.eval_path"
@@ -84,6 +90,29 @@ def load_rows(config: DataConfig, split: str, row_problem: RowProblem | None = N
             f"({problem}); expected a network, or data.path"
         )
     return _generated(config, split, f"because the hub cannot be reached ({problem})")
+
+
+def _without(loaded: LoadedRows, config: DataConfig) -> LoadedRows:
+    """The rows, their answers less what `data.answer_remove` matches."""
+    column, pattern = config.answer_column, re.compile(config.answer_remove or "")
+    if column not in loaded.dataset.column_names:
+        return loaded
+    answers = [pattern.sub("", text) if isinstance(text, str) else text for text in loaded.dataset[column]]
+    num_changed = sum(new != old for new, old in zip(answers, loaded.dataset[column], strict=True))
+    empty = next((i for i, answer in enumerate(answers) if isinstance(answer, str) and not answer.strip()), None)
+    if empty is not None:
+        number = loaded.dataset["row_number"][empty]
+        raise ValueError(
+            f"data.answer_remove is {config.answer_remove!r}, which leaves nothing of the answer in row {number}; "
+            "expected a pattern of what is no part of an answer"
+        )
+    if not num_changed:
+        return loaded
+    return replace(
+        loaded,
+        dataset=loaded.dataset.remove_columns(column).add_column(column, answers),  # type: ignore[call-arg]
+        description=f"{loaded.description}, of which {num_changed} answers less data.answer_remove",
+    )
 
 
 def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem) -> LoadedRows:

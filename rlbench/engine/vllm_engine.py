@@ -378,15 +378,16 @@ def _slot_rank(lora_rank: int) -> int:
 
 
 def _graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a CUDA graph; others are padded to the next: above 64 by less than an eighth.
+    """Tokens of a batch that gets a CUDA graph; others are padded to the next: above 64 by less than an eighth.
 
-    vLLM's own list is three times as long, since it goes on to 512 in equal steps; each is captured at every start.
+    The last is twice `max_num_seqs`: where sequences that end make room for waiting prompts, a batch holds both. vLLM's
+    own list is three times as long, since it goes on to 512 in equal steps; each is captured at every start.
     """
     sizes, size = [1, 2, 4], 8
-    while size < max_num_seqs:
+    while size < 2 * max_num_seqs:
         sizes.append(size)
         size += max(8, 2 ** (size.bit_length() - 4))
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+    return sorted({*(size for size in sizes if size < 2 * max_num_seqs), max_num_seqs, 2 * max_num_seqs})
 
 
 def _check_model(model_path: str, platform: str, max_model_len: int) -> None:

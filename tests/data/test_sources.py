@@ -80,3 +80,35 @@ def test_hub_only_is_an_error_without_a_hub(monkeypatch):
 
     with pytest.raises(ValueError, match=r"data.source is hub, but the hub cannot be reached \(no network\)"):
         load_rows(DataConfig(source="hub"), "train")
+
+
+NOTES = "<<[^>]*>>"
+
+
+def test_what_answer_remove_matches_is_left_out_of_answers_alone(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row("a <<b>> c?", "48/2 = <<48/2=24>>24\n#### 24"), row("1+1?", "2")])
+
+    loaded = load_rows(DataConfig(path=path, answer_remove=NOTES), "train")
+
+    assert loaded.dataset["answer"] == ["48/2 = 24\n#### 24", "2"]
+    assert loaded.dataset["question"] == ["a <<b>> c?", "1+1?"]
+    assert loaded.dataset["row_number"] == [1, 2]
+    assert loaded.description.endswith("2 rows, of which 1 answers less data.answer_remove")
+
+
+def test_answers_that_are_numbers_pass_answer_remove_unchanged(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [json.dumps({"question": "1+1?", "answer": 2}).encode()])
+
+    assert load_rows(DataConfig(path=path, answer_remove=NOTES), "train").dataset["answer"] == [2]
+
+
+def test_answer_remove_that_leaves_nothing_is_an_error_with_the_row(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row("1+1?", "2"), row("1+2?", "<<3>>")])
+
+    with pytest.raises(ValueError, match="leaves nothing of the answer in row 2"):
+        load_rows(DataConfig(path=path, answer_remove=NOTES), "train")
+
+
+def test_answer_remove_must_be_a_regular_expression():
+    with pytest.raises(ValueError, match=r"data.answer_remove is '\(', expected a regular expression"):
+        DataConfig(answer_remove="(")
