@@ -103,7 +103,8 @@ def _longest(
     probes: Probes, room: float, generation_peak: float, tokens: int, of_microbatch: int, of_context: int
 ) -> int:
     """Completion tokens at which generation, a microbatch of one sample, and the context all still hold."""
-    of_cache = tokens + (room - generation_peak) / (probes.kv_bytes_per_token * probes.num_rows)
+    a_token = probes.kv_bytes_per_token * probes.num_rows  # 0: the engine's cache has a fixed size and is held already
+    of_cache = tokens + (room - generation_peak) / a_token if a_token else UNBOUNDED
     return max(0, int(min(of_cache, of_microbatch, of_context)))
 
 
