@@ -279,6 +279,7 @@ def _summarise(
         history=loop.history,
         headline=f"{verb} {loop.step} steps in {format_duration(seconds)}.",
         accuracy=_accuracy_change(loop),
+        sampled=_sampled_change(loop),
         learned=learned,
         files=files,
         findings=_finding_lines(loop),
@@ -293,6 +294,17 @@ def _finding_lines(loop: TrainingLoop) -> list[str]:
     evaluations = [{"step": e.step, **e.metrics} for e in loop.evaluations]
     found = find_problems(loop.history, evaluations, asdict(loop.inputs.config))
     return [f"{f.severity}: {finding_line(f)}" for f in found] or [f"none of the {len(RULES)} rules found anything"]
+
+
+def _sampled_change(loop: TrainingLoop) -> str:
+    from rlbench.loops.evaluate import sampled_text
+
+    text = (
+        sampled_text(loop.evaluations[-1].metrics, loop.inputs.config.evaluation.num_samples)
+        if loop.evaluations
+        else ""
+    )
+    return text and f"{text[0].upper()}{text[1:]}."
 
 
 def _accuracy_change(loop: TrainingLoop) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -11,10 +11,11 @@ from rlbench.engine.interface import Engine
 from rlbench.records import Prompt, RolloutGroup, SamplingParams
 from rlbench.rollouts.collect import make_groups, sample_completions
 from rlbench.rollouts.score import Scorer
-from rlbench.tracking.intervals import wilson_interval
+from rlbench.tracking.intervals import paired_interval, wilson_interval
 from rlbench.tracking.pass_rates import pass_at_k, share_interval
 
 ACCURACY = "accuracy"  # the reward component that counts right answers
+SAMPLED, SAMPLED_CHANGE = "eval/sampled_accuracy", "eval/sampled_change"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class Evaluation:
     step: int
     is_correct: Mapping[str, bool]  # by prompt_id; a problem whose verifier broke is absent
     metrics: Mapping[str, float]
+    sampled: Mapping[str, float] = field(default_factory=dict)  # by prompt_id: share of sampled answers that are right
 
     @property
     def num_correct(self) -> int:
@@ -55,20 +57,54 @@ def evaluate(
     return Evaluation(step=step, is_correct=is_correct, metrics=metrics), groups
 
 
-def sampled_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Accuracy of sampled answers and pass@k, k of them a problem, with 95% intervals.
+def sampled_shares(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Share of each problem's sampled answers that are right, by prompt_id.
 
     A problem with an answer whose verifier broke is left out. Empty without a component named accuracy.
     """
-    k = len(groups[0].rollouts)
-    found = [[r.components[ACCURACY].value for r in g.rollouts if ACCURACY in r.components] for g in groups]
-    counts = [sum(value == 1.0 for value in values) for values in found if len(values) == k and None not in values]
+    shares = {}
+    for group in groups:
+        values = [r.components[ACCURACY].value for r in group.rollouts if ACCURACY in r.components]
+        if len(values) == len(group.rollouts) and None not in values:
+            shares[group.prompt.prompt_id] = fmean(value == 1.0 for value in values)
+    return shares
+
+
+def sampled_metrics(shares: Mapping[str, float], k: int, first: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Accuracy of sampled answers and pass@k, with 95% intervals; their change since `first`, by the same problems.
+
+    Args:
+        shares: of `sampled_shares`.
+        k: answers to each problem.
+        first: shares of the first evaluation; None: this is it.
+    """
     metrics: dict[str, float] = {}
-    for name, draws in {"eval/sampled_accuracy": 1, f"eval/pass_at_{k}": k}.items() if counts else ():
-        rates = [pass_at_k(k, count, draws) for count in counts]
+    for name, draws in {SAMPLED: 1, f"eval/pass_at_{k}": k}.items() if shares else ():
+        rates = [pass_at_k(k, round(k * share), draws) for share in shares.values()]
         low, high = share_interval(rates, k // draws)
         metrics |= {name: fmean(rates), f"{name}_low": low, f"{name}_high": high}
+    both = [problem for problem in shares if problem in (first or {})]
+    if first and len(both) > 1:
+        before, after = [first[problem] for problem in both], [shares[problem] for problem in both]
+        low, high = paired_interval(before, after)
+        change = fmean(after) - fmean(before)
+        metrics |= {SAMPLED_CHANGE: change, f"{SAMPLED_CHANGE}_low": low, f"{SAMPLED_CHANGE}_high": high}
     return metrics
+
+
+def sampled_text(metrics: Mapping[str, float], k: int) -> str:
+    """The numbers of `sampled_metrics` as a sentence; "" if there are none."""
+    if SAMPLED not in metrics:
+        return ""
+    share, low, high = (100 * metrics[name] for name in (SAMPLED, f"{SAMPLED}_low", f"{SAMPLED}_high"))
+    text = (
+        f"sampled answers, {k} to each problem: {share:.1f}% right (95% interval {low:.1f}% to {high:.1f}%), "
+        f"pass@{k} {100 * metrics[f'eval/pass_at_{k}']:.1f}%"
+    )
+    if SAMPLED_CHANGE not in metrics:
+        return text
+    low, high = 100 * metrics[f"{SAMPLED_CHANGE}_low"], 100 * metrics[f"{SAMPLED_CHANGE}_high"]
+    return f"{text}; {100 * metrics[SAMPLED_CHANGE]:+.1f} points (95% {low:+.1f} to {high:+.1f}, on the same problems)"
 
 
 def _metrics(groups: Sequence[RolloutGroup], is_correct: Mapping[str, bool]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.data.stream import PromptStream
-from rlbench.loops.evaluate import evaluate, sampled_metrics
+from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
@@ -344,7 +344,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             self.console.sample(rollout, step, credited.advantages.get(rollout.rollout_id))
 
     def _sampled_answers(self) -> dict[str, float]:
-        """Metrics of evaluation.num_samples answers to each held-out problem."""
+        """Shares of evaluation.num_samples answers to each held-out problem that are right."""
         config, parts, prompts = self.inputs.config, self.parts, self.inputs.evaluation
         if prompts is None or not config.evaluation.num_samples:
             return {}
@@ -357,7 +357,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             step=self.step,
         )
         groups = make_groups(prompts.prompts, completions, self.inputs.tokenizer, parts.scorer, step=self.step)
-        return sampled_metrics(groups)
+        return sampled_shares(groups)
 
     @property
     def _is_recorded(self) -> bool:
@@ -376,11 +376,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 self.parts.scorer,
                 step=self.step,
             )
-            evaluation = replace(evaluation, metrics={**evaluation.metrics, **self._sampled_answers()})
+            shares, num_samples = self._sampled_answers(), self.inputs.config.evaluation.num_samples
+            first = self.evaluations[0] if self.evaluations else None
+            sampled = sampled_metrics(shares, num_samples, first.sampled if first else None)
+            evaluation = replace(evaluation, metrics={**evaluation.metrics, **sampled}, sampled=shares)
         self.parts.scorer.metrics()  # so that the next step's are its own
         if self.inputs.config.tracking.save_rollouts:
             write_rollouts(self.run_folder, self.step, groups, {}, phase="eval")
-        first = self.evaluations[0] if self.evaluations else None
         self._log_evaluation(evaluation)
         name = f"held-out problems after step {self.step}" if self.step else "held-out problems before training"
         if evaluation.is_correct:
@@ -390,3 +392,5 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             self.console.note(
                 f"evaluation, {name}: mean reward {evaluation.metrics.get('eval/reward', float('nan')):.3f}"
             )
+        if sampled:
+            self.console.note(sampled_text(sampled, num_samples))

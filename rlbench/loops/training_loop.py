@@ -107,9 +107,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             "num_bad_steps": self.num_bad_steps,
             "tokens_per_microbatch": self.budget.tokens,
             "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
-            "evaluations": [
-                {"step": e.step, "is_correct": dict(e.is_correct), "metrics": dict(e.metrics)} for e in self.evaluations
-            ],
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
             **self._state(),
         }

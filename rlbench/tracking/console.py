@@ -232,6 +232,7 @@ class RunConsole:
         history: Sequence[Mapping[str, float | None]],
         headline: str = "",
         accuracy: AccuracyChange | None = None,
+        sampled: str = "",
         learned: Mapping[str, str] | None = None,
         phase_seconds: Mapping[str, float] | None = None,
         files: Mapping[str, str | Path] | None = None,
@@ -244,6 +245,7 @@ class RunConsole:
             history: the metrics of each step in order.
             headline: for example "Finished 100 steps in 12m30s."
             accuracy: held-out evaluation before and after.
+            sampled: what the last evaluation's sampled answers say; "": there are none.
             learned: metrics to compare between the first and the last steps, by their name in the text; none: rewards.
             phase_seconds: by phase; None takes what `phase` measured.
             files: path by what it is.
@@ -255,6 +257,7 @@ class RunConsole:
         lines = run_summary.learning_lines(history, learned) + (
             run_summary.accuracy_lines(accuracy) if accuracy else []
         )
+        lines += [sampled] if sampled else []
         width = max((len(name) for name in files or {}), default=0)
         self._print(Text())
         self._print(Text(printable(headline or "Summary"), style="bold"))

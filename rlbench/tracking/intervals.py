@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 Z_95 = 1.96  # standard normal quantile of a two-sided 95% interval
 
@@ -57,6 +58,25 @@ def difference_interval(
         difference - math.hypot(after - low_after, high_before - before),
         difference + math.hypot(high_after - after, before - low_before),
     )
+
+
+def paired_interval(before: Sequence[float], after: Sequence[float], z: float = Z_95) -> tuple[float, float]:
+    """Interval of the mean of `after[i] - before[i]`: m ± z s / sqrt(n), s^2 the sample variance of the differences.
+
+    Args:
+        before: a value for each problem.
+        after: for the same problems, in the same order; both have at least two.
+
+    Raises:
+        ValueError: fewer than two problems, or other numbers of them.
+    """
+    if len(before) != len(after) or len(before) < 2:
+        raise ValueError(f"pairs of values of at least two problems expected, got {len(before)} and {len(after)}")
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
+    half_width = z * math.sqrt(variance / len(differences))
+    return mean - half_width, mean + half_width
 
 
 def sign_test_p(num_gained: int, num_lost: int) -> float:

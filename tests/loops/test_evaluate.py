@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlbench.loops.evaluate import sampled_metrics
+from rlbench.loops.evaluate import sampled_metrics, sampled_shares, sampled_text
 from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
 
 
@@ -27,7 +27,8 @@ def group(name: str, *values: float | None) -> RolloutGroup:
 
 
 def test_accuracy_and_pass_at_k_by_hand():
-    metrics = sampled_metrics([group("a", 1, 0, 0, 0), group("b", 0, 0, 0, 0), group("c", 1, 1, 1, 0.5)])
+    groups = [group("a", 1, 0, 0, 0), group("b", 0, 0, 0, 0), group("c", 1, 1, 1, 0.5)]
+    metrics = sampled_metrics(sampled_shares(groups), 4)
 
     assert metrics["eval/sampled_accuracy"] == pytest.approx((1 / 4 + 0 + 3 / 4) / 3)
     assert metrics["eval/pass_at_4"] == pytest.approx(2 / 3)
@@ -35,14 +36,27 @@ def test_accuracy_and_pass_at_k_by_hand():
 
 
 def test_a_problem_whose_verifier_broke_is_left_out():
-    metrics = sampled_metrics([group("a", 1, 1), group("b", 0, None)])
+    metrics = sampled_metrics(sampled_shares([group("a", 1, 1), group("b", 0, None)]), 2)
 
     assert metrics["eval/pass_at_2"] == 1.0
-    assert not sampled_metrics([group("b", None, None)])
+    assert not sampled_metrics(sampled_shares([group("b", None, None)]), 2)
 
 
 def test_without_accuracy_there_are_no_numbers():
     (rollout,) = group("a", 1).rollouts
     named = replace(rollout, components={"style": rollout.components["accuracy"]})
 
-    assert sampled_metrics([RolloutGroup(prompt=named.prompt, rollouts=(named,))]) == {}
+    shares = sampled_shares([RolloutGroup(prompt=named.prompt, rollouts=(named,))])
+    assert shares == {} and sampled_metrics(shares, 1) == {} and sampled_text({}, 1) == ""
+
+
+def test_the_change_of_sampled_accuracy_is_taken_problem_by_problem():
+    # differences 0.5, 0, 0.25, on the problems that both have: mean 0.25, variance 0.0625, so +- 1.96 * 0.25 / sqrt(3)
+    first, last = {"a": 0.0, "b": 0.5, "c": 0.0, "d": 1.0}, {"c": 0.25, "b": 0.5, "a": 0.5}
+    metrics = sampled_metrics(last, 4, first)
+
+    assert metrics["eval/sampled_change"] == pytest.approx(0.25)
+    assert metrics["eval/sampled_change_low"] == pytest.approx(0.25 - 0.282902, abs=1e-5)
+    assert metrics["eval/sampled_change_high"] == pytest.approx(0.25 + 0.282902, abs=1e-5)
+    assert sampled_text(metrics, 4).endswith("+25.0 points (95% -3.3 to +53.3, on the same problems)")
+    assert "eval/sampled_change" not in sampled_metrics(last, 4)

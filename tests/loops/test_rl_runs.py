@@ -256,6 +256,9 @@ def test_held_out_problems_are_sampled_too(tiny_overrides, tmp_path):
         assert one <= any_of_4 <= min(1.0, 4 * one)
         assert row["eval/sampled_accuracy_low"] <= one <= row["eval/sampled_accuracy_high"]
     assert sum("eval/pass_at_4" in row for row in rows) == 2
+    (last,) = (row for row in rows if "eval/sampled_change" in row)
+    assert last["step"] == 1 and last["eval/sampled_change_low"] <= last["eval/sampled_change"]
+    assert done.stdout.count("on the same problems)") == 2  # after the evaluation and in the summary
 
 
 @pytest.mark.parametrize(

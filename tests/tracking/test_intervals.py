@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlbench.tracking.intervals import difference_interval, sign_test_p, wilson_interval
+from rlbench.tracking.intervals import difference_interval, paired_interval, sign_test_p, wilson_interval
 
 
 def test_wilson_interval_matches_hand_computed_values():
@@ -36,3 +36,18 @@ def test_sign_test_matches_hand_computed_values():
     assert sign_test_p(1, 4) == pytest.approx(2 * (1 + 5) / 32)
     assert sign_test_p(3, 3) == 1.0
     assert sign_test_p(0, 0) == 1.0
+
+
+def test_paired_interval_by_hand_and_narrower_than_that_of_independent_shares():
+    # differences 1, 0, 0, 1: mean 0.5, variance 1/3, half width 1.96 * sqrt(1/12)
+    assert paired_interval([0, 0, 1, 0], [1, 0, 1, 1]) == pytest.approx((0.5 - 0.565803, 0.5 + 0.565803), abs=1e-5)
+    before, after = [0.0] * 60 + [1.0] * 40, [0.0] * 50 + [1.0] * 50
+    low, high = paired_interval(before, after)
+    loose = difference_interval(40, 100, 50, 100)
+    assert loose[0] < 0 < low < 0.1 < high < loose[1]
+
+
+@pytest.mark.parametrize("values", [([], []), ([1.0], [1.0]), ([1.0, 0.0], [1.0])])
+def test_paired_interval_needs_pairs(values):
+    with pytest.raises(ValueError, match="at least two problems"):
+        paired_interval(*values)
