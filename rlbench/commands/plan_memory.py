@@ -63,7 +63,7 @@ def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
         from rlbench.planner.run_plan import FILE_NAME, plan_record
         from rlbench.tracking.device_memory import device_memory
 
-        memory = device_memory(config.hardware.profile)
+        memory = device_memory(config.hardware.profile, parts.engine.released_bytes)
         limit = memory.limit()
         with console.phase("probing"):
             probes = run_probes(inputs, parts, memory)

@@ -106,6 +106,10 @@ class HfEngine:
     def sleep(self) -> None:
         """Nothing to give back: key-value memory lives only while `generate` runs."""
 
+    def released_bytes(self) -> int:
+        """None."""
+        return 0
+
     def wake(self) -> None:
         """Nothing to take."""
 

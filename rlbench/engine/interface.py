@@ -93,6 +93,10 @@ class Engine(Protocol):
         """Give back memory that only generation needs (KV cache). Weights stay."""
         ...
 
+    def released_bytes(self) -> int:
+        """Bytes that `sleep` has given back, though torch's allocator goes on counting them as in use."""
+        ...
+
     def wake(self) -> None:
         """Undo `sleep`. `generate` and `score` wake the engine themselves."""
         ...

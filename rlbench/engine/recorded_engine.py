@@ -118,6 +118,10 @@ class RecordedEngine:
     def sleep(self) -> None:
         """Nothing to give back."""
 
+    def released_bytes(self) -> int:
+        """None."""
+        return 0
+
     def wake(self) -> None:
         """Nothing to take."""
 

@@ -83,6 +83,10 @@ class ScriptedEngine:
     def sleep(self) -> None:
         """Nothing to give back."""
 
+    def released_bytes(self) -> int:
+        """None."""
+        return 0
+
     def wake(self) -> None:
         """Nothing to take."""
 

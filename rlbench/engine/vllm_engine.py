@@ -257,6 +257,12 @@ class VllmEngine:
             self._call("rlbench_release_kv_cache")
             self._is_asleep = True
 
+    def released_bytes(self) -> int:
+        """See `Engine.released_bytes`: on a GPU keys and values are unmapped, their tensors stay."""
+        if not self._is_asleep or self._platform == "cpu":
+            return 0
+        return self._call("rlbench_kv_cache_bytes")
+
     def wake(self) -> None:
         """See `Engine.wake`. A canary is sampled: the base must give the tokens that it gave at the start.
 

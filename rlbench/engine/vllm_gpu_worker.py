@@ -25,6 +25,9 @@ class SharedBaseWorker(AdapterWorker, Worker):
         torch.cuda.synchronize()
         get_mem_allocator_instance().sleep(offload_tags=())
 
+    def rlbench_kv_cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.model_runner.kv_caches)
+
     def rlbench_take_kv_cache(self) -> None:
         get_mem_allocator_instance().wake_up()
         for cache in self.model_runner.kv_caches:

@@ -343,6 +343,9 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             rollout = max(groups[0].rollouts, key=lambda r: r.reward if r.reward is not None else float("-inf"))
             self.console.sample(rollout, step, credited.advantages.get(rollout.rollout_id))
 
+    def _released_bytes(self) -> int:
+        return self.parts.engine.released_bytes()
+
     def _sampled_answers(self) -> dict[str, float]:
         """Shares of evaluation.num_samples answers to each held-out problem that are right."""
         config, parts, prompts = self.inputs.config, self.parts, self.inputs.evaluation

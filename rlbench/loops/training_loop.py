@@ -86,7 +86,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         """
         config = self.inputs.config
         num_steps = config.training.num_steps or 0
-        self._memory = PhaseMemory.of_profile(config.hardware.profile)
+        self._memory = PhaseMemory.of_profile(config.hardware.profile, self._released_bytes)
         self._begin()
         self._saved_at = time.monotonic()
         # An evaluation that a stop put off is made up for here, when the run goes on.
@@ -217,6 +217,10 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             "training/num_tokens": float(num_tokens),
             "tokens/training_per_s": num_tokens / self._seconds["update"],
         }
+
+    def _released_bytes(self) -> int:
+        """As `Engine.released_bytes`."""
+        return 0
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         key = self.inputs.config.checkpoint.keep_best

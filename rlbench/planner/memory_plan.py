@@ -93,7 +93,7 @@ def _parts(probes: Probes, above: Line, generation_peak: float, update_peak: flo
         parts |= {"gradients": min(adapter, work - head), "logits workspace": head}
         parts["activations"] = max(0.0, work - head - parts["gradients"])
     else:
-        parts["KV cache"] = cache
+        parts["KV cache"] = cache + probes.engine_cache_bytes
     peak = max(update_peak, generation_peak)
     parts["runtime"] = peak - sum(parts.values())
     return {name: value / GIB for name, value in parts.items()}
@@ -103,7 +103,7 @@ def _longest(
     probes: Probes, room: float, generation_peak: float, tokens: int, of_microbatch: int, of_context: int
 ) -> int:
     """Completion tokens at which generation, a microbatch of one sample, and the context all still hold."""
-    a_token = probes.kv_bytes_per_token * probes.num_rows  # 0: the engine's cache has a fixed size and is held already
+    a_token = probes.kv_bytes_per_token * probes.num_rows
     of_cache = tokens + (room - generation_peak) / a_token if a_token else UNBOUNDED
     return max(0, int(min(of_cache, of_microbatch, of_context)))
 

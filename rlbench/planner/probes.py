@@ -45,7 +45,7 @@ class Probes:
     idle_bytes: int  # with everything loaded, before any probe
     base_bytes: int
     adapter_bytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # that generation takes besides; 0: its cache has a fixed size
     step_tokens: int  # packed tokens of the run's largest step, completions of full length
     microbatch_tokens: int  # of its largest microbatch
     num_microbatches: int
@@ -54,6 +54,7 @@ class Probes:
     update: list[Probe]
     head_bytes: int  # peak of the logits workspace
     num_rows: int  # sequences decoded together
+    engine_cache_bytes: int = 0  # of fixed size, held while the engine is awake
 
 
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
@@ -68,7 +69,9 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     rows = min(len(step), config.engine.max_num_seqs or len(step))
     _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
     generation = [_generate(inputs, parts, memory, step[:rows], length) for length in _GENERATED]
+    awake = memory.held()
     parts.engine.sleep()
+    cache = awake - memory.held()
     sizes = sorted({max(1, round(share * len(step) / len(full))) for share in _SHARES})
     _update(inputs, parts, memory, step[: sizes[0]])  # warm-up; makes the optimizer's state
     memory.settle()
@@ -81,7 +84,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),
         adapter_bytes=sum(p.numel() * p.element_size() for p in parts.policy.parameters()),
-        kv_bytes_per_token=kv_bytes_per_token(parts),
+        kv_bytes_per_token=0 if cache else kv_bytes_per_token(parts),
         step_tokens=sum(len(mb.token_ids) for mb in full),
         microbatch_tokens=microbatch_tokens,
         num_microbatches=len(full),
@@ -90,6 +93,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         update=update,
         head_bytes=_head_bytes(parts, memory, sum(len(s.token_ids) for s in step) // len(full)),
         num_rows=rows,
+        engine_cache_bytes=cache,
     )
 
 

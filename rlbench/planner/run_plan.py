@@ -39,7 +39,7 @@ def write_run_plan(inputs: Inputs, parts: Parts, run_folder: Path) -> str:
     try:
         record = find_measured_plan(inputs.config, run_folder)
         if record is None:
-            memory = device_memory(inputs.config.hardware.profile)
+            memory = device_memory(inputs.config.hardware.profile, parts.engine.released_bytes)
             record = plan_record(formula_plan(inputs, parts, memory), inputs.config, memory, FORMULA)
         (run_folder / FILE_NAME).write_text(json.dumps(record, indent=1))
     except (ValueError, AttributeError, OSError) as error:  # no /proc, or layers that LayerShape does not describe
@@ -83,6 +83,8 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     kept, dense = _activation_bytes(inputs, parts)
     memory.settle()
     held = memory.held()  # on a CPU with the code and caches that a first forward and backward bring in
+    parts.engine.sleep()  # it wakes by itself
+    asleep = memory.held()
     adapter = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
     moments = 2 * adapter if config.optim.name == "adamw" else adapter // 2  # adapter in float32
     prompts = largest_prompts(inputs)
@@ -93,7 +95,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     per_token = 0 if config.engine.kind == "vllm" else kv_bytes_per_token(parts)  # vLLM's cache is held already
     prefill = held + per_token * longest_prompt_tokens(prompts) * len(prompts)
     head = _head_bytes(inputs, parts, min(budget, step_tokens))
-    warm = held + moments
+    warm = asleep + moments
     probes = Probes(
         idle_bytes=held,
         base_bytes=storage_bytes(parts.base),
@@ -109,6 +111,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
         ],
         head_bytes=head,
         num_rows=rows,
+        engine_cache_bytes=held - asleep,
     )
     made = make_plan(probes, config, memory.limit(), longest_prompt_tokens(inputs.train.prompts), inputs.context_tokens)
     return replace(made, time_s={})

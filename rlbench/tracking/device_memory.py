@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +98,23 @@ class HostMemory:
 
 
 class CudaMemory:
-    """Tensors of torch's allocator on the current CUDA device."""
+    """Tensors of torch's allocator on the current CUDA device.
+
+    Args:
+        released: bytes among them that are not backed by memory now, as `Engine.released_bytes` says. A peak leaves out
+            what was given back from the last `restart_peak` on and still is.
+    """
 
     name = "device memory"
+
+    def __init__(self, released: Callable[[], int] = lambda: 0) -> None:
+        self._released = released
+        self._released_at_restart = 0
 
     def held(self) -> int:
         import torch
 
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated() - self._released()
 
     def settle(self) -> None:
         gc.collect()  # tensors alone are counted, not what the allocator keeps
@@ -114,22 +123,26 @@ class CudaMemory:
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
+        return free + torch.cuda.memory_reserved() - self._released()
 
     def restart_peak(self) -> None:
         import torch
 
         torch.cuda.reset_peak_memory_stats()
+        self._released_at_restart = self._released()
 
     def peak(self) -> int:
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - self._released_throughout()
 
     def peak_reserved(self) -> int | None:
         import torch
 
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_reserved() - self._released_throughout()
+
+    def _released_throughout(self) -> int:
+        return min(self._released_at_restart, self._released())
 
 
 @contextmanager
@@ -143,9 +156,13 @@ def watch(memory: DeviceMemory) -> Iterator[Peak]:
         peak.num_bytes = memory.peak()
 
 
-def device_memory(profile: str) -> DeviceMemory:
-    """Of hardware.profile, cpu or gpu."""
-    return CudaMemory() if profile == "gpu" else HostMemory()
+def device_memory(profile: str, released: Callable[[], int] = lambda: 0) -> DeviceMemory:
+    """
+    Args:
+        profile: hardware.profile, cpu or gpu.
+        released: as in `CudaMemory`.
+    """
+    return CudaMemory(released) if profile == "gpu" else HostMemory()
 
 
 def _field(path: Path, name: str) -> int:

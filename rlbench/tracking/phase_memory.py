@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
@@ -29,10 +29,10 @@ class PhaseMemory:
             memory.restart_peak()
 
     @classmethod
-    def of_profile(cls, profile: str) -> PhaseMemory:
-        """Of hardware.profile, cpu or gpu."""
+    def of_profile(cls, profile: str, released: Callable[[], int] = lambda: 0) -> PhaseMemory:
+        """Arguments as of `device_memory`."""
         try:
-            return cls(device_memory(profile))
+            return cls(device_memory(profile, released))
         except ValueError:
             return cls(None)
 

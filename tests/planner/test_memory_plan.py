@@ -40,6 +40,18 @@ def test_the_parts_add_up_to_the_peak():
         assert sum(plan.memory_gib.values()) == approx(plan.peak_gib)
 
 
+def test_a_cache_of_fixed_size_limits_no_completion_and_is_a_part_of_generation():
+    plan = made(
+        kv_bytes_per_token=0,
+        engine_cache_bytes=GIB // 4,
+        generation=[Probe(size=8, seconds=1.0, peak_bytes=5 * GIB)] * 2,
+    )
+
+    assert plan.max_completion_tokens == 2000 - 100
+    assert plan.memory_gib["KV cache"] == approx(1 / 4)
+    assert plan.generation_peak_gib == approx(5) and sum(plan.memory_gib.values()) == approx(plan.peak_gib)
+
+
 def test_generation_adds_the_cache_of_the_tokens_that_were_not_probed():
     assert made().generation_peak_gib == approx(1 + 8 * 32 * 1024 / GIB)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rlbench.tracking import device_memory
-from rlbench.tracking.device_memory import HostMemory, watch
+from rlbench.tracking.device_memory import CudaMemory, HostMemory, watch
 
 MIB = 2**20
 
@@ -45,3 +45,46 @@ def test_a_system_without_proc_gets_one_sentence(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="plan on a CPU expects Linux's /proc"):
         HostMemory()
+
+
+class Cuda:
+    """What torch counts on a card of 80 MiB; `released` of the allocated bytes have no memory behind them."""
+
+    allocated, highest, reserved, released = 30, 30, 40, 0
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Cuda:
+    import torch
+
+    state = Cuda()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state.highest)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: state.reserved)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state.reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 - state.reserved + state.released, 80))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(state, "highest", state.allocated))
+    return state
+
+
+def test_what_a_sleeping_engine_gave_back_is_not_in_use(cuda):
+    memory = CudaMemory(lambda: cuda.released)
+    assert (memory.held(), memory.limit()) == (30, 80)
+
+    cuda.released = 20
+    assert (memory.held(), memory.limit()) == (10, 80)
+
+
+def test_a_peak_leaves_out_what_was_given_back_all_the_time(cuda):
+    memory = CudaMemory(lambda: cuda.released)
+    cuda.released = 20
+    memory.restart_peak()
+    cuda.highest = 45
+    assert (memory.peak(), memory.peak_reserved()) == (25, 20)
+
+    cuda.released = 0  # the engine woke meanwhile: the highest point may have been with its cache
+    assert memory.peak() == 45
+
+    memory.restart_peak()
+    cuda.released = 20
+    assert memory.peak() == 30
