@@ -41,11 +41,8 @@ def test_the_parts_add_up_to_the_peak():
 
 
 def test_a_cache_of_fixed_size_limits_no_completion_and_is_a_part_of_generation():
-    plan = made(
-        kv_bytes_per_token=0,
-        engine_cache_bytes=GIB // 4,
-        generation=[Probe(size=8, seconds=1.0, peak_bytes=5 * GIB)] * 2,
-    )
+    full = [Probe(size=size, seconds=1.0, peak_bytes=5 * GIB) for size in (8, 24)]
+    plan = made(kv_bytes_per_token=0, engine_cache_bytes=GIB // 4, generation=full)
 
     assert plan.max_completion_tokens == 2000 - 100
     assert plan.memory_gib["KV cache"] == approx(1 / 4)
