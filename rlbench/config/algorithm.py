@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rlbench.config.checks import check_choice, check_range
+from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
 from rlbench.config.teacher import TeacherConfig
 
@@ -161,6 +162,7 @@ class AlgorithmConfig:
     mask_truncated: bool = False  # completions cut at the token limit are not trained on
     overlong_buffer_tokens: int = 0  # soft penalty over the last tokens before sampling.max_tokens; 0: none
     overlong_penalty: float | None = None  # subtracted from the reward at the limit
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)  # prompts by their measured success rates
     max_refills: int = 0  # dynamic sampling: times that a step may draw prompts for groups without signal; 0: off
 
     def __post_init__(self) -> None:

@@ -133,6 +133,7 @@ def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str,
             "a group is not cut"
         )
     _check_sampling(config)
+    _check_curriculum(config)
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
 
 
@@ -180,6 +181,15 @@ def _check_base(config: RunConfig) -> None:
         raise ValueError(
             f"model.quantization is {config.model.quantization}, which needs engine=vllm with engine.share=true on a "
             f"GPU; found engine={engine.kind}, engine.share={str(engine.share).lower()}, hardware={profile}"
+        )
+
+
+def _check_curriculum(config: RunConfig) -> None:
+    curriculum = config.algorithm.curriculum
+    if curriculum.is_on and curriculum.component not in config.rewards.components:
+        raise ValueError(
+            f"algorithm.curriculum.component is {curriculum.component!r}, but there is no such reward; expected one of "
+            f"rewards.components: {', '.join(config.rewards.components) or 'none'}"
         )
 
 

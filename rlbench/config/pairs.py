@@ -14,6 +14,7 @@ CHOICES = ["none", "best_worst", "all"]
 _READ_TOO = (  # keys of `algorithm` that mean the same with pairs
     "prompts_per_step", "group_size", "pairs", "num_updates", "num_minibatches", "reference_refresh_steps",
     "reference_refresh_frac", "mask_truncated", "overlong_buffer_tokens", "overlong_penalty", "max_refills",
+    "curriculum",
 )  # fmt: skip
 
 

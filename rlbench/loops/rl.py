@@ -13,6 +13,7 @@ from rlbench.checks.drift import STOP, WARN, Decision, Drift, DriftError, decide
 from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
+from rlbench.data.curriculum import CurriculumStream
 from rlbench.data.packing import Microbatch
 from rlbench.data.stream import PromptStream
 from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
@@ -65,7 +66,16 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     def __post_init__(self) -> None:
         TrainingLoop.__post_init__(self)
         data = self.inputs.config.data
-        self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
+        algorithm = self.inputs.config.algorithm
+        if algorithm.curriculum.is_on:
+            self.stream = CurriculumStream(
+                self.inputs.train.prompts,
+                seed=self.inputs.config.seed,
+                config=algorithm.curriculum,
+                group_size=algorithm.group_size or 2,
+            )
+        else:
+            self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
         self.entropy_control = make_entropy_control(self.inputs.config.algorithm)
         config = self.inputs.config
         self.identity = PolicyIdentity(
@@ -104,6 +114,9 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         metrics: dict[str, float | None] = {**summarise_rollouts(groups), **self.parts.scorer.metrics(), **proof}
         if self.inputs.config.algorithm.max_refills:
             metrics["groups/num_refills"] = float(num_refills)
+        if isinstance(self.stream, CurriculumStream):
+            metrics |= self.stream.metrics()
+            self.stream.observe(groups)
         self.parts.engine.sleep()
         credited = self._credit(groups)
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)

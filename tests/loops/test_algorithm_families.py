@@ -146,3 +146,30 @@ def test_a_reference_that_follows_is_nearer_and_resumes_bit_for_bit(short, tmp_p
     assert 0 < abs(whole[2]["kl/reference"]) < 0.5 * abs(far[2]["kl/reference"])
     assert rest[-1]["kl/reference"] == whole[-1]["kl/reference"]
     assert rest[-1]["loss/total"] == whole[-1]["loss/total"]
+
+
+CURRICULUM = [
+    "algorithm.curriculum.is_on=true",
+    "+rewards.components.rare={path:tests.loops.letter_reward.rarely,weight:0.0}",
+    "algorithm.curriculum.component=rare",
+    "optim.schedule=constant",
+]
+
+
+def test_a_curriculum_is_measured_and_a_stopped_run_continues_with_it(short, tmp_path):
+    whole = finish(start(short, tmp_path / "whole", *CURRICULUM, "training.num_steps=4"))
+    first = start(short, tmp_path / "cut", *CURRICULUM, "training.num_steps=2")
+    finish(first)
+    second = start(short, tmp_path / "cut", *CURRICULUM, "training.num_steps=4", resume_from_step=2)
+    second.resume(find_checkpoint(tmp_path / "cut")[0])
+    rest = finish(second)
+
+    assert [line["curriculum/measured_frac"] for line in whole][:2] == [0.0, 4 / 40]
+    assert all(0 < line["curriculum/expected_signal_frac"] < 1 for line in whole)
+    for key in ("reward/mean", "curriculum/measured_frac", "curriculum/expected_signal_frac", "loss/total"):
+        assert [line[key] for line in rest] == [line[key] for line in whole[2:]], key
+
+
+def test_a_curriculum_needs_its_reward(short, tmp_path):
+    with pytest.raises(ValueError, match="algorithm.curriculum.component is 'right', but there is no such reward"):
+        start(short, tmp_path / "run", "algorithm.curriculum.is_on=true", "algorithm.curriculum.component=right")
