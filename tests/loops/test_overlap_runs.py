@@ -8,8 +8,8 @@ from tests.loops.test_rl_runs import comparable
 
 def test_overlap_changes_no_bit_of_a_run_and_shows_what_it_hides(tiny_overrides, tmp_path):
     for overlap in ("true", "false"):
-        done = run(*tiny_overrides, "training.num_steps=3", f"rewards.overlap={overlap}", f"hydra.run.dir=overlap_{overlap}",
-                   folder=tmp_path)  # fmt: skip
+        changed = [f"rewards.overlap={overlap}", f"hydra.run.dir=overlap_{overlap}"]
+        done = run(*tiny_overrides, "training.num_steps=3", *changed, folder=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     with_overlap, without = tmp_path / "overlap_true", tmp_path / "overlap_false"
 
