@@ -44,7 +44,7 @@ class ScriptRun:
     output: bytes
     errors: bytes
     end: JobEnd
-    stopped_by: str = ""  # "deadline" or "output limit"; "" if it ended by itself
+    stopped_by: str = ""  # "deadline", "output limit" or what a TreeWatch exceeded; "" if it ended by itself
     has_survivors: bool = False  # something still holds its output after the end: the backend does not kill all
 
 
@@ -88,7 +88,11 @@ def grade_tests(
         _start_pair(candidate, tester, code, {**spec, "num_tests": len(tests)}, limits)
         for test in tests:
             send_frame(tester.connection, encode(dict(test)))
-        verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        with sandbox.watch(candidate, limits) as watch:
+            verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        if watch.exceeded:
+            stopped = Verdict(passed=False, message=f"stopped by the {watch.exceeded}")
+            verdicts = [verdict if verdict.passed else stopped for verdict in verdicts]
         if not all(verdict.passed for verdict in verdicts):
             sandbox.end(candidate)  # raises if the zygote is dead: then the program may have died with it
         return verdicts
@@ -157,9 +161,11 @@ def run_script(
             os.close(output)
             os.close(errors)
         deadline = time.monotonic() + limits.timeout_s
-        output_bytes, error_bytes, stopped_by = _collect(
-            job, output_end, errors_end, deadline, limits.output_kib * 1024
-        )
+        with sandbox.watch(job, limits) as watch:
+            output_bytes, error_bytes, stopped_by = _collect(
+                job, output_end, errors_end, deadline, limits.output_kib * 1024
+            )
+        stopped_by = watch.exceeded or stopped_by
         end = sandbox.end(job)
         has_survivors = any(_is_still_held(descriptor) for descriptor in (output_end, errors_end))
     finally:
