@@ -43,6 +43,10 @@ class RewardPool:
         memory_limit_gib: address space of a worker.
         max_calls_per_worker: a worker is replaced after so many calls.
 
+    Attributes:
+        stats: what happened to the calls.
+        notes: what rewards say about themselves, by component: the text in their attribute `note`, if they have one.
+
     Raises:
         ValueError: a reward cannot be built; found at once, in a worker.
         RuntimeError: a worker does not start.
@@ -78,6 +82,7 @@ class RewardPool:
         self._is_closed = False
         self._workers: list[WorkerProcess | None] = [None] * num_workers
         self.stats = PoolStats()
+        self.notes: dict[str, str] = {}
         started: list[Future[None]] = [Future() for _ in range(num_workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(slot, started[slot]), daemon=True) for slot in range(num_workers)
@@ -237,7 +242,7 @@ class RewardPool:
             raise RuntimeError("the reward pool was closed")
         is_restart = self._workers[slot] is not None
         worker = self._workers[slot] = WorkerProcess(self._setup_frame)
-        worker.wait_until_built()
+        self.notes = worker.wait_until_built()
         if is_restart:
             self.stats.count(RESTARTS)
         return worker

@@ -79,6 +79,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         )
 
     def _begin(self) -> None:
+        for note in self.parts.scorer.notes:
+            self.console.note(note)
         self._sync()
 
     def _beside(self) -> Beside:

@@ -19,6 +19,11 @@ class RecordedScorer(Scorer):
         self._config, self._engine = config, engine
         self._terms = reward_terms(config)
 
+    @property
+    def notes(self) -> list[str]:
+        """None: no reward is built."""
+        return []
+
     def begin(self, num_completions: int) -> None:
         """Nothing is computed."""
 

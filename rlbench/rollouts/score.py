@@ -47,6 +47,12 @@ class Scorer:
             max_pending=config.max_pending,
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What rewards say about themselves, for the user: the sandbox in which programs run."""
+        notes = self._pool.notes if self._pool is not None else {}
+        return [f"rewards.components.{name}: {note}" for name, note in notes.items()]
+
     def attach(self, name: str, score: InProcess) -> None:
         """Let `score` give the outcomes of the component `name`, a reward model."""
         self._in_process[name] = score
