@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench_rewards.sandbox.codec import CodecError, decode, encode
-from rlbench_rewards.sandbox.frames import ChannelClosed, send_frame
+from rlbench_rewards.sandbox.frames import ChannelClosed, send_frames
 from rlbench_rewards.sandbox.limits import Limits
 from rlbench_rewards.sandbox.supervisor import (
     START_DEADLINE_S,
@@ -86,8 +86,7 @@ def grade_tests(
     try:
         spec = {"setup": setup, "entry_point": entry_point, "float_tolerance": float_tolerance}
         _start_pair(candidate, tester, code, {**spec, "num_tests": len(tests)}, limits)
-        for test in tests:
-            send_frame(tester.connection, encode(dict(test)))
+        send_frames(tester.connection, [encode(dict(test)) for test in tests])
         with sandbox.watch(candidate, limits) as watch:
             verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
         if watch.exceeded:
@@ -118,12 +117,10 @@ def _observed_verdicts(sandbox: Sandbox, tester: Job, num_tests: int, timeout_s:
     verdicts: dict[int, Verdict] = {}
     has_started, reason = False, "the time is up"
     try:
-        while True:
+        while not has_started or len(verdicts) < num_tests:
             report = decode(receive_before(tester.connection, deadline))
             if "broken" in report:
                 raise BrokenTests(report["broken"])
-            if "done" in report:
-                break
             if "started" in report:
                 has_started = True
                 deadline = time.monotonic() + timeout_s
