@@ -4,13 +4,16 @@
 
 A function task is a program, right or wrong, graded against three assertions: two confined processes. A program task
 is one run of a program on one input: one confined process. Every verdict is checked. "warm" leaves the first tasks
-out; "cold" starts everything anew for each task: zygote, both processes, verdict. Throughput goes through RewardPool,
-as in training. Backends are measured in interleaved rounds; medians over rounds.
+out; "cold" starts everything anew for each task: zygote, both processes, verdict. "cpu" is the processor time of a warm
+task, ours and that of all its processes, which other work on the machine changes less than the others. Throughput goes
+through RewardPool, as in training. Backends are measured in interleaved rounds; medians over rounds. "load average" is
+the machine's before the first round: above 0.5 something else was running.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=200, help="warm tasks a round")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     reports = {kind: probe_backend(kind) for kind in ISOLATED}
     kinds = [kind for kind, report in reports.items() if report.is_good]
     if not kinds:
@@ -79,6 +83,7 @@ def main() -> None:
         {"case": "all probes", "impl": kind, "metric": "time", "value": round(reports[kind].seconds, 2), "unit": "s"}
         for kind in kinds
     ]
+    rows.append({"case": "before", "impl": "machine", "metric": "load average", "value": round(load, 2), "unit": ""})
     for row in rows:
         print(f"{row['case']:28} {row['impl']:30} {row['metric']:12} {row['value']:>9} {row['unit']}")
     if options.output:
@@ -108,8 +113,8 @@ def _measured(kind: str, num_tasks: int, num_workers: int) -> list[tuple[str, st
         ("function task", _function_samples(num_tasks)),
         ("program task", _program_samples(num_tasks)),
     ):
-        latencies = _warm_latencies(kind, samples)
-        results += _latency_rows(f"{case}, warm", latencies)
+        latencies, cpu_ms = _warm_latencies(kind, samples)
+        results += [*_latency_rows(f"{case}, warm", latencies), (f"{case}, warm", "cpu", cpu_ms, "ms")]
         rate = _tasks_per_s(kind, samples, num_workers)
         results.append((f"{case}, warm, {num_workers} workers", "throughput", rate, "tasks/s"))
         results += _latency_rows(f"{case}, cold", _cold_latencies(kind, samples[:10]))
@@ -122,14 +127,31 @@ def _latency_rows(case: str, latencies_ms: Sequence[float]) -> list[tuple[str, s
     return [(case, "p50", statistics.median(ordered), "ms"), (case, "p95", p95, "ms")]
 
 
-def _warm_latencies(kind: str, samples: Sequence[tuple[RewardSample, float]]) -> list[float]:
+def _warm_latencies(kind: str, samples: Sequence[tuple[RewardSample, float]]) -> tuple[list[float], float]:
+    """Milliseconds of each task, and of processor time a task."""
     reward = CodeTests(backend=kind)
     _graded(reward, samples[:10])
     time.sleep(0.5)  # the zygote imports in idle moments
     _graded(reward, samples[:10])
+    process = reward._sandbox._zygote._process  # type: ignore[union-attr]
+    before_s = time.process_time() + _cpu_s_of_group(process.pid)
     latencies = [_graded(reward, [sample]) for sample in samples]
+    cpu_s = time.process_time() + _cpu_s_of_group(process.pid) - before_s
     reward.close()
-    return latencies
+    return latencies, cpu_s / len(samples) * 1000
+
+
+def _cpu_s_of_group(group: int) -> float:
+    """Of a zygote, which leads the group, and of all its jobs that have ended."""
+    ticks = 0
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))  # user and system, its own and of its children
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cold_latencies(kind: str, samples: Sequence[tuple[RewardSample, float]]) -> list[float]:

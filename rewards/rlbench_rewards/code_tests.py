@@ -72,6 +72,7 @@ class CodeTests:
         self._total_timeout_s = total_timeout_s
         self._limits = Limits(timeout_s=timeout_s, memory_mib=memory_mib, allow_subprocess=allow_subprocess)
         self.backend = choose_backend(backend, i_understand=i_understand)
+        self.note = f"programs run in the sandbox backend {self.backend}"
         self._sandbox = Sandbox(self.backend, package_folders=site.getsitepackages() if use_site_packages else ())
 
     def __call__(self, sample: RewardSample) -> RewardOutput:

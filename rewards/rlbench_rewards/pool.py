@@ -9,7 +9,6 @@ finished by the thread that took it: tried again after a death of the worker (on
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import sys
@@ -17,57 +16,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from rlbench_rewards.contract import ERROR, TIMEOUT, RewardOutcome, RewardSample
 from rlbench_rewards.pool_stats import QUARANTINED, RESTARTS, RETRIES, PoolStats
+from rlbench_rewards.submission import Call, Scores, Submission
 from rlbench_rewards.worker import encode_frame
 from rlbench_rewards.worker_process import DeadlinePassed, WorkerDied, WorkerProcess
 
 _MAX_DEATHS = 2  # under one sample, before it is quarantined
 _MAX_START_TRIES = 3
-
-Scores = list[dict[str, RewardOutcome]]
-
-
-@dataclass(slots=True)
-class _Ticket:
-    """One submitted list of samples: its outcomes so far, and the future that gets them all."""
-
-    outcomes: Scores
-    num_left: int
-    future: Future[Scores]
-    names: Sequence[str]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def put(self, index: int, name: str, outcome: RewardOutcome) -> None:
-        with self.lock:
-            self.outcomes[index][name] = outcome
-            self.num_left -= 1
-            is_done = self.num_left == 0
-        if is_done and not self.future.done():
-            self.future.set_result([{name: found[name] for name in self.names} for found in self.outcomes])
-
-    def fail(self, error: BaseException) -> None:
-        with self.lock:
-            if not self.future.done():
-                self.future.set_exception(error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    ticket: _Ticket
-    name: str  # of the component
-    indices: tuple[int, ...]  # of the samples
-    samples: tuple[dict[str, Any], ...]
-
-    def key(self) -> bytes:
-        """Of the component and what it scores; for calls of one sample."""
-        return hashlib.sha256(encode_frame([self.name, self.samples])).digest()
-
-    def split(self) -> list[_Call]:
-        return [_Call(self.ticket, self.name, (i,), (s,)) for i, s in zip(self.indices, self.samples, strict=True)]
 
 
 class RewardPool:
@@ -81,9 +39,13 @@ class RewardPool:
         allowed_prefixes: what paths may begin with besides "rlbench_rewards.".
         columns: names of the data's columns, to find a reward that needs another one; None: not checked.
         max_retries: how often a call that ended in an error or a timeout is tried again.
-        max_pending: calls that wait for a worker; `submit` blocks above it.
+        max_pending: calls that wait for a worker; `submit` and `Submission.close` block above it.
         memory_limit_gib: address space of a worker.
         max_calls_per_worker: a worker is replaced after so many calls.
+
+    Attributes:
+        stats: what happened to the calls.
+        notes: what rewards say about themselves, by component: the text in their attribute `note`, if they have one.
 
     Raises:
         ValueError: a reward cannot be built; found at once, in a worker.
@@ -115,11 +77,12 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._max_calls = max_calls_per_worker
-        self._calls: queue.Queue[_Call | None] = queue.Queue(max_pending)
+        self._calls: queue.Queue[Call | None] = queue.Queue(max_pending)
         self._quarantine: set[bytes] = set()
         self._is_closed = False
         self._workers: list[WorkerProcess | None] = [None] * num_workers
         self.stats = PoolStats()
+        self.notes: dict[str, str] = {}
         started: list[Future[None]] = [Future() for _ in range(num_workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(slot, started[slot]), daemon=True) for slot in range(num_workers)
@@ -143,19 +106,21 @@ class RewardPool:
 
     def submit(self, samples: Sequence[RewardSample]) -> Future[Scores]:
         """The same as a future, so that scoring runs beside other work. Blocks while the queue is full."""
+        submission = self.open(len(samples))
+        for index, sample in enumerate(samples):
+            submission.put(index, sample)
+        return submission.close()
+
+    def open(self, num_samples: int) -> Submission:
+        """For samples that come one by one; equal samples give equal calls, whenever they come.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
         if self._is_closed:
             raise RuntimeError("the reward pool is closed")
-        names = list(self._specs)
-        ticket = _Ticket([{} for _ in samples], len(samples) * len(names), Future(), names)
-        if not ticket.num_left:
-            ticket.future.set_result([{} for _ in samples])
-        plain = [_plain(sample) for sample in samples]
-        for name, spec in self._specs.items():
-            size = spec.get("batch_size", 1)
-            for start in range(0, len(plain), size):
-                batch = tuple(plain[start : start + size])
-                self._calls.put(_Call(ticket, name, tuple(range(start, start + len(batch))), batch))
-        return ticket.future
+        batch_sizes = {name: spec.get("batch_size", 1) for name, spec in self._specs.items()}
+        return Submission(num_samples, batch_sizes, self._calls, lambda: self._is_closed)
 
     def close(self) -> None:
         """Kill all workers and wait for their end."""
@@ -204,7 +169,7 @@ class RewardPool:
             except RuntimeError as error:
                 call.ticket.fail(error)
 
-    def _finish(self, slot: int, call: _Call) -> None:
+    def _finish(self, slot: int, call: Call) -> None:
         """Deliver an outcome for every sample of the call."""
         start = time.monotonic()
         outcomes = self._outcomes(slot, call)
@@ -212,7 +177,7 @@ class RewardPool:
             self.stats.add_outcome(outcome.status, (time.monotonic() - start) / len(outcomes))
             call.ticket.put(index, call.name, outcome)
 
-    def _outcomes(self, slot: int, call: _Call) -> list[RewardOutcome]:
+    def _outcomes(self, slot: int, call: Call) -> list[RewardOutcome]:
         is_single = len(call.samples) == 1
         if is_single and self._quarantine and call.key() in self._quarantine:
             return [RewardOutcome(status=ERROR, message="quarantined: workers died under this sample before")]
@@ -234,7 +199,7 @@ class RewardPool:
                 return outcomes
             self.stats.count(RETRIES)
 
-    def _try(self, slot: int, call: _Call, num_tries: int) -> tuple[list[RewardOutcome], bool]:
+    def _try(self, slot: int, call: Call, num_tries: int) -> tuple[list[RewardOutcome], bool]:
         """Outcomes of one try, and whether the worker died under it."""
         timeout_s = self._specs[call.name].get("timeout_s") or self._timeout_s
         worker = self._ready_worker(slot)
@@ -254,7 +219,7 @@ class RewardPool:
         return [RewardOutcome(**output, latency_s=latency, num_tries=num_tries) for output in outputs], False
 
     @staticmethod
-    def _failed(call: _Call, status: str, message: str, latency_s: float, num_tries: int) -> list[RewardOutcome]:
+    def _failed(call: Call, status: str, message: str, latency_s: float, num_tries: int) -> list[RewardOutcome]:
         failed = RewardOutcome(status=status, message=message, latency_s=latency_s, num_tries=num_tries)
         return [failed] * len(call.samples)
 
@@ -277,13 +242,7 @@ class RewardPool:
             raise RuntimeError("the reward pool was closed")
         is_restart = self._workers[slot] is not None
         worker = self._workers[slot] = WorkerProcess(self._setup_frame)
-        worker.wait_until_built()
+        self.notes = worker.wait_until_built()
         if is_restart:
             self.stats.count(RESTARTS)
         return worker
-
-
-def _plain(sample: RewardSample) -> dict[str, Any]:
-    plain = {name: getattr(sample, name) for name in RewardSample.__slots__}
-    plain["columns"] = dict(sample.columns)
-    return plain

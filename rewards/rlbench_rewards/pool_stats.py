@@ -17,6 +17,7 @@ class PoolStats:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=_MAX_LATENCIES)
+        self._overlapped_s = 0.0
 
     def count(self, what: str) -> None:
         with self._lock:
@@ -27,13 +28,21 @@ class PoolStats:
             self._counts[f"num_{status}"] += 1
             self._latencies.append(latency_s)
 
+    def add_overlapped(self, seconds: float) -> None:
+        """Time in which rewards were computed before anyone waited for them."""
+        with self._lock:
+            self._overlapped_s += seconds
+
     def take(self) -> dict[str, float]:
-        """`reward_pool/...`: counts of outcomes, restarts, retries and quarantined samples; latency percentiles."""
+        """`reward_pool/...`: counts of outcomes, restarts, retries and quarantined samples; seconds that were hidden
+        behind other work; latency percentiles."""
         with self._lock:
             counts, latencies = self._counts, sorted(self._latencies)
+            overlapped_s, self._overlapped_s = self._overlapped_s, 0.0
             self._counts, self._latencies = Counter(), deque(maxlen=_MAX_LATENCIES)
         names = ("num_value", "num_error", "num_timeout", "num_skipped", RESTARTS, RETRIES, QUARANTINED)
         metrics = {f"reward_pool/{name}": float(counts[name]) for name in names}
+        metrics["reward_pool/overlapped_s"] = overlapped_s
         if latencies:
             metrics |= {
                 f"reward_pool/latency_p{percent}_s": latencies[int(percent / 100 * (len(latencies) - 1))]

@@ -50,7 +50,8 @@ def main() -> None:
     try:
         for spec in setup["specs"]:
             rewards[spec["name"]] = _load(spec, setup)
-        answer: dict[str, Any] = {"status": VALUE}
+        notes = {name: str(note) for name, reward in rewards.items() if (note := getattr(reward.target, "note", ""))}
+        answer: dict[str, Any] = {"status": VALUE, "notes": notes}
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         answer = {"status": ERROR, "message": text}

@@ -50,8 +50,13 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_until_built(self) -> None:
-        """Raises: ValueError if a reward cannot be built; RuntimeError if the worker does not start."""
+    def wait_until_built(self) -> dict[str, str]:
+        """What rewards have to say, by name (`note`).
+
+        Raises:
+            ValueError: a reward cannot be built.
+            RuntimeError: the worker does not start.
+        """
         deadline = time.monotonic() + START_DEADLINE_S
         try:
             self._write(self._setup_frame, deadline)
@@ -60,6 +65,7 @@ class WorkerProcess:
             raise RuntimeError(f"a reward worker did not start ({error})") from error
         if answer["status"] == ERROR:
             raise ValueError(answer["message"])
+        return answer["notes"]
 
     def call(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
         self.num_calls += 1

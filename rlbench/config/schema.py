@@ -121,6 +121,7 @@ class RewardsConfig:
     num_workers: int | None = None
     max_retries: int = 0  # how often a call that ended in an error or a timeout is tried again
     max_pending: int = 1024  # calls that wait for a worker; above it, submitting waits
+    overlap: bool = True  # score finished completions while others are generated; false: after all are
     on_invalid: str = "drop_sample"  # drop_sample | drop_group | stop: when a reward has no value for a rollout
     max_invalid_frac: float = 0.2  # of a step's rollouts; above it the run stops
 

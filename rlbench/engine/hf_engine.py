@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlbench.engine.decoders import make_decoder
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
 from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
 from rlbench.engine.penalties import Penalties
 from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
@@ -63,7 +63,11 @@ class HfEngine:
         self.adapter_fingerprint = BASE_FINGERPRINT
 
     def generate(
-        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """See `Engine.generate`."""
         check_unguided(sampling, self.name)
@@ -72,7 +76,8 @@ class HfEngine:
         with torch.inference_mode():
             for start in range(0, len(prompts), self._max_num_seqs):
                 wave = slice(start, start + self._max_num_seqs)
-                completions += self._generate_wave(prompts[wave], sampling, seeds[wave])
+                report = _from(start, on_finished) if on_finished is not None else None
+                completions += self._generate_wave(prompts[wave], sampling, seeds[wave], report)
         return completions
 
     def score(
@@ -126,7 +131,11 @@ class HfEngine:
         return cache, hidden[0]
 
     def _generate_wave(
-        self, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None,
     ) -> list[Completion]:
         distinct = list(dict.fromkeys(prompts))
         group_index = {prompt: i for i, prompt in enumerate(distinct)}
@@ -137,10 +146,15 @@ class HfEngine:
         own = DecodeCache(self._cache_shape, cache, groups, max(1, sampling.max_tokens - 1))
         rows = _Rows.start(prompts, seeds, sampling, self._tokenizer)
         positions = cache.lengths[groups]  # [B] position of the token drawn next
+        completions: dict[int, Completion] = {}
         while True:
             tokens = rows.draw(logits)  # [B]
+            for sample in rows.just_finished:
+                completions[sample] = self._completion(rows, sample, seeds[sample])
+                if on_finished is not None:
+                    on_finished(sample, completions[sample])
             if not rows.alive:
-                return [self._completion(rows, i, seed) for i, seed in enumerate(seeds)]
+                return [completions[sample] for sample in range(len(seeds))]
             kept = rows.compact()
             if kept is not None:
                 kept = kept.to(tokens.device)
@@ -194,6 +208,7 @@ class _Rows:
     finish_reasons: list[str]
     position: int = 0
     alive: set[int] = field(default_factory=set)
+    just_finished: list[int] = field(default_factory=list)  # in the last draw
     penalties: Penalties | None = None  # made at the first draw
 
     @classmethod
@@ -230,8 +245,8 @@ class _Rows:
             for sample, logprob in zip(self.samples, plain.tolist(), strict=True):
                 if sample in self.alive:
                     self.plain[sample].append(logprob)
-        for sample in list(self.alive):
-            self._finish(sample)
+        self.just_finished = [sample for sample in sorted(self.alive) if self._is_finished(sample)]
+        self.alive.difference_update(self.just_finished)
         return tokens
 
     def _penalised(self, logits: Tensor) -> Tensor:
@@ -241,16 +256,16 @@ class _Rows:
             self.penalties = Penalties(self.prompts, self.sampling, logits.shape[-1], logits.device)
         return self.penalties.apply(logits)
 
-    def _finish(self, sample: int) -> None:
-        """End the sample if its last token ends it."""
+    def _is_finished(self, sample: int) -> bool:
+        """Whether the sample's last token ends it; if so, notes why."""
         token = self.token_ids[sample][-1]
         if token in self.sampling.stop_token_ids or (self.stops and self.stops.is_completed_by(sample, token)):
             self.finish_reasons[sample] = FINISH_STOP
         elif self.position == self.sampling.max_tokens:
             self.finish_reasons[sample] = FINISH_LENGTH
         else:
-            return
-        self.alive.discard(sample)
+            return False
+        return True
 
     def compact(self) -> Tensor | None:
         """Row indices to keep, once enough rows have finished to pay for moving the others; else None."""
@@ -263,6 +278,11 @@ class _Rows:
         if self.penalties is not None:
             self.penalties.keep_rows(rows)
         return rows
+
+
+def _from(start: int, on_finished: OnFinished) -> OnFinished:
+    """`on_finished` for the samples of a wave that begins at sample `start`."""
+    return lambda index, completion: on_finished(start + index, completion)
 
 
 def check_unguided(sampling: SamplingParams, engine_name: str) -> None:

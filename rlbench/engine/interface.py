@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlbench.models.adapter import Adapter
@@ -11,9 +11,10 @@ from rlbench.records import Completion, SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError"]
+__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError", "OnFinished"]
 
 BASE_FINGERPRINT = "base"
+OnFinished = Callable[[int, Completion], None]
 
 
 class EngineCorruptedError(Exception):
@@ -32,7 +33,11 @@ class Engine(Protocol):
     adapter_fingerprint: str
 
     def generate(
-        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """Sample one completion for each prompt.
 
@@ -41,6 +46,9 @@ class Engine(Protocol):
             sampling: shared by all samples.
             seeds: one unsigned 63-bit integer a sample. A sample's tokens depend on its prompt, its seed, `sampling`
                 and the weights, not on its place in the batch nor on the other samples.
+            on_finished: called once a sample, in this thread, with its index and its completion, as soon as the
+                completion is known: others are still being generated, so it must be quick. What it raises ends the
+                call.
 
         Returns:
             Completions in the order of the prompts.

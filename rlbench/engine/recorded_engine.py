@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
 from rlbench.records import Completion, Rollout, SamplingParams
 from rlbench.tracking.rollout_store import read_groups, read_rollout_table
 
@@ -58,7 +58,11 @@ class RecordedEngine:
         return self._open[1][seed]
 
     def generate(
-        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """What was sampled for these prompts and seeds.
 
@@ -80,6 +84,8 @@ class RecordedEngine:
                     "sampling.*"
                 )
             completions.append(self._relabelled(rollout.completion))
+            if on_finished is not None:
+                on_finished(len(completions) - 1, completions[-1])
         return completions
 
     def _relabelled(self, completion: Completion) -> Completion:

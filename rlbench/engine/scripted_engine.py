@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlbench.engine.hf_engine import check_prompts, check_sequences, check_unguided
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
 from rlbench.engine.penalties import Penalties
 from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
 from rlbench.engine.stop_strings import StopStrings
@@ -47,12 +47,21 @@ class ScriptedEngine:
         self.adapter_fingerprint = BASE_FINGERPRINT
 
     def generate(
-        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """See `Engine.generate`."""
         check_unguided(sampling, self.name)
         prompts = check_prompts(prompt_token_ids, seeds, sampling.max_tokens, self._context)
-        return [self._complete(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        completions: list[Completion] = []
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            completions.append(self._complete(prompt, sampling, seed))
+            if on_finished is not None:
+                on_finished(index, completions[-1])
+        return completions
 
     def score(
         self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True

@@ -18,8 +18,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ import torch
 from safetensors.torch import save_file
 
 from rlbench.config.vllm_version import check_vllm_version
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
     check_sampling,
+    finished_outputs,
     params,
     sampled_logprobs,
     sampling_request,
@@ -185,7 +187,11 @@ class VllmEngine:
         return tensors
 
     def generate(
-        self, prompt_token_ids: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """See `Engine.generate`.
 
@@ -197,23 +203,36 @@ class VllmEngine:
         if not sampling.is_plain:
             self._call("rlbench_report_plain_logprobs")
         requests = [sampling_request(sampling, seed) for seed in seeds]
-        outputs = [output.outputs[0] for output in self._run(prompt_token_ids, requests, use_adapter=True)]
-        logprobs = [sampled_logprobs(output) for output in outputs]
-        if sampling.is_guided:  # the guide masks the logits before anything can be reported
-            plain = self.score(prompt_token_ids, [output.token_ids for output in outputs])
-            logprobs = [(sampled, tuple(row)) for (sampled, _), row in zip(logprobs, plain, strict=True)]
-        return [
-            Completion(
-                token_ids=tuple(output.token_ids),
-                sampling_logprobs=sampled,
-                plain_logprobs=plain,
-                finish_reason=output.finish_reason,
-                seed=seed,
-                policy_version=self.policy_version,
-                adapter_fingerprint=self.adapter_fingerprint,
-            )
-            for output, (sampled, plain), seed in zip(outputs, logprobs, seeds, strict=True)
-        ]
+        completions: dict[int, Completion] = {}
+
+        def take(index: int, output: Any) -> None:
+            completions[index] = self._completion(output.outputs[0], seeds[index])
+            if on_finished is not None and not sampling.is_guided:
+                on_finished(index, completions[index])
+
+        self._run(prompt_token_ids, requests, use_adapter=True, take=take)
+        ordered = [completions[index] for index in range(len(seeds))]
+        if not sampling.is_guided:
+            return ordered
+        # The guide masks the logits before anything can be reported.
+        plain = self.score(prompt_token_ids, [completion.token_ids for completion in ordered])
+        ordered = [replace(c, plain_logprobs=tuple(row)) for c, row in zip(ordered, plain, strict=True)]
+        if on_finished is not None:
+            for index, completion in enumerate(ordered):
+                on_finished(index, completion)
+        return ordered
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        sampled, plain = sampled_logprobs(output)
+        return Completion(
+            token_ids=tuple(output.token_ids),
+            sampling_logprobs=sampled,
+            plain_logprobs=plain,
+            finish_reason=output.finish_reason,
+            seed=seed,
+            policy_version=self.policy_version,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
 
     def score(
         self, prompt_token_ids: Sequence[Sequence[int]], token_ids: Sequence[Sequence[int]], *, use_adapter: bool = True
@@ -304,19 +323,31 @@ class VllmEngine:
         del self._llm
         cleanup_dist_env_and_memory()
 
-    def _run(self, prompts: Sequence[Sequence[int]], requests: list[Any], *, use_adapter: bool) -> list[Any]:
-        """One output a prompt, in order. A batch is all with or all without the adapter (`OneAdapterMatmul`)."""
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: list[Any],
+        *,
+        use_adapter: bool,
+        take: Callable[[int, Any], None] = lambda index, output: None,
+    ) -> list[Any]:
+        """One output a prompt, in order; `take` gets each with its index when it is finished.
+
+        A batch is all with or all without the adapter (`OneAdapterMatmul`).
+        """
         self.wake()
         has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT
         if has_adapter:
             self._check_slot()
+        salt = self._cache_salt(has_adapter)
         with untouched_random_state(), self._no_compilation():
-            return self._llm.generate(
-                [{"prompt_token_ids": list(prompt), "cache_salt": self._cache_salt(has_adapter)} for prompt in prompts],
+            request_ids = self._llm.enqueue(
+                [{"prompt_token_ids": list(prompt), "cache_salt": salt} for prompt in prompts],
                 requests,
                 lora_request=self._adapter_request if has_adapter else None,
                 use_tqdm=False,
             )
+            return finished_outputs(self._llm.llm_engine, request_ids, take)
 
     def _cache_salt(self, has_adapter: bool) -> str:
         """Part of the key of every cached prefix: keys and values of other weights are never found."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlbench.records import SamplingParams
@@ -77,6 +77,29 @@ def params(*, detokenize: bool = False, **options: Any) -> Any:
     from vllm import SamplingParams as VllmSamplingParams  # pyright: ignore[reportMissingImports]
 
     return VllmSamplingParams(ignore_eos=True, detokenize=detokenize, **options)
+
+
+def finished_outputs(engine: Any, request_ids: Sequence[str], take: Callable[[int, Any], None]) -> list[Any]:
+    """Step vLLM's engine until all requests are finished. Outputs in their order; `take` gets each at once.
+
+    Args:
+        engine: vLLM's `LLMEngine`, with these requests alone.
+        request_ids: as `LLM.enqueue` gives them: the number that outputs carry, and sometimes a suffix.
+        take: what it raises ends the call; then the requests that are left are aborted.
+    """
+    numbers = [request_id.partition("-")[0] for request_id in request_ids]
+    index_of = {number: index for index, number in enumerate(numbers)}
+    outputs: dict[int, Any] = {}
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index = index_of[output.request_id]
+                outputs[index] = output
+                take(index, output)
+    except BaseException:
+        engine.abort_request([number for number in numbers if index_of[number] not in outputs])
+        raise
+    return [outputs[index] for index in range(len(numbers))]
 
 
 def sampled_logprobs(output: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlbench.engine.interface import Engine
 from rlbench.records import Prompt, RolloutGroup, SamplingParams
-from rlbench.rollouts.collect import make_groups, sample_completions
+from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
 from rlbench.rollouts.score import Scorer
 from rlbench.tracking.intervals import paired_interval, wilson_interval
 from rlbench.tracking.pass_rates import pass_at_k, share_interval
@@ -45,8 +45,11 @@ def evaluate(
         scorer: the run's rewards.
         step: optimizer steps applied so far.
     """
-    completions = sample_completions(prompts, engine, sampling, group_size=1, run_seed=0, step=step)
-    groups = make_groups(prompts, completions, tokenizer, scorer, step=step)
+    scoring = Scoring(prompts, tokenizer, scorer, group_size=1)
+    completions = sample_completions(
+        prompts, engine, sampling, group_size=1, run_seed=0, step=step, on_finished=scoring.take
+    )
+    groups = make_groups(completions, scoring, step=step)
     rollouts = [group.rollouts[0] for group in groups]
     is_correct = {
         rollout.prompt.prompt_id: rollout.components[ACCURACY].value == 1.0

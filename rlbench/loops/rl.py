@@ -20,7 +20,7 @@ from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sa
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
-from rlbench.rollouts.collect import make_groups, sample_completions
+from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
 from rlbench.rollouts.pairs import has_pair, pair_up
 from rlbench.rollouts.seeds import sampling_seed
@@ -89,6 +89,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         )
 
     def _begin(self) -> None:
+        for note in self.parts.scorer.notes:
+            self.console.note(note)
         self._sync()
 
     def _beside(self) -> Beside:
@@ -153,18 +155,21 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
 
     def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         config, parts = self.inputs.config, self.parts
+        group_size = config.algorithm.group_size or 2
+        scoring = Scoring(prompts, self.inputs.tokenizer, parts.scorer, group_size=group_size)
         with self._phase("generation"):
             completions = sample_completions(
                 prompts,
                 parts.engine,
                 training_sampling(self.inputs),
-                group_size=config.algorithm.group_size or 2,
+                group_size=group_size,
                 run_seed=config.seed,
                 step=step,
+                on_finished=scoring.take,
             )
         proof = self._prove(step, prompts, completions)
         with self._phase("rewards"):
-            return make_groups(prompts, completions, self.inputs.tokenizer, parts.scorer, step=step), proof
+            return make_groups(completions, scoring, step=step), proof
 
     def _prove(
         self, step: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
@@ -364,16 +369,18 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         config, parts, prompts = self.inputs.config, self.parts, self.inputs.evaluation
         if prompts is None or not config.evaluation.num_samples:
             return {}
+        group_size = config.evaluation.num_samples
+        scoring = Scoring(prompts.prompts, self.inputs.tokenizer, parts.scorer, group_size=group_size)
         completions = sample_completions(
             prompts.prompts,
             parts.engine,
             training_sampling(self.inputs),
-            group_size=config.evaluation.num_samples,
+            group_size=group_size,
             run_seed=config.seed,
             step=self.step,
+            on_finished=scoring.take,
         )
-        groups = make_groups(prompts.prompts, completions, self.inputs.tokenizer, parts.scorer, step=self.step)
-        return sampled_shares(groups)
+        return sampled_shares(make_groups(completions, scoring, step=self.step))
 
     @property
     def _is_recorded(self) -> bool:

@@ -13,7 +13,7 @@ from rlbench.data.packing import num_packed_tokens
 from rlbench.data.stream import PromptStream
 from rlbench.planner.preflight_numbers import PreflightNumbers
 from rlbench.records import Prompt, RolloutGroup, TrainingSample
-from rlbench.rollouts.collect import make_groups, sample_completions
+from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
 from rlbench.training.step import train_step
 from rlbench.training.update import make_minibatches
 from rlbench.weight_sync import sync
@@ -64,6 +64,7 @@ def sample(
         sync(parts.policy.adapter(), parts.engine, 0)
     size = config.algorithm.prompts_per_step or 1
     for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+        scoring = Scoring(batch, inputs.tokenizer, parts.scorer, group_size=samples_per_prompt)
         with _timed(seconds["generation"]):
             completions = sample_completions(
                 batch,
@@ -72,9 +73,10 @@ def sample(
                 group_size=samples_per_prompt,
                 run_seed=config.seed,
                 step=0,
+                on_finished=scoring.take,
             )
         with _timed(seconds["rewards"]):
-            groups += make_groups(batch, completions, inputs.tokenizer, parts.scorer, step=0)
+            groups += make_groups(completions, scoring, step=0)
         sizes.append(len(batch) * samples_per_prompt)
         progress(len(groups))
     return Sample(groups=groups, seconds=seconds, num_in_batch=sizes)

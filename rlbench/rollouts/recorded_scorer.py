@@ -9,6 +9,7 @@ from rlbench.config.schema import RewardsConfig
 from rlbench.engine.recorded_engine import RecordedEngine
 from rlbench.records import Completion, Prompt, RewardComponent
 from rlbench.rollouts.score import Scorer, reward_terms
+from rlbench_rewards.submission import Submission
 
 
 class RecordedScorer(Scorer):
@@ -18,8 +19,20 @@ class RecordedScorer(Scorer):
         self._config, self._engine = config, engine
         self._terms = reward_terms(config)
 
+    @property
+    def notes(self) -> list[str]:
+        """None: no reward is built."""
+        return []
+
+    def begin(self, num_completions: int) -> None:
+        """Nothing is computed."""
+
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], texts: Sequence[Sequence[str]]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        texts: Sequence[Sequence[str]],
+        begun: Submission | None = None,
     ) -> list[list[dict[str, RewardComponent]]]:
         """
         Raises:

@@ -10,6 +10,7 @@ from rlbench.config.trained_reward import is_trained
 from rlbench.records import FINISH_LENGTH, Completion, Prompt, RewardComponent
 from rlbench_rewards import RewardOutcome, RewardPool, RewardSample
 from rlbench_rewards.composition import Scored, Term, compose
+from rlbench_rewards.submission import Submission
 
 InProcess = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], list[RewardOutcome]]  # one a completion
 
@@ -46,30 +47,36 @@ class Scorer:
             max_pending=config.max_pending,
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What rewards say about themselves, for the user: the sandbox in which programs run."""
+        notes = self._pool.notes if self._pool is not None else {}
+        return [f"rewards.components.{name}: {note}" for name, note in notes.items()]
+
     def attach(self, name: str, score: InProcess) -> None:
         """Let `score` give the outcomes of the component `name`, a reward model."""
         self._in_process[name] = score
+
+    def begin(self, num_completions: int) -> Submission | None:
+        """To score completions one by one while others are generated; None where that is off or no worker scores."""
+        return self._pool.open(num_completions) if self._pool is not None and self._config.overlap else None
 
     def score(
         self,
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         texts: Sequence[Sequence[str]],
+        begun: Submission | None = None,
     ) -> list[list[dict[str, RewardComponent]]]:
-        """Components by name for each completion of each prompt."""
-        samples = [
-            RewardSample(
-                prompt=prompt.text,
-                completion=text,
-                prompt_id=prompt.prompt_id,
-                is_truncated=completion.finish_reason == FINISH_LENGTH,
-                num_tokens=len(completion.token_ids),
-                columns=dict(prompt.columns),
-            )
-            for prompt, group, group_texts in zip(prompts, completions, texts, strict=True)
-            for completion, text in zip(group, group_texts, strict=True)
-        ]
-        outcomes = iter(self._outcomes(samples, prompts, completions))
+        """Components by name for each completion of each prompt.
+
+        Args:
+            begun: what `begin` gave, with the samples of all these completions; None: none was given yet.
+
+        Raises:
+            RuntimeError: the workers do not start any more.
+        """
+        outcomes = iter(self._outcomes(prompts, completions, texts, begun))
         return [
             [
                 {
@@ -88,12 +95,21 @@ class Scorer:
         ]
 
     def _outcomes(
-        self, samples: Sequence[RewardSample], prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        texts: Sequence[Sequence[str]],
+        begun: Submission | None,
     ) -> list[dict[str, RewardOutcome]]:
-        """By component, in the order of the config, of each sample."""
-        of_pool = self._pool.submit(samples) if self._pool is not None else None
+        """By component, in the order of the config, of each completion."""
+        of_pool = None
+        if self._pool is not None and begun is not None:
+            self._pool.stats.add_overlapped(begun.busy_s())
+            of_pool = begun.close()
+        elif self._pool is not None:
+            of_pool = self._pool.submit(_samples(prompts, completions, texts))
         own = {name: score(prompts, completions) for name, score in self._in_process.items()}
-        found = of_pool.result() if of_pool is not None else [{} for _ in samples]
+        found = of_pool.result() if of_pool is not None else [{} for group in completions for _ in group]
         return [
             {name: own[name][i] if name in own else outcomes[name] for name in self._config.components}
             for i, outcomes in enumerate(found)
@@ -105,12 +121,34 @@ class Scorer:
         return compose(scored, self._terms, way=self._config.combine, gated_value=self._config.gated_value)
 
     def metrics(self) -> dict[str, float]:
-        """`reward_pool/...`: outcomes, retries, restarts and latencies since the last call."""
+        """`reward_pool/...`: outcomes, retries, restarts, latencies and hidden time since the last call."""
         return self._pool.stats.take() if self._pool is not None else {}
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+
+
+def reward_sample(prompt: Prompt, completion: Completion, text: str) -> RewardSample:
+    """What rewards see of a completion."""
+    return RewardSample(
+        prompt=prompt.text,
+        completion=text,
+        prompt_id=prompt.prompt_id,
+        is_truncated=completion.finish_reason == FINISH_LENGTH,
+        num_tokens=len(completion.token_ids),
+        columns=dict(prompt.columns),
+    )
+
+
+def _samples(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], texts: Sequence[Sequence[str]]
+) -> list[RewardSample]:
+    return [
+        reward_sample(prompt, completion, text)
+        for prompt, group, group_texts in zip(prompts, completions, texts, strict=True)
+        for completion, text in zip(group, group_texts, strict=True)
+    ]
 
 
 def reward_terms(config: RewardsConfig) -> dict[str, Term]:

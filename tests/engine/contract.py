@@ -300,6 +300,34 @@ def first_tokens_over_seeds_fit_the_softmax(subject: Subject):
     assert chi_square < freedom + CHI_SQUARE_QUANTILE * math.sqrt(2 * freedom)
 
 
+def each_completion_is_handed_out_as_soon_as_it_is_finished(subject: Subject):
+    prompts, seeds = PROMPTS * 3, range(40, 61)  # more than the engines decode together
+    sampling = SamplingParams(max_tokens=40, stop_token_ids=tuple(range(2, 60)))
+    expected = subject.engine.generate(prompts, sampling, seeds)
+    found: list[tuple[int, Completion]] = []
+
+    completions = subject.engine.generate(prompts, sampling, seeds, lambda *one: found.append(one))
+
+    assert completions == expected == [completion for _, completion in sorted(found, key=lambda one: one[0])]
+    assert len({len(completion.token_ids) for completion in completions}) > 3
+    is_in_order_of_the_prompts = [index for index, _ in found] == list(range(len(prompts)))
+    assert is_in_order_of_the_prompts == (subject.engine.name == "scripted")  # which draws one sample after the other
+
+
+def what_is_raised_at_a_finished_completion_ends_the_call_and_nothing_else(subject: Subject):
+    sampling = SamplingParams(max_tokens=30, stop_token_ids=tuple(range(2, 60)))
+    expected = sample(subject, PROMPTS, sampling)
+
+    def fail(index: int, completion: Completion) -> None:
+        raise KeyError(index)
+
+    with pytest.raises(KeyError):
+        subject.engine.generate(PROMPTS, sampling, range(100, 100 + len(PROMPTS)), fail)
+
+    assert sample(subject, PROMPTS, sampling) == expected
+    subject.sync(subject.make_adapter(16))  # no request of the call is left in the engine
+
+
 def the_callers_random_stream_is_untouched(subject: Subject):
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -388,6 +416,8 @@ CHECKS: list[Callable[[Subject], None]] = [
     a_sample_depends_on_its_seed_not_on_the_batch,
     different_seeds_give_different_samples,
     first_tokens_over_seeds_fit_the_softmax,
+    each_completion_is_handed_out_as_soon_as_it_is_finished,
+    what_is_raised_at_a_finished_completion_ends_the_call_and_nothing_else,
     the_callers_random_stream_is_untouched,
     score_equals_a_plain_forward,
     sleep_and_wake_change_no_result,

@@ -258,6 +258,16 @@ def test_a_guided_choice_gives_one_of_the_choices_and_the_logprobs_of_model_and_
 
 
 @needs_vllm
+def test_a_guided_completion_is_handed_out_with_both_logprobs(text_engine):
+    sampling = SamplingParams(max_tokens=12, guided_choice=("yes", "no"), stop_token_ids=(1,))
+    found = {}
+
+    completions = text_engine.generate([PROMPT] * 3, sampling, [1, 2, 3], found.__setitem__)
+
+    assert [found[index] for index in range(3)] == completions and all(c.plain_logprobs for c in completions)
+
+
+@needs_vllm
 def test_a_guided_regex_is_matched(text_engine, tiny):
     sampling = SamplingParams(max_tokens=12, guided_regex=r"[0-9]{2}\.[ab]", stop_token_ids=(1,))
 

@@ -31,6 +31,7 @@ def test_a_run_on_code_rows_scores_every_completion_in_a_sandbox(name, tiny_fold
     step = next(row for row in rows if "reward_pool/num_value" in row)
     assert step["reward_pool/num_value"] == 4 and step["reward_pool/num_error"] == 0
     assert step["reward/tests"] == 0.0  # random letters are no program
+    assert "rewards.components.tests: programs run in the sandbox backend" in " ".join(done.stdout.split())
 
 
 def test_the_code_experiment_is_planned(tiny_folder, tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench_rewards.sandbox.codec import CodecError, decode, encode
-from rlbench_rewards.sandbox.frames import ChannelClosed, send_frame
+from rlbench_rewards.sandbox.frames import ChannelClosed, send_frames
 from rlbench_rewards.sandbox.limits import Limits
 from rlbench_rewards.sandbox.supervisor import (
     START_DEADLINE_S,
@@ -44,7 +44,7 @@ class ScriptRun:
     output: bytes
     errors: bytes
     end: JobEnd
-    stopped_by: str = ""  # "deadline" or "output limit"; "" if it ended by itself
+    stopped_by: str = ""  # "deadline", "output limit" or what a TreeWatch exceeded; "" if it ended by itself
     has_survivors: bool = False  # something still holds its output after the end: the backend does not kill all
 
 
@@ -86,9 +86,12 @@ def grade_tests(
     try:
         spec = {"setup": setup, "entry_point": entry_point, "float_tolerance": float_tolerance}
         _start_pair(candidate, tester, code, {**spec, "num_tests": len(tests)}, limits)
-        for test in tests:
-            send_frame(tester.connection, encode(dict(test)))
-        verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        send_frames(tester.connection, [encode(dict(test)) for test in tests])
+        with sandbox.watch(candidate, limits) as watch:
+            verdicts = _observed_verdicts(sandbox, tester, len(tests), limits.timeout_s)
+        if watch.exceeded:
+            stopped = Verdict(passed=False, message=f"stopped by the {watch.exceeded}")
+            verdicts = [verdict if verdict.passed else stopped for verdict in verdicts]
         if not all(verdict.passed for verdict in verdicts):
             sandbox.end(candidate)  # raises if the zygote is dead: then the program may have died with it
         return verdicts
@@ -114,12 +117,10 @@ def _observed_verdicts(sandbox: Sandbox, tester: Job, num_tests: int, timeout_s:
     verdicts: dict[int, Verdict] = {}
     has_started, reason = False, "the time is up"
     try:
-        while True:
+        while not has_started or len(verdicts) < num_tests:
             report = decode(receive_before(tester.connection, deadline))
             if "broken" in report:
                 raise BrokenTests(report["broken"])
-            if "done" in report:
-                break
             if "started" in report:
                 has_started = True
                 deadline = time.monotonic() + timeout_s
@@ -157,9 +158,11 @@ def run_script(
             os.close(output)
             os.close(errors)
         deadline = time.monotonic() + limits.timeout_s
-        output_bytes, error_bytes, stopped_by = _collect(
-            job, output_end, errors_end, deadline, limits.output_kib * 1024
-        )
+        with sandbox.watch(job, limits) as watch:
+            output_bytes, error_bytes, stopped_by = _collect(
+                job, output_end, errors_end, deadline, limits.output_kib * 1024
+            )
+        stopped_by = watch.exceeded or stopped_by
         end = sandbox.end(job)
         has_survivors = any(_is_still_held(descriptor) for descriptor in (output_end, errors_end))
     finally:

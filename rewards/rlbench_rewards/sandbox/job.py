@@ -52,8 +52,6 @@ def _set_limits(limits: dict, kind: str) -> None:
     _limit(resource.RLIMIT_NOFILE, limits["num_files"])
     _limit(resource.RLIMIT_NPROC, limits["num_processes"])
     _limit(resource.RLIMIT_CORE, 0)
-    if limits["allow_subprocess"]:
-        os.nice(10)  # so that a bomb of processes cannot keep the zygote from the processor, and from killing it
     if kind != "unsafe_subprocess":
         syscalls.install_seccomp(seccomp.last_filter(allow_subprocess=limits["allow_subprocess"]))
 

@@ -10,7 +10,8 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of one job. The total memory is at most `memory_mib` a process plus the scratch folder.
+    """Bounds of one job. Its memory is at most `memory_mib` plus the scratch folder; with processes of its own twice
+    `memory_mib`, watched from outside (`tree_watch`).
 
     Example:
         Limits(timeout_s=2.0, memory_mib=512)
@@ -33,6 +34,11 @@ class Limits:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
         if self.memory_mib < 64:
             raise ValueError(f"memory_mib is {self.memory_mib}, expected at least 64: Python itself needs 40")
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """Resident memory of all its processes together, where it may start some."""
+        return 2 * self.memory_mib * MIB
 
     def as_spec(self) -> dict[str, object]:
         """The form that a job receives."""

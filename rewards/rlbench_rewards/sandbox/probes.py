@@ -14,6 +14,7 @@ from rlbench_rewards.sandbox.backends import environment
 from rlbench_rewards.sandbox.grading import ScriptRun, run_script
 from rlbench_rewards.sandbox.limits import Limits
 from rlbench_rewards.sandbox.supervisor import Sandbox, SandboxError
+from rlbench_rewards.sandbox.tree_watch import MEMORY
 
 _CONTAINED, _OPEN = "contained", "open"
 _SHORT_S = 0.3
@@ -129,6 +130,16 @@ attempt(lambda: checked(libc.setuid(0)) if os.getuid() else open("/none"))
 _MEMORY = """
 attempt(lambda: bytearray(600 << 20))
 """
+_MEMORY_OF_ALL = """
+import time
+for _ in range(4):
+    if os.fork() == 0:
+        kept = b"x" * (200 << 20)
+        time.sleep(60)
+time.sleep(1)
+print("open")
+raise SystemExit
+"""
 _NO_FORK = """
 def fork():
     if os.fork() == 0:
@@ -211,6 +222,14 @@ PROBES = (
         program=_FORK_BOMB,
         is_required=False,
         limits=_WITH_CHILDREN,
+    ),
+    Probe(
+        name="memory of all",
+        what="where allowed, they hold at most twice the limit together",
+        program=_MEMORY_OF_ALL,
+        is_required=False,
+        limits=Limits(timeout_s=10.0, memory_mib=256, allow_subprocess=True),
+        judge=lambda run, host: run.stopped_by == MEMORY,
     ),
     Probe(
         name="time",

@@ -22,11 +22,14 @@ from typing import Any
 from rlbench_rewards.sandbox import backends
 from rlbench_rewards.sandbox.codec import MAX_FRAME_BYTES, CodecError, decode, encode
 from rlbench_rewards.sandbox.frames import MAX_DESCRIPTORS, ChannelClosed, send_frame
+from rlbench_rewards.sandbox.limits import Limits
+from rlbench_rewards.sandbox.tree_watch import TreeWatch
 
 START_DEADLINE_S = 20.0
 _KILL_DEADLINE_S = 2.0
 _MAX_JOBS_PER_ZYGOTE = 2000
 _NUM_SPARES = 2
+_NICER = 10
 
 
 class SandboxError(Exception):
@@ -48,6 +51,7 @@ class Job:
     def __init__(self, number: int, connection: socket.socket) -> None:
         self.number = number
         self.connection = connection
+        self.pid = 0  # as we see it; known once it is started
         connection.settimeout(START_DEADLINE_S)  # a job that does not read must not hold us
 
     def start(self, spec: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
@@ -57,9 +61,13 @@ class Job:
             SandboxError: it could not confine itself, or is gone.
         """
         try:
-            first = decode(receive_before(self.connection, time.monotonic() + START_DEADLINE_S))
+            deadline = time.monotonic() + START_DEADLINE_S
+            self.pid = _sender(self.connection, deadline)
+            first = decode(receive_before(self.connection, deadline))
             if "failed" in first:
                 raise SandboxError(f"a job could not confine itself: {first['failed']}")
+            if spec["limits"]["allow_subprocess"] and self.pid:
+                _make_nice(self.pid)
             send_frame(self.connection, encode(spec), tuple(descriptors))  # type: ignore[arg-type]
         except (ChannelClosed, CodecError, DeadlinePassed, TimeoutError) as error:
             raise SandboxError(f"a job did not start ({type(error).__name__})") from error
@@ -112,6 +120,10 @@ class Sandbox:
         except (ChannelClosed, DeadlinePassed, CodecError, OSError) as error:
             self.close()
             raise SandboxError(f"the zygote of backend {self.kind} died ({type(error).__name__})") from error
+
+    def watch(self, job: Job, limits: Limits) -> TreeWatch:
+        """Bound all processes of a started job together."""
+        return TreeWatch(self._zygote.pid if self._zygote is not None else 0, job.pid, limits)
 
     def is_alive(self) -> bool:
         return self._zygote is not None and self._zygote.is_alive()
@@ -169,6 +181,10 @@ class _Zygote:
         while wait and number not in self._ends:
             self._take_message()
         return self._ends.pop(number, None)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -268,6 +284,25 @@ def receive_before(connection: socket.socket, deadline: float) -> bytes:
     if size > MAX_FRAME_BYTES:
         raise CodecError(f"a frame of {size} bytes")
     return _receive_exactly(connection, size, deadline)
+
+
+def _make_nice(pid: int) -> None:
+    """So that a bomb of processes cannot keep the zygote and us from the processor, and from killing it."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _NICER))
+    except ProcessLookupError:
+        return
+
+
+def _sender(connection: socket.socket, deadline: float) -> int:
+    """Process id, in our numbers, of who sent what is waiting; the kernel says it."""
+    _wait_readable(connection, deadline)
+    space = socket.CMSG_SPACE(struct.calcsize("3i"))
+    _, ancillary, _, _ = connection.recvmsg(1, space, socket.MSG_PEEK)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            return struct.unpack("3i", data)[0]
+    return 0
 
 
 def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:

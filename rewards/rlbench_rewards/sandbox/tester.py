@@ -1,7 +1,7 @@
 """The process that runs the tests. It never loads model-written code; the candidate's values come as builtins.
 
 Frames to the supervisor: {"started": True} or {"broken": why}, the row's own fault; then {"index", "passed",
-"message"} for each test that ran to its end, and {"done": True}. What is not reported was not observed: it is failed.
+"message"} for each test that ran to its end. What is not reported was not observed: it is failed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def serve(supervisor: _socket.socket, channel: _socket.socket, spec: dict) -> No
         for index, test in enumerate(tests):
             passed, message = (False, reason) if reason else _outcome(test, candidate, namespace, spec)
             send_frame(supervisor, encode({"index": index, "passed": passed, "message": message[:_MAX_TEXT]}))
-        send_frame(supervisor, encode({"done": True}))
     except BrokenTest as error:
         send_frame(supervisor, encode({"broken": str(error)[:_MAX_TEXT]}))
     os._exit(0)

@@ -73,6 +73,7 @@ class Zygote:
 
     def _fork(self, number: int) -> None:
         supervisor_end, job_end = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        supervisor_end.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)  # tells the supervisor the job's pid
         pid = self._jail.fork()
         if pid == 0:
             try:

@@ -55,11 +55,25 @@ PROCESSES += attacks(
         "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
         "sleeping children": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        time.sleep(600)\n"
         "while True:\n    time.sleep(1)",
+        "10 GiB over children": "import os, time\nfor _ in range(26):\n    if os.fork() == 0:\n"
+        "        kept = b'x' * (400 << 20)\n        time.sleep(600)\ntime.sleep(600)",
+        "children of children that hold memory": "import os, time\nfor _ in range(4):\n    os.fork()\n"
+        "kept = b'x' * (300 << 20)\ntime.sleep(600)",
         "daemon": "import os, time\nif os.fork() == 0:\n    try:\n        os.setsid()\n    except OSError:\n        pass\n"
         "    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)",
     },
     OPEN,
     options={"timeout_s": 0.5, "allow_subprocess": True},
+)
+
+PROCESSES += attacks(
+    "processes",
+    {
+        "more memory than allowed, in children": "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n"
+        "        kept = b'x' * (80 << 20)\n        time.sleep(600)\ntime.sleep(2)\nprint('open', flush=True)\nos._exit(0)",
+    },
+    OPEN,
+    options={"allow_subprocess": True, "memory_mib": 128},
 )
 
 OUTPUT = attacks(

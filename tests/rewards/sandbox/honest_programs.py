@@ -167,10 +167,44 @@ _TASKS: dict[str, tuple[Mapping[str, Any], str, str, str]] = {
     ),
 }
 
+# The same, of programs that may start processes.
+_WITH_PROCESSES: dict[str, tuple[Mapping[str, Any], str, str, str]] = {
+    "children that read their parent's memory": (
+        _programs(("", "0 0 0 0 0 0 0 0\n")),
+        "import os, time\nkept = b'x' * (60 << 20)\npids = []\nfor _ in range(8):\n    pid = os.fork()\n    if pid == 0:\n"
+        "        found = kept.count(b'x')\n        time.sleep(0.3)\n        os._exit(found != 60 << 20)\n    pids.append(pid)\n"
+        "print(*[os.waitpid(pid, 0)[1] for pid in pids])",
+        "!= 60",
+        "== 60",
+    ),
+    "a program of the system": (
+        _programs(("", "hi\n")),
+        "import subprocess\nprint(subprocess.run(['/bin/echo', 'hi'], capture_output=True, text=True).stdout.strip())",
+        "'hi'",
+        "'ho'",
+    ),
+    "a pool of processes": (
+        _programs(("", "[0, 1, 4, 9]\n")),
+        "import multiprocessing\nrow = [multiprocessing.get_context('fork').Pipe() for _ in range(4)]\n"
+        "def square(n):\n    row[n][1].send(n * n)\n"
+        "all_of = [multiprocessing.get_context('fork').Process(target=square, args=(n,)) for n in range(4)]\n"
+        "for p in all_of:\n    p.start()\nfor p in all_of:\n    p.join()\nprint([a.recv() for a, _ in row])",
+        "n * n",
+        "n + n",
+    ),
+}
+_GROUPS: list[tuple[dict[str, tuple[Mapping[str, Any], str, str, str]], dict[str, Any]]] = [
+    (_TASKS, {}),
+    (_WITH_PROCESSES, {"allow_subprocess": True, "memory_mib": 128}),
+]
+
 HONEST = [
-    Case(name=name, category="honest", code=code, row=row, value=1.0) for name, (row, code, _, _) in _TASKS.items()
+    Case(name=name, category="honest", code=code, row=row, value=1.0, options=options)
+    for tasks, options in _GROUPS
+    for name, (row, code, _, _) in tasks.items()
 ]
 MUTANTS = [
-    Case(name=f"mutant: {name}", category="mutants", code=code.replace(old, new), row=row)
-    for name, (row, code, old, new) in _TASKS.items()
+    Case(name=f"mutant: {name}", category="mutants", code=code.replace(old, new), row=row, options=options)
+    for tasks, options in _GROUPS
+    for name, (row, code, old, new) in tasks.items()
 ]

@@ -11,7 +11,7 @@ from rlbench_rewards.sandbox.backends import ISOLATED
 from rlbench_rewards.sandbox.grading import run_script
 from rlbench_rewards.sandbox.limits import Limits
 from rlbench_rewards.sandbox.supervisor import Sandbox
-from tests.rewards.sandbox.attack_suite import ALL, Graders
+from tests.rewards.sandbox.attack_suite import ALL, BOMBS, Graders
 from tests.rewards.sandbox.attacks_on_host import POISONING
 from tests.rewards.sandbox.ordinary_user import run_as_nobody
 
@@ -20,8 +20,6 @@ CATEGORIES = [
     *("early exits", "equality deception", "monkeypatching the referee", "reading the answers", "forging the result"),
     *("time", "memory", "processes", "output", "disk", "containment", "gaming visible tests", "mutants", "honest"),
 ]
-# Those that must be over by the deadline + 1 s, whatever they do.
-BOMBS = ["fork bomb", "10 GiB at once", "endless output", "sleeping children", "all signals ignored", "daemon"]
 
 
 def test_the_suite_covers_every_category_and_is_large():
@@ -69,21 +67,12 @@ def test_as_an_ordinary_user_every_verdict_is_right():
     wrong = {case.name: result["values"][case.name] for case in cases if result["values"][case.name] != case.value}
     if result["backend"] == "landlock":
         wrong = {name: value for name, value in wrong.items() if "disk" not in cases_by_name()[name].may_pass_without}
-    assert result["uid"] != 0 and not wrong
+    assert result["uid"] != 0 and not wrong and not result["too_late"]
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_over_by_its_deadline_and_one_second(name, graders):
-    case = cases_by_name()[name]
-    limit_s = case.options.get("timeout_s", 5.0) + 1.0
-
-    for _ in range(3):  # others may use this machine: one try in time is proof enough
-        value, seconds = graders.grade(case)
-        assert value == 0.0
-        if seconds < limit_s:
-            return
-
-    pytest.fail(f"took {seconds:.1f} s, expected less than {limit_s} s")
+    assert graders.is_over_in_time(cases_by_name()[name])
 
 
 @pytest.mark.parametrize("pair", POISONING, ids=range(len(POISONING)))
