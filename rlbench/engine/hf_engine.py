@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlbench import progress
 from rlbench.engine.decoders import make_decoder
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter
 from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
@@ -135,6 +136,7 @@ class HfEngine:
         positions = cache.lengths[groups]  # [B] position of the token drawn next
         while True:
             tokens = rows.draw(logits)  # [B]
+            progress.mark()
             if not rows.alive:
                 return [self._completion(rows, i, seed) for i, seed in enumerate(seeds)]
             kept = rows.compact()
@@ -172,6 +174,7 @@ class HfEngine:
             targets = torch.tensor(list(completion), device=logits.device)
             scores.append((logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
             end += len(sequence)
+        progress.mark()
         return scores
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rlbench import progress
 from rlbench.config.vllm_version import check_vllm_version
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
@@ -152,6 +153,7 @@ class VllmEngine:
             self._adapter_request = self._register_zero_adapter()
             if self._platform == "cpu":
                 self._call("rlbench_use_matmuls")
+        _mark_progress(self._llm.llm_engine.engine_core)
         self._context = max_model_len
         self._has_tokenizer = with_tokenizer
         self._is_asleep = False
@@ -411,6 +413,19 @@ def _cpu_head_sizes() -> list[int]:
     with clean_start():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore
     return CPUAttentionBackend.get_supported_head_sizes()
+
+
+def _mark_progress(core: Any) -> None:
+    """Mark each round of vLLM's engine that gave tokens."""
+    step = core.get_output
+
+    def marked() -> Any:
+        found = step()
+        if found.outputs:
+            progress.mark()
+        return found
+
+    core.get_output = marked
 
 
 def _use_batch_invariant_kernels(device: str) -> None:

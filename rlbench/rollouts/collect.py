@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlbench.engine.interface import Engine
+from rlbench.engine.interface import Engine, engine_call
 from rlbench.records import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 from rlbench.rollouts.score import Scorer
 from rlbench.rollouts.seeds import sampling_seed
@@ -17,7 +17,8 @@ def sample_completions(
     """`group_size` completions for each prompt; seeds are counters (see `sampling_seed`)."""
     seeds = [sampling_seed(run_seed, step, prompt.prompt_id, i) for prompt in prompts for i in range(group_size)]
     token_ids = [prompt.token_ids for prompt in prompts for _ in range(group_size)]
-    flat = engine.generate(token_ids, sampling, seeds)
+    with engine_call(engine, "generation"):
+        flat = engine.generate(token_ids, sampling, seeds)
     return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
 
 

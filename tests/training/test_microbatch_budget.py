@@ -7,7 +7,7 @@ from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import num_packed_tokens
 from rlbench.training import step as step_module
-from rlbench.training.microbatch_budget import MicrobatchBudget, UpdateMemoryError
+from rlbench.training.microbatch_budget import MicrobatchBudget, RunMemoryError
 from rlbench.training.update import make_minibatches, update_policy
 from tests.training.test_step import TEMPERATURE, make_policy, make_samples
 from tests.training.test_update import MAX_TOKENS, Capture
@@ -64,5 +64,5 @@ def test_half_the_microbatch_gives_the_same_gradient_and_says_so(tiny_base, monk
 def test_one_sample_that_does_not_fit_is_one_sentence(tiny_base, monkeypatch):
     out_of_memory_above(monkeypatch, 0)
 
-    with pytest.raises(UpdateMemoryError, match="does not fit in memory with one sample a microbatch"):
+    with pytest.raises(RunMemoryError, match="does not fit in memory with one sample a microbatch"):
         update(tiny_base, AlgorithmConfig(), MicrobatchBudget(1000, lambda line: None))
