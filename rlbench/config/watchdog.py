@@ -27,7 +27,7 @@ class WatchdogConfig:
     # Without a token, a reward, a microbatch or the end of a phase; 0: off. Longer than anything that is slow but
     # alive: one microbatch of a 7B model on two cores takes about 20 minutes, compiling kernels a few.
     limit_s: float = 1800.0
-    phase_limits_s: dict[str, float] = field(default_factory=dict)  # of single phases, e.g. {generation: 120}; 0: off
+    phase_limits_s: dict[str, float] = field(default_factory=dict)  # +watchdog.phase_limits_s.generation=120; 0: off
     grace_s: float = 60.0  # in which the run may still save, report and close; then the process is ended from outside
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlbench.algorithms.loss_inputs import sum_by_sequence
 from rlbench.algorithms.preference_losses import mismatch_kl, wpo_log_weights
 from rlbench.config.preference import PreferenceConfig
-from rlbench.data.packing import Microbatch, pack
+from rlbench.data.packing import Microbatch, num_packed_tokens, pack
 from rlbench.data.preferences import PreferenceRow
 from rlbench.models.policy import Policy
 from rlbench.records import TrainingSample
@@ -69,7 +69,8 @@ class PreferenceBatch:
         samples = [sample for microbatch in microbatches for sample in microbatch.samples]
         place_of = {id(sample): place for place, sample in enumerate(samples)}
         places = torch.tensor([place_of[id(sample)] for sample in self.samples], device=self.pairs.device)
-        mismatched = split_microbatches(self.mismatched, tokens)
+        longest = max((num_packed_tokens([s]) for mb in self.mismatched for s in mb.samples), default=0)
+        mismatched = split_microbatches(self.mismatched, max(tokens, longest))
         return replace(self, microbatches=microbatches, pairs=places[self.pairs], mismatched=mismatched)
 
 
