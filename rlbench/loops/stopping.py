@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -33,20 +34,29 @@ class StopRequest:
         self.signal_number: int | None = None
         self.grace_s = grace_s
         self.is_shielded = False
-        self._asked_at = 0.0
+        self._heard: tuple[int, float] | None = None  # signal and monotonic second
         self._announce = announce
         self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
         self._due: StepAbandoned | None = None
+        self._ends: tuple[socket.socket, socket.socket] | None = None  # signals are written to the second
 
     @property
     def exit_status(self) -> int:
         """128 + signal number, as shells do."""
-        return 128 + (self.signal_number or 0)
+        return 128 + (self.signal_number or (self._heard[0] if self._heard else 0))
 
-    @property
     def is_overdue(self) -> bool:
-        """A signal came longer than `grace_s` ago, and nothing is being saved."""
-        is_late = self.signal_number is not None and time.monotonic() - self._asked_at > self.grace_s
+        """Whether a signal came longer than `grace_s` ago, and nothing is being saved. For one thread beside the main.
+
+        It hears of signals even while the main thread, where Python handles them, hangs.
+        """
+        with suppress(OSError):  # nothing to read, or left already
+            for number in self._ends[0].recv(64) if self._ends and self._heard is None else b"":
+                if number in self._previous:
+                    self._heard = (number, time.monotonic())
+                    break
+        is_late = self._heard is not None and time.monotonic() - self._heard[1] > self.grace_s
         return is_late and not self.is_shielded
 
     @property
@@ -75,13 +85,21 @@ class StopRequest:
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread
-                break
+                return self
+        self._ends = socket.socketpair()
+        for end in self._ends:
+            end.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._ends is not None:
+            signal.set_wakeup_fd(self._previous_fd)
+            for end in self._ends:
+                end.close()
 
     def _raise_due(self) -> None:
         if self._due is not None and not self.is_shielded:
@@ -93,7 +111,6 @@ class StopRequest:
             return self._raise_due()
         if self.signal_number is not None:
             raise KeyboardInterrupt
-        self._asked_at = time.monotonic()
         self.signal_number = number
         name = signal.Signals(number).name
         self._announce(

@@ -82,7 +82,7 @@ class Watchdog:
             limit_s = self._config.limit_of(phase)
             if limit_s and idle_s > limit_s:
                 return self._end_stalled(phase, limit_s)
-            if self.stop.is_overdue:
+            if self.stop.is_overdue():
                 return self._end_overdue(phase)
 
     def _end_stalled(self, phase: str | None, limit_s: float) -> None:

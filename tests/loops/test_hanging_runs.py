@@ -60,7 +60,8 @@ def start_hanging(phase: str, how: str, call: int, overrides: list[str], folder:
 
 @pytest.fixture(scope="module")
 def settings(tiny_overrides) -> list[str]:
-    return [*tiny_overrides, "training.num_steps=4", "evaluation.num_prompts=0", "checkpoint.every_steps=10"]
+    return [*tiny_overrides, "training.num_steps=4", "evaluation.num_prompts=0", "checkpoint.every_steps=10",
+            "rewards.timeout_s=1.5"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,8 @@ def test_a_phase_that_hangs_ends_the_run_with_what_was_done_before(settings, und
     assert str(Path("run") / stacks.name) in line and "to go on: resume=" in line and "step-000002" in line
     assert "hang" in stacks.read_text() and "Thread" in stacks.read_text()
     assert find_checkpoint(tmp_path / "run")[0].step == 2
-    goes_on_like(undisturbed, settings, tmp_path)
+    if phase == "update":
+        goes_on_like(undisturbed, settings, tmp_path)
 
 
 @pytest.mark.parametrize("phase", ["weight_sync", "recording"])
@@ -121,7 +123,8 @@ def test_a_hang_outside_of_python_is_ended_too(settings, undisturbed, tmp_path, 
     assert "to go on: resume=" in line
     assert "hang" in (tmp_path / "run" / f"stacks_{phase}.txt").read_text()
     assert find_checkpoint(tmp_path / "run")[0].step == 2
-    goes_on_like(undisturbed, [*settings, "checkpoint.every_steps=1"], tmp_path)
+    if phase == "checkpoint":
+        goes_on_like(undisturbed, [*settings, "checkpoint.every_steps=1"], tmp_path)
 
 
 def test_slow_work_that_goes_on_is_no_hang(tiny_overrides, tmp_path):
@@ -151,7 +154,7 @@ main()
 
 
 @pytest.mark.parametrize("how", ["python", "c"])
-def test_a_step_that_does_not_end_is_given_up_after_sigterm(settings, undisturbed, tmp_path, how):
+def test_a_step_that_does_not_end_is_given_up_after_sigterm(settings, tmp_path, how):
     overrides = [*settings, "training.stop_grace_s=2", "checkpoint.every_steps=1"]
     process = start_hanging("rewards", how, 3, overrides, tmp_path)
     wait_for_steps(tmp_path / "run", 2, process)
@@ -166,7 +169,6 @@ def test_a_step_that_does_not_end_is_given_up_after_sigterm(settings, undisturbe
     assert "rewards was given up after 2 s (training.stop_grace_s)" in errors and "to go on: resume=" in errors
     assert "Traceback" not in errors
     assert find_checkpoint(tmp_path / "run")[0].step == 2
-    goes_on_like(undisturbed, [*settings, "checkpoint.every_steps=1"], tmp_path)
 
 
 def test_what_was_before_the_step_that_is_given_up_is_saved(settings, undisturbed, tmp_path):
@@ -197,7 +199,7 @@ def wait_for_steps(run_folder: Path, num_steps: int, process: subprocess.Popen) 
         ("watchdog.limit_s=-1", "watchdog.limit_s is -1.0, expected at least 0"),
         ("watchdog.grace_s=0", "watchdog.grace_s is 0.0, expected more than 0"),
         ("+watchdog.phase_limits_s.genration=3", "names 'genration', expected phases: generation"),
-        ("watchdog.limit_s=3", "rewards.timeout_s is 5, expected less than the 3 s after which a run without"),
+        ("watchdog.limit_s=1", "rewards.timeout_s is 1.5, expected less than the 1 s after which a run without"),
         ("training.stop_grace_s=0", "training.stop_grace_s is 0.0, expected more than 0"),
     ],
 )

@@ -220,3 +220,13 @@ def test_memory_that_another_phase_lacks_is_one_sentence():
                        "training.tokens_per_microbatch"):  # fmt: skip
         with phase_memory("teacher"):
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+
+def test_pairs_are_those_of_the_same_completions_after_a_split():
+    (batch,) = make_pair_batches(make_samples(), EVERY, num_minibatches=1, tokens_per_microbatch=1000, device=CPU)
+
+    after = batch.split(30)
+
+    assert len(after.microbatches) > len(batch.microbatches) and after.samples != batch.samples
+    for one, other in zip(batch.pairs.flatten(), after.pairs.flatten(), strict=True):
+        assert batch.samples[one] is after.samples[other]
