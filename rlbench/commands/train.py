@@ -22,6 +22,7 @@ from rlbench.tracking.console import RunConsole
 from rlbench.tracking.environment import environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
+from rlbench.tracking.run_lock import RunLock
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
@@ -103,7 +104,14 @@ def _run(
     from rlbench.rollouts.credit import RewardFailure
     from rlbench.training.microbatch_budget import RunMemoryError
 
-    tracker = _tracker(inputs, checkpoint, run_folder, console)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_folder)
+        tracker = _tracker(inputs, checkpoint, run_folder, console)
+    except (TrackingError, OSError) as error:
+        console.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     if inputs.config.stage == "rl" and checkpoint is None:
         _plan_memory(inputs, parts, run_folder, console)
     stop = watchdog.stop
@@ -165,6 +173,7 @@ def _run(
         return failures[type(error)]
     finally:
         tracker.close()
+        lock.release()
 
 
 def _go_on(loop: TrainingLoop) -> str:
@@ -179,7 +188,8 @@ def _keep_traceback(error: BaseException, run_folder: Path) -> Path:
 
 def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
     config = inputs.config
-    run_folder.mkdir(parents=True, exist_ok=True)
+    steps_done = checkpoint.step if checkpoint else 0
+    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
     plain = asdict(config)
     (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     (run_folder / "environment.json").write_text(json.dumps(environment(), indent=1))
@@ -196,8 +206,6 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
         tags=[config.name],
         warn=console.warning,
     )
-    steps_done = checkpoint.step if checkpoint else 0
-    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
     tensorboard = TensorboardTracker(run_folder, steps_done) if config.tracking.tensorboard else None
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done, tensorboard)
 

@@ -17,6 +17,7 @@ from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.stopping import StepAbandoned, StopRequest
 from rlbench.loops.watchdog import Watchdog
 from rlbench.records import TrainingSample
+from rlbench.rollouts.credit import RewardFailure
 from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
@@ -96,7 +97,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         """
         try:
             self._run()
-        except (StepAbandoned, EngineDeadError, RunMemoryError):
+        except (StepAbandoned, EngineDeadError, RewardFailure, RunMemoryError):
             self._rescue()
             raise
 

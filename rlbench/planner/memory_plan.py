@@ -103,7 +103,8 @@ def _longest(
     probes: Probes, room: float, generation_peak: float, tokens: int, of_microbatch: int, of_context: int
 ) -> int:
     """Completion tokens at which generation, a microbatch of one sample, and the context all still hold."""
-    of_cache = tokens + (room - generation_peak) / (probes.kv_bytes_per_token * probes.num_rows)
+    cache_bytes = probes.kv_bytes_per_token * probes.num_rows  # of one more token; 0: it is held already
+    of_cache = tokens + (room - generation_peak) / cache_bytes if cache_bytes else float("inf")
     return max(0, int(min(of_cache, of_microbatch, of_context)))
 
 

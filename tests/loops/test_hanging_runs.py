@@ -153,6 +153,17 @@ main()
     assert line["time/generation_s"] > 4
 
 
+def test_rewards_that_go_on_are_no_hang(settings, tmp_path):
+    slow = "+rewards.components.slow={path:tests.loops.letter_reward.takes_a_moment}"
+    limit = ["+watchdog.phase_limits_s.rewards=2", "rewards.num_workers=2"]
+
+    done = run(*settings, slow, *limit, "training.num_steps=1", "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl", "train")
+    assert line["time/rewards_s"] > 6
+
+
 @pytest.mark.parametrize("how", ["python", "c"])
 def test_a_step_that_does_not_end_is_given_up_after_sigterm(settings, tmp_path, how):
     overrides = [*settings, "training.stop_grace_s=2", "checkpoint.every_steps=1"]
