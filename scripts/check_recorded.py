@@ -27,7 +27,7 @@ NUM_STEPS = 8
 RUN = [
     "+exp=grpo_gsm8k", "tracking.wandb=disabled", "evaluation.num_prompts=0", f"training.num_steps={NUM_STEPS}",
     "checkpoint.every_steps=1", f"checkpoint.keep_last={NUM_STEPS}", "algorithm.prompts_per_step=16",
-    "sampling.max_tokens=48", "optim.lr=3e-4",
+    "sampling.max_tokens=16", "data.examples=[]", "optim.lr=3e-4",
 ]  # fmt: skip
 
 

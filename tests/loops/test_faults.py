@@ -7,28 +7,32 @@ F2 disk full -> old checkpoint intact, one sentence, status 4; checkpoint.on_err
     tests/training/test_checkpoint.py, tests/tracking/test_jsonl.py
 F3 SIGTERM, Ctrl-C -> the step ends or is given up after training.stop_grace_s, what is whole is saved, status 143 or
     130; a second one ends at once -> test_rl_runs.py, test_hanging_runs.py
-F4 damaged checkpoint -> named, the one before is taken; any changed byte is noticed -> tests/training/test_checkpoint.py,
-    test_rl_runs.py (resume=auto)
+F4 damaged checkpoint -> named, the one before is taken; any changed byte is noticed ->
+    tests/training/test_checkpoint.py, test_rl_runs.py (resume=auto)
 F5 no finite gradient -> skipped, batch kept, status 3 after training.max_bad_steps -> here
-F6 reward raises, returns what is no number -> no reward, never 0; too many: status 5 -> here, tests/rewards/test_pool.py,
-    tests/rollouts/test_credit.py
+F6 reward raises, returns what is no number -> no reward, never 0; too many: status 5 -> here,
+    tests/rewards/test_pool.py, tests/rollouts/test_credit.py
 F7 reward hangs -> killed at its deadline, no reward -> tests/rewards/test_pool.py
 F8 reward worker dies -> tried once more, worker replaced, a sample that kills two is kept apart ->
     tests/rewards/test_pool.py, test_pool_policies.py
 F9 engine fails -> status 10, resumable; hangs -> F17 -> here, with hf and real vLLM
 F10 broken row of data -> named with its line, or skipped up to data.max_bad_rows -> test_user_errors.py,
     tests/data/test_sources.py
-F11 wandb hangs, raises, is unreachable -> off with one line, metrics.jsonl goes on -> tests/tracking/test_wandb_tracker.py
+F11 wandb hangs, raises, is unreachable -> off with one line, metrics.jsonl goes on ->
+    tests/tracking/test_wandb_tracker.py
 F12 two runs in one folder -> the second is refused and changes nothing -> here; a folder that cannot be written ->
     tests/tracking/test_jsonl.py; a suspended process is no hang -> test_watchdog.py
-F13 engine with other weights, or older ones -> status 6 within the step -> here; all of them: tests/checks/test_faults.py
+F13 engine with other weights, or older ones -> status 6 within the step -> here; all of them:
+    tests/checks/test_faults.py
 F14 out of memory in an update -> half the microbatch, same gradient; in other phases status 8, resumable -> here,
     tests/training/test_microbatch_budget.py
 F15 no group has a signal -> no update, nothing changes -> here
 F16 resumed with other settings -> refused, or a warning; with other rows of data -> refused -> test_rl_runs.py,
     tests/data/test_stream.py
-F17 a phase without progress -> status 9, stacks of all threads, resumable; also within a library -> test_hanging_runs.py
-F18 no sandbox -> refused at the start; it fails in the run -> no reward, never 0 -> tests/rewards/test_code_tests.py
+F17 a phase without progress -> status 9, stacks of all threads, resumable; also within a library ->
+    test_hanging_runs.py, test_watchdog.py
+F18 no sandbox -> refused at the start; it fails in the run -> no reward, never 0 -> tests/rewards/test_code_tests.py,
+    tests/rewards/sandbox/test_supervisor.py
 """
 
 import importlib.util
