@@ -151,13 +151,20 @@ checkpoint.save_file = save_file
     "out of memory": """
 import torch
 from rlbench.models.policy import Policy
-real, calls = Policy.hidden, []
+from rlbench.training.microbatch_budget import MicrobatchBudget
+real, real_attempt, updates, passes = Policy.hidden, MicrobatchBudget.attempt, [], []
+def attempt(*arguments):
+    updates.append(1)
+    try:
+        return real_attempt(*arguments)
+    finally:
+        updates.pop()
 def hidden(policy, microbatch):
-    calls.append(torch.is_grad_enabled())
-    if calls[-1] and calls.count(True) == 2:
+    passes.append(bool(updates) and torch.is_grad_enabled())
+    if passes[-1] and passes.count(True) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return real(policy, microbatch)
-Policy.hidden = hidden
+Policy.hidden, MicrobatchBudget.attempt = hidden, attempt
 """,
     "no memory from step 3 on": """
 import torch
