@@ -91,6 +91,7 @@ def main() -> None:
 
 def _on_a_recorded_run(command: str, arguments: list[str]) -> int:
     from rlbench.config.compose import CONFIG_ERRORS, explain_config_error
+    from rlbench.config.own_errors import is_raised_by_us
     from rlbench.tracking.errors import TrackingError
 
     try:
@@ -104,7 +105,7 @@ def _on_a_recorded_run(command: str, arguments: list[str]) -> int:
     except TrackingError as error:
         return _fail(str(error))
     except ValueError as error:
-        if not _is_raised_by_us(error):
+        if not is_raised_by_us(error):
             raise
         return _fail(str(error))
 
@@ -208,6 +209,7 @@ def _objective(composed: Any) -> float | None:
 
 def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[str]], int] | None) -> int:
     from rlbench.config.compose import to_run_config
+    from rlbench.config.own_errors import is_raised_by_us
 
     try:
         config = to_run_config(composed)
@@ -223,20 +225,12 @@ def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[st
 
         return train(config, notes)
     except ValueError as error:
-        if _is_raised_by_us(error):
+        if is_raised_by_us(error):
             return _fail(str(error))
         traceback.print_exc()
     except Exception:
         traceback.print_exc()
     return 1
-
-
-def _is_raised_by_us(error: BaseException) -> bool:
-    """True if our own code raised it: a user's mistake with its own sentence. A library's error keeps its traceback."""
-    if os.environ.get("RLBENCH_TRACEBACK"):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return any(f"{os.sep}{package}{os.sep}" in last for package in ("rlbench", "rlbench_rewards", "rlbench_kernels"))
 
 
 def _fail(sentence: str) -> int:

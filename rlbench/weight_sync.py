@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from rlbench.engine.interface import Engine
+from rlbench.engine.interface import Engine, engine_call
 from rlbench.models.adapter import Adapter
 
 
 def sync(adapter: Adapter, engine: Engine, policy_version: int) -> str:
-    """Copy the adapter into the engine and return its fingerprint, taken on the trainer's side before the copy."""
+    """Copy the adapter into the engine and return its fingerprint, taken on the trainer's side before the copy.
+
+    Raises:
+        EngineDeadError: the engine could not take it.
+    """
     fingerprint = adapter.fingerprint()
-    engine.sync(adapter, policy_version)
+    with engine_call(engine, "weight sync"):
+        engine.sync(adapter, policy_version)
     return fingerprint

@@ -13,7 +13,9 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path, *, num_layers: int = 2, context: int = 256, seed: int = 0) -> Path:
+def save_tiny_model(
+    folder: Path, *, num_layers: int = 2, context: int = 256, seed: int = 0, head_dim: int = 16
+) -> Path:
     """Write config, float32 weights and tokenizer; 98 tokens, grouped-query attention with 4 and 2 heads."""
     vocab = {"<pad>": 0, "<eos>": 1, **{char: i for i, char in enumerate(CHARACTERS, start=2)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
@@ -31,7 +33,7 @@ def save_tiny_model(folder: Path, *, num_layers: int = 2, context: int = 256, se
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=context,
         eos_token_id=1,
         pad_token_id=0,

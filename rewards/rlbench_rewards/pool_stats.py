@@ -18,14 +18,17 @@ class PoolStats:
         self._counts: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=_MAX_LATENCIES)
         self._overlapped_s = 0.0
+        self.num_events = 0  # outcomes, retries and restarts since the start
 
     def count(self, what: str) -> None:
         with self._lock:
             self._counts[what] += 1
+            self.num_events += 1
 
     def add_outcome(self, status: str, latency_s: float) -> None:
         with self._lock:
             self._counts[f"num_{status}"] += 1
+            self.num_events += 1
             self._latencies.append(latency_s)
 
     def add_overlapped(self, seconds: float) -> None:

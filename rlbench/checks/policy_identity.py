@@ -18,7 +18,7 @@ from torch import Tensor
 from rlbench.checks.limits import Gap
 from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
 from rlbench.checks.weight_copies import BaseGuard, differing_layers, explain, signature
-from rlbench.engine.interface import Engine
+from rlbench.engine.interface import Engine, engine_call
 from rlbench.models.adapter import Adapter
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt
@@ -166,9 +166,10 @@ class PolicyIdentity:
         prompt_ids = [prompt.token_ids for prompt, _ in probe]
         token_ids = [completion.token_ids for _, completion in probe]
         sampled = _flat(completion.engine_logprobs for _, completion in probe)  # [N]
-        scored = _flat(self._engine.score(prompt_ids, token_ids))  # [N]
-        scored_base = _flat(self._engine.score(prompt_ids, token_ids, use_adapter=False))  # [N]
-        self._engine.sleep()
+        with engine_call(self._engine, "scoring"):
+            scored = _flat(self._engine.score(prompt_ids, token_ids))  # [N]
+            scored_base = _flat(self._engine.score(prompt_ids, token_ids, use_adapter=False))  # [N]
+            self._engine.sleep()
         microbatch = pack_sequences(prompt_ids, token_ids, self._policy.device)
         drawn, trained = (
             logprobs.cpu()

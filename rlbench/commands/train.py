@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlbench.tracking.console import RunConsole
 from rlbench.tracking.environment import environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
+from rlbench.tracking.run_lock import RunLock
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
@@ -28,11 +30,12 @@ from rlbench.tracking.wandb_tracker import WandbTracker
 if TYPE_CHECKING:
     from rlbench.build import BaseInputs, BaseParts
     from rlbench.loops.training_loop import TrainingLoop
+    from rlbench.loops.watchdog import Watchdog
     from rlbench.training.checkpoint import Checkpoint
 
 
 def train(config: RunConfig, notes: Sequence[str]) -> int:
-    """Run the whole job; the exit status is 0, 128 + signal, or 3 to 6 for a run that had to stop.
+    """Run the whole job; the exit status is 0, 128 + signal, or 3 to 10 for a run that had to stop.
 
     Raises:
         ValueError: a mistake of the user.
@@ -71,10 +74,16 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
         parts = stage.build(inputs)
     if parts.policy.patched:
         console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
+    from rlbench.loops.stopping import StopRequest
+    from rlbench.loops.watchdog import Watchdog
+
+    stop = StopRequest(console.warning, config.training.stop_grace_s)
+    watchdog = Watchdog(config.watchdog, stop, run_folder)
     try:
-        return _run(stage, inputs, parts, checkpoint, run_folder, console, is_in_chain)
+        return _run(stage, inputs, parts, checkpoint, run_folder, console, watchdog, is_in_chain)
     finally:
         parts.close()
+        watchdog.close()
 
 
 def _run(
@@ -84,24 +93,40 @@ def _run(
     checkpoint: Checkpoint | None,
     run_folder: Path,
     console: RunConsole,
+    watchdog: Watchdog,
     is_in_chain: bool,
 ) -> int:
     from rlbench.checks.drift import DriftError
     from rlbench.checks.policy_identity import PolicyIdentityError
-    from rlbench.engine.interface import EngineCorruptedError
-    from rlbench.loops.stopping import StopRequest
+    from rlbench.engine.interface import EngineCorruptedError, EngineDeadError
+    from rlbench.loops.stopping import StepAbandoned
     from rlbench.loops.training_loop import NonFiniteError
     from rlbench.rollouts.credit import RewardFailure
-    from rlbench.training.microbatch_budget import UpdateMemoryError
+    from rlbench.training.microbatch_budget import RunMemoryError
 
-    tracker = _tracker(inputs, checkpoint, run_folder, console)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_folder)
+        tracker = _tracker(inputs, checkpoint, run_folder, console)
+    except (TrackingError, OSError) as error:
+        console.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     if inputs.config.stage == "rl" and checkpoint is None:
         _plan_memory(inputs, parts, run_folder, console)
-    stop = StopRequest(console.warning)
-    make_loop = stage.load_loop()
-    loop = make_loop(inputs=inputs, parts=parts, tracker=tracker, console=console, run_folder=run_folder, stop=stop)
+    stop = watchdog.stop
+    loop = stage.load_loop()(
+        inputs=inputs,
+        parts=parts,
+        tracker=tracker,
+        console=console,
+        run_folder=run_folder,
+        stop=stop,
+        watchdog=watchdog,
+    )
     failures: dict[type[Exception], int] = {
-        UpdateMemoryError: 8,
+        EngineDeadError: 10,
+        RunMemoryError: 8,
         NonFiniteError: 3,
         TrackingError: 4,
         RewardFailure: 5,
@@ -115,7 +140,7 @@ def _run(
             loop.resume(checkpoint)
             loop.history = list(read_metrics(run_folder / "metrics.jsonl", "train"))
             console.note(f"resumed from {checkpoint.folder}: {loop.step} steps are done")
-        with stop:
+        with stop, watchdog:
             loop.run()
         is_done = stop.signal_number is None
         if is_done:
@@ -132,23 +157,39 @@ def _run(
         return 0 if is_done else stop.exit_status
     except KeyboardInterrupt:
         console.close()
-        kept = f"to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else "no checkpoint was written yet"
-        print(f"stopped in step {loop.step + 1} without saving; {kept}", file=sys.stderr)
+        print(f"stopped in step {loop.step + 1} without saving; {_go_on(loop)}", file=sys.stderr)
         return stop.exit_status
+    except StepAbandoned as abandoned:
+        console.close()
+        print(f"error: step {loop.step + 1}: {abandoned}; {_go_on(loop)}", file=sys.stderr)
+        _report(run_folder, console)
+        return abandoned.exit_status
     except tuple(failures) as error:
         console.close()
-        resume = f"; to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else ""
-        print(f"error: step {loop.step + 1}: {error}{resume}", file=sys.stderr)
+        where = f"; its traceback: {_keep_traceback(error, run_folder)}" if isinstance(error, EngineDeadError) else ""
+        print(f"error: step {loop.step + 1}: {error}{where}; {_go_on(loop)}", file=sys.stderr)
         if report := _report(run_folder, console):
             print(f"what happened until then: {report}", file=sys.stderr)
         return failures[type(error)]
     finally:
         tracker.close()
+        lock.release()
+
+
+def _go_on(loop: TrainingLoop) -> str:
+    return f"to go on: resume={loop.last_checkpoint}" if loop.last_checkpoint else "no checkpoint was written yet"
+
+
+def _keep_traceback(error: BaseException, run_folder: Path) -> Path:
+    path = run_folder / "engine_error.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+    return path
 
 
 def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
     config = inputs.config
-    run_folder.mkdir(parents=True, exist_ok=True)
+    steps_done = checkpoint.step if checkpoint else 0
+    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
     plain = asdict(config)
     (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     (run_folder / "environment.json").write_text(json.dumps(environment(), indent=1))
@@ -165,8 +206,6 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
         tags=[config.name],
         warn=console.warning,
     )
-    steps_done = checkpoint.step if checkpoint else 0
-    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
     tensorboard = TensorboardTracker(run_folder, steps_done) if config.tracking.tensorboard else None
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done, tensorboard)
 

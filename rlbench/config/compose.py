@@ -17,6 +17,7 @@ import rlbench
 from rlbench.config.checks import nearest
 from rlbench.config.schema import RunConfig
 
+_OPEN = ("rewards.components.", "data.task_params.", "watchdog.phase_limits_s.")  # mappings whose keys are the user's
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -40,7 +41,9 @@ def to_run_config(composed: Any) -> RunConfig:
     """
     known = set(schema_keys())
     for key in _leaf_keys(OmegaConf.to_container(composed)):
-        if key not in known and not key.startswith(("rewards.components.", "data.task_params.")):
+        if key not in known and not key.startswith(
+            ("rewards.components.", "data.task_params.", "watchdog.phase_limits_s.")
+        ):
             raise ValueError(_unknown_key(key))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlbench.config.schema import AUTO, RunConfig
 
-_FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "rewards.num_workers",
-         "model.cache_dir")  # fmt: skip
+_FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "watchdog.",
+         "rewards.num_workers", "model.cache_dir", "training.stop_grace_s")  # fmt: skip
 _WARN = (
     "training.",
     "optim.",

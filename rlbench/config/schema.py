@@ -15,6 +15,7 @@ from rlbench.config.checks import check_choice, check_pattern, check_range, near
 from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
+from rlbench.config.watchdog import WatchdogConfig
 
 AUTO = "auto"
 STAGES = {  # what a run trains on, and the sections that it does not read
@@ -279,6 +280,9 @@ class TrainingConfig:
     recompute_layers: int | None = None  # the first layers that do it; null: derived with recompute=auto, else all
     offload: bool = False  # recompute=full or mlp: what these layers keep waits in host memory
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite: skipped, then the run stops
+    # after SIGINT or SIGTERM the step may go on for so long, then it is given up and what was before it is saved;
+    # schedulers (Slurm, Kubernetes) kill 30 s after SIGTERM
+    stop_grace_s: float = 20.0
 
     def __post_init__(self) -> None:
         check_range("training.num_steps", self.num_steps, low=1)
@@ -294,6 +298,7 @@ class TrainingConfig:
                 f"training.offload is true, but training.recompute is {self.recompute}; expected mlp or full"
             )
         check_range("training.max_bad_steps", self.max_bad_steps, low=1)
+        check_range("training.stop_grace_s", self.stop_grace_s, low=0, is_low_open=True)
 
 
 @dataclass
@@ -369,6 +374,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     chain: list[ChainStageConfig] = field(
         default_factory=list
@@ -387,11 +393,30 @@ class RunConfig:
                 f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "
                 "evaluations during training, e.g. evaluation.every_steps=10"
             )
+        self._check_reward_deadlines()
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
         if buffer > limit:
             raise ValueError(
                 f"algorithm.overlong_buffer_tokens is {buffer}, expected at most sampling.max_tokens ({limit})"
             )
+
+    def _check_reward_deadlines(self) -> None:
+        """
+        Raises:
+            ValueError: a reward may take longer than the watchdog waits.
+        """
+        rewards, limit_s = self.rewards, self.watchdog.limit_of("rewards")
+        deadlines_s = {"rewards.timeout_s": rewards.timeout_s} | {
+            f"rewards.components.{name}.timeout_s": component.timeout_s
+            for name, component in rewards.components.items()
+            if component.timeout_s is not None
+        }
+        for key, deadline_s in deadlines_s.items():
+            if limit_s and deadline_s >= limit_s:
+                raise ValueError(
+                    f"{key} is {deadline_s:g}, expected less than the {limit_s:g} s after which a run without progress "
+                    "ends (watchdog.limit_s, watchdog.phase_limits_s.rewards)"
+                )
 
 
 def _check_unread(section: str, config: Any, stage: str) -> None:

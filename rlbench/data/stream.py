@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from hashlib import sha256
+from typing import Any, Generic, TypeVar
 
 PromptT = TypeVar("PromptT")
+_TOKENS = ("prompt_token_ids", "token_ids")
 
 
 @dataclass(slots=True)
@@ -17,7 +20,7 @@ class PromptStream(Generic[PromptT]):
     Example:
         stream = PromptStream(prompts, seed=0)
         stream.next(4)
-        state = stream.state()   # {"epoch": 0, "position": 4}
+        state = stream.state()   # {"epoch": 0, "position": 4, "rows": "5f0c..."}
     """
 
     prompts: Sequence[PromptT]
@@ -26,6 +29,7 @@ class PromptStream(Generic[PromptT]):
     epoch: int = 0
     position: int = 0  # prompts of this epoch already handed out
     _order: list[int] = field(default_factory=list)
+    _rows: str = ""  # fingerprint, once it was asked for
 
     def __post_init__(self) -> None:
         self._order = self._order_of(self.epoch)
@@ -42,13 +46,34 @@ class PromptStream(Generic[PromptT]):
             self.position += 1
         return chosen
 
-    def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "rows": self._fingerprint()}
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue after `state()` of a stream over the same prompts and seed."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after `state()` of a stream over the same prompts and seed.
+
+        Raises:
+            ValueError: the prompts are others.
+        """
+        if state.get("rows", self._fingerprint()) != self._fingerprint():
+            raise ValueError(
+                f"resume: the {len(self.prompts)} rows of training data are not those that the run began with; "
+                "expected unchanged files and data.*, or a new run"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._order_of(self.epoch)
+
+    def _fingerprint(self) -> str:
+        """Of all tokens and columns, in their order."""
+        if not self._rows:
+            digest = sha256()
+            for prompt in self.prompts:
+                parts = [getattr(prompt, name) for name in _TOKENS if hasattr(prompt, name)]
+                for tokens in [*parts, *getattr(prompt, "completions", ())]:
+                    digest.update(array("q", [len(tokens), *tokens]).tobytes())
+                digest.update(repr(getattr(prompt, "columns", "")).encode())
+            self._rows = digest.hexdigest()[:16]
+        return self._rows
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self.prompts)))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlbench import progress
 from rlbench.engine.decoders import make_decoder
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
 from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
@@ -149,6 +150,7 @@ class HfEngine:
         completions: dict[int, Completion] = {}
         while True:
             tokens = rows.draw(logits)  # [B]
+            progress.mark()
             for sample in rows.just_finished:
                 completions[sample] = self._completion(rows, sample, seeds[sample])
                 if on_finished is not None:
@@ -190,6 +192,7 @@ class HfEngine:
             targets = torch.tensor(list(completion), device=logits.device)
             scores.append((logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
             end += len(sequence)
+        progress.mark()
         return scores
 
 

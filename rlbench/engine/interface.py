@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from rlbench.config.own_errors import is_raised_by_us
 from rlbench.models.adapter import Adapter
 from rlbench.records import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError", "OnFinished"]
+__all__ = [
+    "BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError", "EngineDeadError", "OnFinished", "engine_call",
+]  # fmt: skip
 
 BASE_FINGERPRINT = "base"
 OnFinished = Callable[[int, Completion], None]
@@ -19,6 +23,10 @@ OnFinished = Callable[[int, Completion], None]
 
 class EngineCorruptedError(Exception):
     """The engine no longer computes what it computed when it started."""
+
+
+class EngineDeadError(Exception):
+    """A call of the engine ended in an error of its own; what it would do next is not known."""
 
 
 @runtime_checkable
@@ -112,3 +120,27 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release everything."""
         ...
+
+
+@contextmanager
+def engine_call(engine: Engine, what: str) -> Iterator[None]:
+    """Around a call of the engine: its errors become `EngineDeadError`.
+
+    What our own code says about a setting stays a ValueError; memory is judged by the phase, see
+    `rlbench.training.microbatch_budget.phase_memory`.
+
+    Args:
+        engine: that is called.
+        what: in words, e.g. "generation".
+    """
+    import torch
+
+    try:
+        yield
+    except (EngineCorruptedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and is_raised_by_us(error):
+            raise
+        reason = str(error).strip().split("\n")[0][:300]
+        raise EngineDeadError(f"engine={engine.name} failed in {what}: {type(error).__name__}: {reason}") from error

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rlbench import progress
 from rlbench.records import SamplingParams
 
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything lower but 0 to this
@@ -96,6 +97,7 @@ def finished_outputs(engine: Any, request_ids: Sequence[str], take: Callable[[in
                 index = index_of[output.request_id]
                 outputs[index] = output
                 take(index, output)
+            progress.mark()
     except BaseException:
         engine.abort_request([number for number in numbers if index_of[number] not in outputs])
         raise

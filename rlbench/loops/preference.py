@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlbench.build_offline import PreferenceInputs
-from rlbench.data.packing import Microbatch
+from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.preferences import PreferenceRow
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.offline import OfflineLoop
@@ -62,6 +62,7 @@ class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
             config.preference,
             max_grad_norm=config.optim.max_grad_norm,
             reference=self.reference,
+            budget=self.budget,
         )
         return result, packed.microbatches
 
@@ -89,11 +90,13 @@ class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         )
 
     def _pack(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
-        config = self.inputs.config
+        config = self.inputs.config.preference
+        parts = [(0,), (1,)] if config.is_unpaired else [(0, 1)]  # that are packed together
+        longest = max(num_packed_tokens(row.samples(*indices)) for row in rows for indices in parts)
         return make_batch(
             rows,
-            config.preference,
-            tokens_per_microbatch=config.training.tokens_per_microbatch or 1,
+            config,
+            tokens_per_microbatch=self.budget.room_for(longest),
             device=self.parts.policy.device,
         )
 

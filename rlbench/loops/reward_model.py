@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlbench.build_offline import PreferenceInputs
-from rlbench.data.packing import Microbatch
+from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.preferences import PreferenceRow
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.offline import OfflineLoop
@@ -37,6 +37,7 @@ class RewardModelLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
             self.parts.optimizer,
             centering_coef=config.reward_model.centering_coef,
             max_grad_norm=config.optim.max_grad_norm,
+            budget=self.budget,
         )
         return result, packed.microbatches
 
@@ -63,5 +64,7 @@ class RewardModelLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         )
 
     def _pack(self, rows: Sequence[PreferenceRow]) -> RewardBatch:
-        budget = self.inputs.config.training.tokens_per_microbatch or 1
-        return make_reward_batch(rows, tokens_per_microbatch=budget, device=self.parts.policy.device)
+        longest = 2 + max(num_packed_tokens(row.samples(0, 1)) for row in rows)  # both keep their last token
+        return make_reward_batch(
+            rows, tokens_per_microbatch=self.budget.room_for(longest), device=self.parts.policy.device
+        )

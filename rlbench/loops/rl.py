@@ -14,8 +14,9 @@ from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.curriculum import CurriculumStream
-from rlbench.data.packing import Microbatch
+from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.stream import PromptStream
+from rlbench.engine.interface import engine_call
 from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
@@ -55,6 +56,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     PolicyIdentityError: rollouts did not come from the trained weights.
     DriftError: the trainer's logprobs are too far from the engine's.
     RewardFailure: too many rollouts without a reward.
+    EngineDeadError: the engine ended a call with an error of its own.
     """
 
     stream: PromptStream[Prompt] = field(init=False)
@@ -119,13 +121,15 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         if isinstance(self.stream, CurriculumStream):
             metrics |= self.stream.metrics()
             self.stream.observe(groups)
-        self.parts.engine.sleep()
+        with engine_call(self.parts.engine, "going to sleep"):
+            self.parts.engine.sleep()
         credited = self._credit(groups)
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= credited.metrics
         metrics |= self._update(credited, step, num_steps)
         self._refresh_reference(step)
-        self.parts.engine.wake()
+        with engine_call(self.parts.engine, "waking up"):
+            self.parts.engine.wake()
         self._sync()
         self.step = step
         self._record(step, num_steps, groups, credited, metrics, start)
@@ -200,7 +204,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                     self.parts.critic,
                     groups,
                     bootstrap_truncated=config.algorithm.critic.bootstrap_truncated,
-                    tokens_per_microbatch=self.budget.tokens,
+                    tokens_per_microbatch=self._room_for(groups),
                 )
         return credit(
             groups,
@@ -221,8 +225,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             estimator=estimator,
             reference=other,
             temperature=config.sampling.temperature,
-            tokens_per_microbatch=self.budget.tokens,
+            tokens_per_microbatch=self._room_for(groups),
         )
+
+    def _room_for(self, groups: Sequence[RolloutGroup]) -> int:
+        """Tokens of a microbatch that holds any of the rollouts."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        return self.budget.room_for(max(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts))
 
     def _update(self, credited: Credit, step: int, num_steps: int) -> dict[str, float | None]:
         """The batch's optimizer steps; none if no group has a signal."""
@@ -234,10 +243,11 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             return {"optim/lr": lr, "optim/is_skipped": 1.0}
         if config.algorithm.pairs.is_on:
             return self._update_on_pairs(credited, lr)
+        room = self.budget.room_for(max(num_packed_tokens([sample]) for sample in credited.samples))
         minibatches = make_minibatches(
             credited.samples,
             config.algorithm,
-            tokens_per_microbatch=self.budget.tokens,
+            tokens_per_microbatch=room,
             max_completion_tokens=config.sampling.max_tokens,
             device=parts.policy.device,
         )
@@ -271,7 +281,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             credited.samples,
             credited.pairs,
             num_minibatches=config.algorithm.num_minibatches,
-            tokens_per_microbatch=self.budget.tokens,
+            tokens_per_microbatch=self.budget.room_for(max(num_packed_tokens([s]) for s in credited.samples)),
             device=parts.policy.device,
         )
         options = PairOptions(
@@ -282,7 +292,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         set_lr(parts.optimizer, lr)
         with self._phase("update"):
             result = update_on_pairs(
-                parts.policy, batches, parts.optimizer, config.preference, options, reference=parts.reference
+                parts.policy,
+                batches,
+                parts.optimizer,
+                config.preference,
+                options,
+                reference=parts.reference,
+                budget=self.budget,
             )
         self._count_updates(result.num_applied, result.is_finite, result.metrics, credited.samples)
         return self._of_update(result, lr, [microbatch for batch in batches for microbatch in batch.microbatches])
@@ -317,11 +333,13 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 num_updates=config.algorithm.num_updates,
                 clip_value=of_critic.clip_value,
                 max_grad_norm=config.optim.max_grad_norm,
+                budget=self.budget,
             )
 
     def _refresh_reference(self, step: int) -> None:
         config, reference = self.inputs.config.algorithm, self.parts.reference
         if reference is not None and config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
+            self._note_change()
             refresh_reference(reference, self.parts.policy, config.refresh_frac)
 
     def _judge(self, drift: Drift) -> dict[str, float]:

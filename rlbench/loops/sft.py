@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlbench.build_offline import SftInputs
-from rlbench.data.packing import Microbatch, pack
+from rlbench.data.packing import Microbatch, num_packed_tokens, pack
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.offline import OfflineLoop
 from rlbench.records import TrainingSample
@@ -23,8 +23,14 @@ class SftLoop(OfflineLoop[SftInputs, TrainingSample]):
         return self.inputs.config.sft.rows_per_step
 
     def _train(self, packed: list[Microbatch]) -> tuple[StepResult, Sequence[Microbatch]]:
-        max_grad_norm = self.inputs.config.optim.max_grad_norm
-        return sft_step(self.parts.policy, packed, self.parts.optimizer, max_grad_norm=max_grad_norm), packed
+        result = sft_step(
+            self.parts.policy,
+            packed,
+            self.parts.optimizer,
+            max_grad_norm=self.inputs.config.optim.max_grad_norm,
+            budget=self.budget,
+        )
+        return result, packed
 
     def _evaluate(self) -> None:
         if self.inputs.evaluation is None:
@@ -39,5 +45,5 @@ class SftLoop(OfflineLoop[SftInputs, TrainingSample]):
         )
 
     def _pack(self, rows: Sequence[TrainingSample]) -> list[Microbatch]:
-        budget = self.inputs.config.training.tokens_per_microbatch or 1
-        return pack(rows, tokens_per_microbatch=budget, device=self.parts.policy.device)
+        room = self.budget.room_for(max(num_packed_tokens([row]) for row in rows))
+        return pack(rows, tokens_per_microbatch=room, device=self.parts.policy.device)

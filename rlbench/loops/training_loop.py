@@ -12,16 +12,19 @@ from typing import Any, Generic, TypeVar
 from rlbench.build import BaseInputs, BaseParts
 from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
 from rlbench.data.packing import Microbatch
+from rlbench.engine.interface import EngineDeadError
 from rlbench.loops.evaluate import Evaluation
-from rlbench.loops.stopping import StopRequest
+from rlbench.loops.stopping import StepAbandoned, StopRequest
+from rlbench.loops.watchdog import Watchdog
 from rlbench.records import TrainingSample
+from rlbench.rollouts.credit import RewardFailure
 from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.phase_memory import PhaseMemory
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
-from rlbench.training.microbatch_budget import MicrobatchBudget
+from rlbench.training.microbatch_budget import MicrobatchBudget, RunMemoryError, phase_memory
 
 _CHECKPOINT_STEPS = 10  # between two checkpoints at least, where the user says nothing
 _CHECKPOINT_FRAC = 0.02  # of the time
@@ -43,6 +46,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     console: RunConsole
     run_folder: Path
     stop: StopRequest
+    watchdog: Watchdog
     step: int = 0  # batches trained on, skipped ones included
     policy_version: int = 0  # optimizer steps applied to the adapter
     num_bad_steps: int = 0  # in a row
@@ -51,7 +55,9 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     last_checkpoint: Path | None = None
     num_failed_saves: int = 0
     budget: MicrobatchBudget = field(init=False)
-    _saved_step: int = 0
+    _saved_step: int | None = None
+    _before: dict[str, Any] | None = None  # state before the step that is being made; None: between two steps
+    _is_changed: bool = False  # since `_before` an optimizer step was made
     _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -61,6 +67,9 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     def __post_init__(self) -> None:
         tokens = self.inputs.config.training.tokens_per_microbatch or 1
         self.budget = MicrobatchBudget(tokens, self.console.warning)
+        for optimizer in [self.parts.optimizer, *(optimizer for _, optimizer in self._beside().values())]:
+            if optimizer is not None:
+                optimizer.register_step_pre_hook(self._note_change)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written."""
@@ -82,8 +91,17 @@ class TrainingLoop(Generic[InputsT, PartsT]):
             NonFiniteError: too many steps in a row without a finite gradient.
             ValueError: checkpoint.keep_best names no number of the evaluations.
             TrackingError: metrics, rollouts or a checkpoint could not be written.
+            StepAbandoned: a stop or the watchdog could not wait for the step's end.
+            RunMemoryError: a phase does not fit in memory.
             Exception: what the steps of the loop raise.
         """
+        try:
+            self._run()
+        except (StepAbandoned, EngineDeadError, RewardFailure, RunMemoryError):
+            self._rescue()
+            raise
+
+    def _run(self) -> None:
         config = self.inputs.config
         num_steps = config.training.num_steps or 0
         self._memory = PhaseMemory.of_profile(config.hardware.profile, self._released_bytes)
@@ -92,7 +110,9 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         # An evaluation that a stop put off is made up for here, when the run goes on.
         self._evaluate_if_due(num_steps)
         while self.step < num_steps and self.stop.signal_number is None:
+            self._before, self._is_changed = self._checkpoint_state(), False
             self._step(num_steps)
+            self._before = None
             self._evaluate_if_due(num_steps)
             if (self._is_checkpoint_due() or self.best_step == self.step) and self.step < num_steps:
                 self.save()
@@ -100,29 +120,48 @@ class TrainingLoop(Generic[InputsT, PartsT]):
 
     def save(self) -> None:
         """Write a checkpoint of the present state."""
+        self._save(self._checkpoint_state())
+
+    def _save(self, state: Mapping[str, Any]) -> None:
         start = time.monotonic()
-        state = {
-            "step": self.step,
-            "policy_version": self.policy_version,
-            "num_bad_steps": self.num_bad_steps,
-            "tokens_per_microbatch": self.budget.tokens,
-            "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
-            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
-            "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
-            **self._state(),
-        }
-        with self._phase("checkpoint"), self._survived_if_asked():
+        with self.stop.shielded(), self._phase("checkpoint"), self._survived_if_asked():
             self.last_checkpoint = save_checkpoint(
                 self.run_folder,
                 self.parts.policy,
                 self.parts.optimizer,
-                state,
+                {**state, "adapter_fingerprint": self.parts.policy.adapter().fingerprint()},
                 base_name=self.inputs.model.name,
                 keep_last=self.inputs.config.checkpoint.keep_last,
                 keep_steps=[self.best_step] if self.best_step else [],
                 beside=self._beside(),
             )
-        self._saved_step, self._save_s, self._saved_at = self.step, time.monotonic() - start, time.monotonic()
+        self._saved_step, self._save_s, self._saved_at = state["step"], time.monotonic() - start, time.monotonic()
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """All of a checkpoint but tensors and what is computed from them."""
+        return {
+            "step": self.step,
+            "policy_version": self.policy_version,
+            "num_bad_steps": self.num_bad_steps,
+            "tokens_per_microbatch": self.budget.tokens,
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
+            **self._state(),
+        }
+
+    def _rescue(self) -> None:
+        """Save the end of the last whole step, if weights and optimizer are still what they were then."""
+        state = self._before or self._checkpoint_state()
+        if self._before is not None and self._is_changed:
+            self.console.warning(f"step {state['step'] + 1} had begun to change the weights, so it is lost")
+        elif state["step"] != self._saved_step:
+            try:
+                self._save({**state, "tokens_per_microbatch": self.budget.tokens})
+            except (TrackingError, RuntimeError) as error:  # a device that failed cannot be read any more
+                self.console.warning(f"the end of step {state['step']} could not be saved: {error}")
+
+    def _note_change(self, *_: Any) -> None:
+        self._is_changed = True
 
     @contextmanager
     def _survived_if_asked(self) -> Iterator[None]:
@@ -141,7 +180,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         if every is not None:
             return bool(every) and self.step % every == 0
         is_worth_it = time.monotonic() - self._saved_at >= self._save_s / _CHECKPOINT_FRAC
-        return self.step - self._saved_step >= _CHECKPOINT_STEPS and is_worth_it
+        return self.step - (self._saved_step or 0) >= _CHECKPOINT_STEPS and is_worth_it
 
     @property
     def best_step(self) -> int | None:
@@ -256,7 +295,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        with self.console.phase(name), self._memory.phase(name):
+        with self.console.phase(name), self._memory.phase(name), self.watchdog.phase(name), phase_memory(name):
             yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
 

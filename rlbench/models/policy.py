@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlbench import progress
 from rlbench.config.schema import LoraConfig, TrainingConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.adapter import Adapter
@@ -85,6 +86,7 @@ class Policy:
             use_cache=False,
             attention_context=context,
         )
+        progress.mark()
         return output.last_hidden_state[0][microbatch.predict_rows]
 
     @contextmanager

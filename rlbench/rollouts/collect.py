@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from rlbench.engine.interface import Engine, OnFinished
+from rlbench.engine.interface import Engine, EngineDeadError, OnFinished, engine_call
 from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup, SamplingParams
 from rlbench.rollouts.score import Scorer, reward_sample
 from rlbench.rollouts.seeds import sampling_seed
@@ -60,7 +60,23 @@ def sample_completions(
     """`group_size` completions for each prompt; seeds are counters (see `sampling_seed`)."""
     seeds = [sampling_seed(run_seed, step, prompt.prompt_id, i) for prompt in prompts for i in range(group_size)]
     token_ids = [prompt.token_ids for prompt in prompts for _ in range(group_size)]
-    return in_groups(engine.generate(token_ids, sampling, seeds, on_finished), group_size)
+    raised: list[Exception] = []
+
+    def take(index: int, completion: Completion) -> None:
+        try:
+            if on_finished is not None:
+                on_finished(index, completion)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    try:
+        with engine_call(engine, "generation"):
+            return in_groups(engine.generate(token_ids, sampling, seeds, take), group_size)
+    except EngineDeadError:
+        if raised:  # no error of the engine
+            raise raised[0] from None
+        raise
 
 
 def make_groups(completions: Sequence[Sequence[Completion]], scoring: Scoring, *, step: int) -> list[RolloutGroup]:

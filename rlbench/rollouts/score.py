@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
+from rlbench import progress
 from rlbench.config.schema import RewardsConfig
 from rlbench.config.trained_reward import is_trained
 from rlbench.records import FINISH_LENGTH, Completion, Prompt, RewardComponent
 from rlbench_rewards import RewardOutcome, RewardPool, RewardSample
 from rlbench_rewards.composition import Scored, Term, compose
 from rlbench_rewards.submission import Submission
+
+_LOOK_EVERY_S = 0.5  # whether workers go on
 
 InProcess = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], list[RewardOutcome]]  # one a completion
 
@@ -109,11 +113,20 @@ class Scorer:
         elif self._pool is not None:
             of_pool = self._pool.submit(_samples(prompts, completions, texts))
         own = {name: score(prompts, completions) for name, score in self._in_process.items()}
-        found = of_pool.result() if of_pool is not None else [{} for group in completions for _ in group]
+        found = self._wait_for(of_pool) if of_pool is not None else [{} for group in completions for _ in group]
         return [
             {name: own[name][i] if name in own else outcomes[name] for name in self._config.components}
             for i, outcomes in enumerate(found)
         ]
+
+    def _wait_for(self, outcomes: Future[list[dict[str, RewardOutcome]]]) -> list[dict[str, RewardOutcome]]:
+        assert self._pool is not None
+        num_seen = -1
+        while wait([outcomes], _LOOK_EVERY_S).not_done:
+            if self._pool.stats.num_events != num_seen:
+                num_seen = self._pool.stats.num_events
+                progress.mark()
+        return outcomes.result()
 
     def totals(self, group: Sequence[Mapping[str, RewardComponent]]) -> list[float | None]:
         """Rewards of one prompt's rollouts, as `rewards.combine` says; None where a component broke."""

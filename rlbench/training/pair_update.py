@@ -15,6 +15,7 @@ from rlbench.config.preference import PreferenceConfig
 from rlbench.data.packing import pack
 from rlbench.models.policy import Policy
 from rlbench.records import TrainingSample
+from rlbench.training.microbatch_budget import MicrobatchBudget
 from rlbench.training.preference_step import PreferenceBatch, batch_ref_logps, preference_step
 from rlbench.training.update import UpdateResult, merge_metrics, split_groups
 
@@ -74,6 +75,7 @@ def update_on_pairs(
     options: PairOptions,
     *,
     reference: Policy | None = None,
+    budget: MicrobatchBudget | None = None,
 ) -> UpdateResult:
     """Make `num_updates` optimizer steps; update i takes batch i modulo their number.
 
@@ -86,6 +88,10 @@ def update_on_pairs(
         optimizer: over `policy.parameters()`, learning rate set.
         config: the `preference` part of the config.
         reference: None: the policy's base with the adapter off.
+        budget: as in `train_step`.
+
+    Raises:
+        RunMemoryError: not even one completion a microbatch fits.
     """
     ref_logps = [
         batch_ref_logps(policy, batch, config, None, frozen=reference, temperature=options.temperature)
@@ -105,6 +111,7 @@ def update_on_pairs(
             reference=None,
             ref_logps=ref_logps[part],
             temperature=options.temperature,
+            budget=budget,
         )
         steps.append(result.metrics)
         if index == 0:

@@ -6,7 +6,7 @@ Shapes: N loss positions and B completions of one microbatch, P pairs, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch import Tensor
 from rlbench.algorithms.loss_inputs import sum_by_sequence
 from rlbench.algorithms.preference_losses import mismatch_kl, wpo_log_weights
 from rlbench.config.preference import PreferenceConfig
-from rlbench.data.packing import Microbatch, pack
+from rlbench.data.packing import Microbatch, num_packed_tokens, pack
 from rlbench.data.preferences import PreferenceRow
 from rlbench.models.policy import Policy
 from rlbench.records import TrainingSample
+from rlbench.training.microbatch_budget import MicrobatchBudget, as_before, split_microbatches
 from rlbench.training.preference_objective import Completions, PreferenceObjective
 from rlbench.training.step import StepResult, add_shares, finish_step, reference_logprobs
 from rlbench_kernels import linear_logprobs
@@ -61,6 +62,16 @@ class PreferenceBatch:
             parts.append(own[is_inside.all(dim=1)])
             start += microbatch.num_sequences
         return parts if sum(map(len, parts)) == len(self.pairs) else None
+
+    def split(self, tokens: int) -> PreferenceBatch:
+        """The same completions in microbatches of at most `tokens` tokens."""
+        microbatches = split_microbatches(self.microbatches, tokens)
+        samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+        place_of = {id(sample): place for place, sample in enumerate(samples)}
+        places = torch.tensor([place_of[id(sample)] for sample in self.samples], device=self.pairs.device)
+        longest = max((num_packed_tokens([s]) for mb in self.mismatched for s in mb.samples), default=0)
+        mismatched = split_microbatches(self.mismatched, max(tokens, longest))
+        return replace(self, microbatches=microbatches, pairs=places[self.pairs], mismatched=mismatched)
 
 
 def make_batch(
@@ -113,6 +124,7 @@ def preference_step(
     reference: ReferenceTable | None,
     ref_logps: Sequence[Tensor] | None = None,
     temperature: float = 1.0,
+    budget: MicrobatchBudget | None = None,
 ) -> StepResult:
     """Make one update from a batch.
 
@@ -129,12 +141,36 @@ def preference_step(
         reference: logps computed before, by row; None: a forward, where a loss needs it.
         ref_logps: the same for each microbatch, of `batch_ref_logps`; None: from `reference`.
         temperature: logprobs are taken at it; that of sampling where the policy wrote the completions.
+        budget: as in `train_step`.
+
+    Raises:
+        RunMemoryError: not even one completion a microbatch fits.
     """
-    optimizer.zero_grad(set_to_none=True)
-    if ref_logps is None:
+    if ref_logps is None and (reference is not None or not config.needs_reference):
         ref_logps = batch_ref_logps(policy, batch, config, reference)
-    sums, logprobs = _gradients(policy, batch, config, reference, ref_logps, temperature)
+
+    def accumulate(tokens: int | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        optimizer.zero_grad(set_to_none=True)
+        packed = batch if tokens is None else batch.split(tokens)
+        if ref_logps is None:
+            own = batch_ref_logps(policy, packed, config, None)
+        else:
+            own = _moved(ref_logps, batch.microbatches, packed.microbatches)
+        sums, logprobs = _gradients(policy, packed, config, reference, own, temperature)
+        return sums, as_before(logprobs, packed.microbatches, batch.microbatches)
+
+    sums, logprobs = budget.attempt([[s] for s in batch.samples], accumulate) if budget else accumulate(None)
     return finish_step(policy, optimizer, sums, logprobs, max_grad_norm=max_grad_norm)
+
+
+def _moved(values: Sequence[Tensor], before: Sequence[Microbatch], packed: Sequence[Microbatch]) -> list[Tensor]:
+    """Values [B] of the completions of `before`, for the microbatches `packed` of the same completions."""
+    of_sample = {
+        id(sample): value
+        for microbatch, column in zip(before, values, strict=True)
+        for sample, value in zip(microbatch.samples, column, strict=True)
+    }
+    return [torch.stack([of_sample[id(sample)] for sample in microbatch.samples]) for microbatch in packed]
 
 
 def _gradients(

@@ -15,6 +15,8 @@ from rlbench.algorithms.reward_losses import bradley_terry
 from rlbench.data.packing import Microbatch, pack, with_next_token
 from rlbench.data.preferences import PreferenceRow
 from rlbench.models.reward_model import RewardModel
+from rlbench.records import TrainingSample
+from rlbench.training.microbatch_budget import MicrobatchBudget, split_microbatches
 from rlbench.training.preference_step import without_repeats
 from rlbench.training.step import StepResult, add_shares, finish_step
 
@@ -29,6 +31,20 @@ class RewardBatch:
     @property
     def num_pairs(self) -> int:
         return sum(map(len, self.margins))
+
+    @property
+    def pairs(self) -> list[tuple[TrainingSample, TrainingSample]]:
+        """Chosen and rejected."""
+        return [pair for mb in self.microbatches for pair in zip(mb.samples[::2], mb.samples[1::2], strict=True)]
+
+    def split(self, tokens: int) -> RewardBatch:
+        """The same pairs in microbatches of at most `tokens` tokens."""
+        margin_of = {
+            id(chosen): margin for (chosen, _), margin in zip(self.pairs, torch.cat(self.margins), strict=True)
+        }
+        microbatches = split_microbatches(self.microbatches, tokens)
+        margins = [torch.stack([margin_of[id(chosen)] for chosen in mb.samples[::2]]) for mb in microbatches]
+        return RewardBatch(microbatches=microbatches, margins=margins)
 
 
 def make_reward_batch(
@@ -62,6 +78,7 @@ def reward_step(
     *,
     centering_coef: float,
     max_grad_norm: float,
+    budget: MicrobatchBudget | None = None,
 ) -> StepResult:
     """Make one update from a batch; the loss is the mean over its pairs.
 
@@ -71,13 +88,23 @@ def reward_step(
         optimizer: over `model.parameters()`, learning rate set.
         centering_coef: as in `bradley_terry`.
         max_grad_norm: as in `train_step`.
+        budget: as in `train_step`.
+
+    Raises:
+        RunMemoryError: not even one pair a microbatch fits.
     """
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    for microbatch, margins in zip(batch.microbatches, batch.margins, strict=True):
-        loss, shares = _loss(model.scores(microbatch), margins, centering_coef, batch.num_pairs)
-        loss.backward()
-        add_shares(sums, shares)
+
+    def accumulate(tokens: int | None) -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        packed = batch if tokens is None else batch.split(tokens)
+        sums: dict[str, Tensor] = {}
+        for microbatch, margins in zip(packed.microbatches, packed.margins, strict=True):
+            loss, shares = _loss(model.scores(microbatch), margins, centering_coef, batch.num_pairs)
+            loss.backward()
+            add_shares(sums, shares)
+        return sums
+
+    sums = budget.attempt(batch.pairs, accumulate) if budget else accumulate(None)
     sums["loss/total"] = sums["loss/reward_model"]
     return finish_step(model, optimizer, sums, [], max_grad_norm=max_grad_norm)
 

@@ -12,12 +12,18 @@ from torch import Tensor
 
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
+from rlbench.training.microbatch_budget import MicrobatchBudget, as_before, split_microbatches
 from rlbench.training.step import StepResult, add_shares, finish_step
 from rlbench_kernels import linear_token_loss
 
 
 def sft_step(
-    policy: Policy, microbatches: Sequence[Microbatch], optimizer: torch.optim.Optimizer, *, max_grad_norm: float
+    policy: Policy,
+    microbatches: Sequence[Microbatch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+    budget: MicrobatchBudget | None = None,
 ) -> StepResult:
     """Make one update with the loss -sum_t logprob_t / (trained tokens of all microbatches).
 
@@ -26,16 +32,27 @@ def sft_step(
         microbatches: all data of the step, on the policy's device; `loss_mask` marks the trained tokens.
         optimizer: over `policy.parameters()`, learning rate set.
         max_grad_norm: as in `train_step`.
+        budget: as in `train_step`.
+
+    Raises:
+        RunMemoryError: not even one row a microbatch fits.
     """
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    logprobs: list[Tensor] = []
     num_loss_tokens = _num_loss_tokens(microbatches)
-    for microbatch in microbatches:
-        loss, shares, own = _loss(policy, microbatch, num_loss_tokens)
-        loss.backward()
-        add_shares(sums, shares | {"loss/total": loss.detach()})
-        logprobs.append(own)
+
+    def accumulate(tokens: int | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        optimizer.zero_grad(set_to_none=True)
+        packed = microbatches if tokens is None else split_microbatches(microbatches, tokens)
+        sums: dict[str, Tensor] = {}
+        logprobs: list[Tensor] = []
+        for microbatch in packed:
+            loss, shares, own = _loss(policy, microbatch, num_loss_tokens)
+            loss.backward()
+            add_shares(sums, shares | {"loss/total": loss.detach()})
+            logprobs.append(own)
+        return sums, as_before(logprobs, packed, microbatches)
+
+    rows = [[sample] for microbatch in microbatches for sample in microbatch.samples]
+    sums, logprobs = budget.attempt(rows, accumulate) if budget else accumulate(None)
     return finish_step(policy, optimizer, sums, logprobs, max_grad_norm=max_grad_norm)
 
 

@@ -61,7 +61,7 @@ def train_step(
         budget: a forward or backward pass that finds no memory is made again in smaller microbatches; None: an error.
 
     Raises:
-        UpdateMemoryError: not even one sample a microbatch fits.
+        RunMemoryError: not even one sample a microbatch fits.
     """
     totals = totals or count_totals(microbatches)
     if columns is None:
@@ -88,7 +88,7 @@ def train_step(
         return sums, as_before(all_logprobs, packed, microbatches)
 
     samples = [sample for microbatch in microbatches for sample in microbatch.samples]
-    sums, all_logprobs = budget.attempt(samples, accumulate) if budget else accumulate(None)
+    sums, all_logprobs = budget.attempt([[sample] for sample in samples], accumulate) if budget else accumulate(None)
     return finish_step(policy, optimizer, sums, all_logprobs, max_grad_norm=max_grad_norm)
 
 

@@ -15,6 +15,7 @@ from rlbench.algorithms.value_losses import clipped_value_loss, explained_varian
 from rlbench.data.packing import Microbatch, pack, with_next_token
 from rlbench.models.value_head import Critic
 from rlbench.records import FINISH_LENGTH, RolloutGroup, StateValues, TrainingSample
+from rlbench.training.microbatch_budget import MicrobatchBudget, split_microbatches
 from rlbench.training.reference_kl import unscored_sample
 from rlbench.training.update import Minibatch
 
@@ -76,6 +77,7 @@ def update_critic(
     num_updates: int,
     clip_value: float | None,
     max_grad_norm: float,
+    budget: MicrobatchBudget | None = None,
 ) -> CriticResult:
     """Make `num_updates` optimizer steps from a batch; update i takes minibatch i modulo their number.
 
@@ -86,6 +88,10 @@ def update_critic(
         num_updates: as of the policy.
         clip_value: as in `clipped_value_loss`.
         max_grad_norm: of the critic's gradient apart; 0 does not clip.
+        budget: as in `train_step`.
+
+    Raises:
+        RunMemoryError: not even one sample a microbatch fits.
     """
     metrics = _of_batch(minibatches)
     steps: list[dict[str, float]] = []
@@ -94,7 +100,9 @@ def update_critic(
         microbatches = minibatches[index % len(minibatches)].microbatches
         if not microbatches:
             continue
-        step = _critic_step(critic, microbatches, optimizer, clip_value=clip_value, max_grad_norm=max_grad_norm)
+        step = _critic_step(
+            critic, microbatches, optimizer, clip_value=clip_value, max_grad_norm=max_grad_norm, budget=budget
+        )
         steps.append(step)
         is_finite = math.isfinite(step["value/loss"]) and math.isfinite(step["value/grad_norm"])
         if not is_finite:
@@ -110,21 +118,28 @@ def _critic_step(
     *,
     clip_value: float | None,
     max_grad_norm: float,
+    budget: MicrobatchBudget | None,
 ) -> dict[str, float]:
     num_loss_tokens = max(1, sum(int(microbatch.loss_mask.sum()) for microbatch in microbatches))
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = clip_sum = 0.0
-    for microbatch in microbatches:
-        loss, clip_frac = clipped_value_loss(
-            critic.values(microbatch),
-            microbatch.values,
-            microbatch.returns,
-            microbatch.loss_mask,
-            clip_value=clip_value,
-            num_loss_tokens=num_loss_tokens,
-        )
-        loss.backward()
-        loss_sum, clip_sum = loss_sum + float(loss.detach()), clip_sum + float(clip_frac)
+
+    def accumulate(tokens: int | None) -> tuple[float, float]:
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum = clip_sum = 0.0
+        for microbatch in microbatches if tokens is None else split_microbatches(microbatches, tokens):
+            loss, clip_frac = clipped_value_loss(
+                critic.values(microbatch),
+                microbatch.values,
+                microbatch.returns,
+                microbatch.loss_mask,
+                clip_value=clip_value,
+                num_loss_tokens=num_loss_tokens,
+            )
+            loss.backward()
+            loss_sum, clip_sum = loss_sum + float(loss.detach()), clip_sum + float(clip_frac)
+        return loss_sum, clip_sum
+
+    samples = [[sample] for microbatch in microbatches for sample in microbatch.samples]
+    loss_sum, clip_sum = budget.attempt(samples, accumulate) if budget else accumulate(None)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm or math.inf))
     if math.isfinite(grad_norm) and math.isfinite(loss_sum):
         optimizer.step()

@@ -1,5 +1,9 @@
 """The prompt stream is seeded, complete and resumable."""
 
+from dataclasses import replace
+
+import pytest
+
 from rlbench.data.stream import PromptStream
 from rlbench.records import Prompt
 
@@ -26,6 +30,23 @@ def test_a_restored_stream_continues_where_the_other_stopped():
     restored.restore(stream.state())
 
     assert ids(restored, 20) == ids(stream, 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prompts: prompts[:-1],
+        lambda prompts: [*prompts[1:], prompts[0]],
+        lambda prompts: [replace(prompts[0], token_ids=(0, 1)), *prompts[1:]],
+        lambda prompts: [replace(prompts[0], columns={"answer": "4"}), *prompts[1:]],
+    ],
+)
+def test_other_rows_than_those_of_the_state_are_refused(change):
+    state = PromptStream(PROMPTS, seed=3).state()
+    PromptStream([replace(prompt) for prompt in PROMPTS], seed=3).restore(state)
+
+    with pytest.raises(ValueError, match="rows of training data are not those that the run began with"):
+        PromptStream(change(PROMPTS), seed=3).restore(state)
 
 
 def test_the_order_is_a_function_of_the_seed():

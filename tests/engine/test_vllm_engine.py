@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlbench import progress
 from rlbench.engine import vllm_engine, vllm_requests
 from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start
@@ -366,3 +367,12 @@ def test_bf16_logprobs_are_near_a_float32_forward(bf16_engine, tiny):
     gaps = [abs(a - b) for a, b in zip(completion.sampling_logprobs, expected, strict=True)]
 
     assert sum(gaps) / len(gaps) < 0.05
+
+
+@needs_vllm
+def test_every_round_is_progress(engine):
+    before = progress.num_marks()
+
+    engine.generate([PROMPT] * 2, SamplingParams(max_tokens=6), [1, 2])
+
+    assert progress.num_marks() - before >= 6

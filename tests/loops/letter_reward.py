@@ -26,3 +26,8 @@ def takes_a_minute(sample):
     """For tests that must meet a run in the middle of a step."""
     time.sleep(60)
     return RewardOutput(value=0.0)
+
+
+def takes_a_moment(sample):
+    time.sleep(0.5)
+    return RewardOutput(value=0.0)

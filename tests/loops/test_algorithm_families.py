@@ -9,6 +9,7 @@ from rlbench.build import build, prepare
 from rlbench.config.compose import config_folder, group_choices, register_schema, to_run_config
 from rlbench.loops.rl import RlLoop
 from rlbench.loops.stopping import StopRequest
+from rlbench.loops.watchdog import Watchdog
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.jsonl import JsonlWriter
 from rlbench.tracking.tracker import Tracker
@@ -32,8 +33,11 @@ def start(overrides: list[str], folder: Path, *options: str, resume_from_step: i
     folder.mkdir(exist_ok=True)
     jsonl = JsonlWriter(folder / "metrics.jsonl", resume_from_step=resume_from_step)
     tracker = Tracker(jsonl, config.training.num_steps or 0, None, console, 0)
-    stop = StopRequest(console.warning)
-    return RlLoop(inputs=inputs, parts=build(inputs), tracker=tracker, console=console, run_folder=folder, stop=stop)
+    stop = StopRequest(console.warning, grace_s=20)
+    return RlLoop(
+        inputs=inputs, parts=build(inputs), tracker=tracker, console=console, run_folder=folder, stop=stop,
+        watchdog=Watchdog(config.watchdog, stop, folder),
+    )  # fmt: skip
 
 
 def finish(loop: RlLoop) -> list[dict]:

@@ -8,7 +8,9 @@ import pytest
 
 from rlbench.config.schema import RunConfig
 from rlbench.loops import training_loop
+from rlbench.loops.stopping import StopRequest
 from rlbench.loops.training_loop import TrainingLoop
+from rlbench.loops.watchdog import Watchdog
 
 
 class Clock:
@@ -42,13 +44,15 @@ def saved_steps(monkeypatch, *, num_steps: int, step_s: float, save_s: float, ev
     config = RunConfig()
     config.training.num_steps, config.checkpoint.every_steps = num_steps, every_steps
     policy = SimpleNamespace(adapter=lambda: SimpleNamespace(fingerprint=lambda: ""))
+    stop = StopRequest(print, grace_s=1.0)
     loop = CountingLoop(
         inputs=SimpleNamespace(config=config, model=SimpleNamespace(name="none")),
         parts=SimpleNamespace(policy=policy, optimizer=None, step_s=step_s),
         tracker=SimpleNamespace(wandb=None),
         console=SimpleNamespace(phase=lambda name: nullcontext(), warning=print),
         run_folder=Path("run"),
-        stop=SimpleNamespace(signal_number=None),
+        stop=stop,
+        watchdog=Watchdog(config.watchdog, stop, Path("run")),
     )  # type: ignore[arg-type]
     steps: list[int] = []
 

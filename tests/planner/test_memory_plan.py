@@ -63,6 +63,7 @@ def test_the_largest_microbatch_fills_nine_tenths_of_the_limit():
 
 def test_the_longest_completion_fits_context_microbatch_and_cache():
     assert made().max_completion_tokens == 2000 - 100
+    assert made(kv_bytes_per_token=0).max_completion_tokens == 1900  # a cache that is held already
     assert made(kv_bytes_per_token=GIB // 100).max_completion_tokens < 1900
     full = [Probe(size=s, seconds=1, peak_bytes=10 * GIB + s * GIB // 1024) for s in (256, 512)]
     assert made(warm_bytes=9 * GIB, update=full).max_completion_tokens == 0

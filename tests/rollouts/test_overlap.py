@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlbench.config.schema import RewardsConfig
+from rlbench.engine.interface import EngineDeadError
 from rlbench.engine.scripted_engine import ScriptedEngine
 from rlbench.records import FINISH_STOP, Prompt, SamplingParams
 from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
@@ -173,3 +174,19 @@ def test_each_completion_is_decoded_once():
         assert [r.components["length"].value for r in group.rollouts] == [
             float(len(r.completion_text)) for r in group.rollouts
         ]
+
+
+def test_an_error_of_scoring_is_not_the_engines():
+    def fails(index, completion):
+        raise RuntimeError("the pool is gone")
+
+    with pytest.raises(RuntimeError, match="the pool is gone"):
+        sample_completions(PROMPTS, engine_of(0.0), SAMPLING, group_size=2, run_seed=0, step=1, on_finished=fails)
+
+
+def test_an_error_of_the_engine_is_named():
+    def broken(token_ids, adapter):
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(EngineDeadError, match="engine=scripted failed in generation: RuntimeError: illegal memory"):
+        sample_completions(PROMPTS, ScriptedEngine(broken, context=32), SAMPLING, group_size=2, run_seed=0, step=1)
