@@ -336,6 +336,7 @@ class TrackingConfig:
     tensorboard: bool = False  # event files in the run's folder
     sample_every_steps: int = 10  # print a completion; 0: never
     save_rollouts: bool = True
+    profile_step: int | None = None  # the first update from this step on under torch's profiler: profile/ in the folder
     quiet: bool = False  # one line at the start, findings, and the summary
     # what a sweeper that optimizes is told: the last evaluation's value, or the mean over the last quarter of steps
     objective: str = "reward/mean"
@@ -343,6 +344,7 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         check_choice("tracking.wandb", self.wandb, [AUTO, "online", "offline", "disabled"])
         check_range("tracking.sample_every_steps", self.sample_every_steps, low=0)
+        check_range("tracking.profile_step", self.profile_step, low=1)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,10 +22,12 @@ from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.phase_memory import PhaseMemory
+from rlbench.tracking.step_profile import profiled
 from rlbench.tracking.tracker import Tracker
 from rlbench.training.checkpoint import Beside, Checkpoint, restore, save_checkpoint
 from rlbench.training.microbatch_budget import MicrobatchBudget, RunMemoryError, phase_memory
 
+_PROFILED = ("update", "critic update")  # phases
 _CHECKPOINT_STEPS = 10  # between two checkpoints at least, where the user says nothing
 _CHECKPOINT_FRAC = 0.02  # of the time
 InputsT = TypeVar("InputsT", bound=BaseInputs)
@@ -61,6 +63,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     _saved_at: float = 0.0  # monotonic seconds; at first when the first step began
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
+    _profiled: set[str] = field(default_factory=set)
     _health: HealthWatch | None = None
     _memory: PhaseMemory = field(default_factory=lambda: PhaseMemory(None))  # in `run` that of the device
 
@@ -296,8 +299,19 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     def _phase(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         with self.console.phase(name), self._memory.phase(name), self.watchdog.phase(name), phase_memory(name):
-            yield
+            with self._profile(name):
+                yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
+
+    def _profile(self, name: str) -> AbstractContextManager[None]:
+        """tracking.profile_step: of the first updates from that step on."""
+        config = self.inputs.config
+        first = config.tracking.profile_step
+        if name not in _PROFILED or name in self._profiled or first is None or self.step + 1 < first:
+            return nullcontext()
+        self._profiled.add(name)
+        file_name = f"step-{self.step + 1:06d} {name}".replace(" ", "_")
+        return profiled(self.run_folder / "profile", file_name, config.hardware.profile, self.console.note)
 
 
 def samples_of(microbatches: Sequence[Microbatch]) -> list[TrainingSample]:

@@ -177,3 +177,16 @@ def test_a_curriculum_is_measured_and_a_stopped_run_continues_with_it(short, tmp
 def test_a_curriculum_needs_its_reward(short, tmp_path):
     with pytest.raises(ValueError, match="algorithm.curriculum.component is 'right', but there is no such reward"):
         start(short, tmp_path / "run", "algorithm.curriculum.is_on=true", "algorithm.curriculum.component=right")
+
+
+def test_a_profiled_step_changes_nothing_and_leaves_its_table(short, tmp_path):
+    options = ["algorithm=ppo", "training.num_steps=2"]
+    plain = finish(start(short, tmp_path / "plain", *options))
+    with_profile = finish(start(short, tmp_path / "run", *options, "tracking.profile_step=2"))
+
+    assert [line["loss/total"] for line in with_profile] == [line["loss/total"] for line in plain]
+    names = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
+    assert names == [
+        f"step-000002_{phase}.{kind}" for phase in ("critic_update", "update") for kind in ("trace.json.gz", "txt")
+    ]
+    assert "AdamW.step" in (tmp_path / "run" / "profile" / "step-000002_update.txt").read_text()
