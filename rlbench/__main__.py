@@ -68,6 +68,10 @@ def main() -> None:
         from rlbench.commands.diff import diff
 
         sys.exit(diff(arguments))
+    if command == "doctor":
+        from rlbench.commands.doctor import doctor
+
+        sys.exit(doctor(arguments))
     if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return

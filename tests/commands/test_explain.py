@@ -14,7 +14,6 @@ from rlbench.config.key_docs import key_doc
 from rlbench.config.sources import UNDECLARED, compose_with_layers, settings
 from rlbench.models import device
 
-
 NO_GPU = HardwareFacts(
     device="cpu",
     device_name="no GPU",
