@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from rlbench.config.derive import HardwareFacts
 from rlbench.config.key_docs import key_doc
 from rlbench.config.sources import UNDECLARED, compose_with_layers, settings
 from rlbench.models import device
+from tests.loops.conftest import ENVIRONMENT
 
 NO_GPU = HardwareFacts(
     device="cpu",
@@ -195,3 +198,28 @@ def test_on_a_gpu_recomputation_is_chosen_from_the_models_config_alone(monkeypat
     recompute = by_key(f"model.path={tiny_folder}")["training.recompute"]
 
     assert recompute.value == "none" and recompute.reason.startswith("8192 tokens keep 0.0 GiB of activations, ")
+
+
+def test_a_run_to_resume_that_is_not_looked_up_is_said(capsys):
+    assert explain(["+exp=grpo_gsm8k", "resume=auto", "training.num_steps"]) == 0
+    assert "resume=auto: what that run derived when it began is not known here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lrr=1"], "error: there is no key 'optim.lrr'; nearest valid keys: optim.lr"),
+        (["optim.lr=1,2"], "error: optim.lr has several values (1,2)"),
+        (["+exp=grpo_gsm"], "did you mean grpo_gsm8k?"),
+        (["optim.lr=-1"], "error: optim.lr is -1.0, expected more than 0"),
+        (["+exp=chain_gsm8k", "optim.lr=1"], "error: stage 'sft' (chain.0): optim.lr is set on the command line"),
+    ],
+)
+def test_settings_that_do_not_compose_are_one_sentence_on_the_command_line(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "rlbench", "explain", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+
+    assert done.returncode == 2 and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]
