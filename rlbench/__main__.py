@@ -16,6 +16,8 @@ import rlbench
 COMMANDS = {
     "train": "train a policy (the default)",
     "plan": "memory by part and time by phase of a run before it starts, from short probes on this device",
+    "explain": "explain +exp=... [KEY ...]: every setting of a run, where it comes from, and what a key means",
+    "doctor": "what is usable on this machine, and the command that fixes what is not",
     "preflight": "sample the untrained policy as the run would: is there a signal, what does a step cost, go or no-go",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
@@ -66,6 +68,10 @@ def main() -> None:
         from rlbench.commands.diff import diff
 
         sys.exit(diff(arguments))
+    if command == "doctor":
+        from rlbench.commands.doctor import doctor
+
+        sys.exit(doctor(arguments))
     if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return
@@ -84,12 +90,13 @@ def main() -> None:
         sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
-    if command in ("replay", "rescore"):
-        sys.exit(_on_a_recorded_run(command, arguments))
+    if command in ("replay", "rescore", "explain"):
+        sys.exit(_without_a_job(command, arguments))
     sys.exit(_run_with_hydra(arguments))
 
 
-def _on_a_recorded_run(command: str, arguments: list[str]) -> int:
+def _without_a_job(command: str, arguments: list[str]) -> int:
+    """Commands that take overrides but make no folder of Hydra's."""
     from rlbench.config.compose import CONFIG_ERRORS, explain_config_error
     from rlbench.config.own_errors import is_raised_by_us
     from rlbench.tracking.errors import TrackingError
@@ -97,8 +104,10 @@ def _on_a_recorded_run(command: str, arguments: list[str]) -> int:
     try:
         if command == "replay":
             from rlbench.commands.replay import replay as action
-        else:
+        elif command == "rescore":
             from rlbench.commands.rescore import rescore as action
+        else:
+            from rlbench.commands.explain import explain as action
         return action(arguments)
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))

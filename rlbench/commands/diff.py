@@ -6,7 +6,6 @@ Both may still be going on.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rlbench.commands.exit_status import exit_status
 from rlbench.report.curves import column
 from rlbench.report.difference import (
     NumberDifference,
@@ -27,7 +27,6 @@ from rlbench.report.difference import (
 )
 from rlbench.report.run_folder import RunRecord
 from rlbench.tracking.console import RunConsole
-from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.formats import format_number
 from rlbench.tracking.safe_text import printable, shorten
 from rlbench.tracking.sparkline import sparkline
@@ -39,17 +38,10 @@ _PROMPT_CHARS, _COMPLETION_CHARS = 240, 500
 def diff(arguments: Sequence[str]) -> int:
     """Exit status: 0 if the runs were compared, 2 for a wrong call, 4 if a file cannot be read or written."""
     options = _parser().parse_args(arguments)
-    try:
-        return _diff(options.run_a, options.run_b, options.out, options.samples)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrackingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
+    return exit_status(lambda: _diff(options.run_a, options.run_b, options.out, options.samples))
 
 
-def _diff(folder_a: Path, folder_b: Path, out: Path | None, num_samples: int) -> int:
+def _diff(folder_a: Path, folder_b: Path, out: Path | None, num_samples: int) -> None:
     from rlbench.report.comparison import last_answers, paired_text, write_comparison
     from rlbench.report.rollout_files import read_files
     from rlbench.report.run_folder import load_run
@@ -75,7 +67,6 @@ def _diff(folder_a: Path, folder_b: Path, out: Path | None, num_samples: int) ->
         parts += [_heading("The same prompts"), *_samples(same_prompts(files_a, files_b, num_samples))]
     console.show(Group(*parts))
     console.note(f"\npage {page}")
-    return 0
 
 
 def _heading(text: str) -> Text:

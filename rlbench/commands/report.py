@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlbench.tracking.errors import TrackingError
+from rlbench.commands.exit_status import exit_status
 
 
 def report(arguments: Sequence[str]) -> int:
     """Exit status: 0 if the page was written, 2 for a wrong call, 4 if it cannot be written."""
+    options = _parser().parse_args(arguments)
+    return exit_status(lambda: _report(options.runs, options.out, options.max_rollouts))
+
+
+def _report(folders: Sequence[Path], out: Path | None, max_rollouts: int) -> None:
     from rlbench.report.run_folder import find_runs
     from rlbench.report.run_report import write_run_report
 
-    options = _parser().parse_args(arguments)
-    try:
-        runs = [run for folder in options.runs for run in find_runs(folder)]
-        if len(runs) > 1:
-            from rlbench.report.comparison import write_comparison
+    runs = [run for folder in folders for run in find_runs(folder)]
+    if len(runs) > 1:
+        from rlbench.report.comparison import write_comparison
 
-            path = write_comparison(runs, options.out)
-        else:
-            path = write_run_report(runs[0], options.out, max_rollouts=options.max_rollouts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrackingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    print(path)
-    return 0
+        print(write_comparison(runs, out))
+    else:
+        print(write_run_report(runs[0], out, max_rollouts=max_rollouts))
 
 
 def try_report(run_folder: Path) -> tuple[Path | None, str]:

@@ -110,7 +110,7 @@ class CriticConfig:
 
 @dataclass
 class AlgorithmConfig:
-    prompts_per_step: int | None = None
+    prompts_per_step: int | None = None  # prompts of one batch of rollouts
     group_size: int | None = None  # completions per prompt
 
     advantage: str = "group_relative"  # a key of ADVANTAGES
@@ -125,16 +125,16 @@ class AlgorithmConfig:
     clip_ratio_high: float | None = None  # distance above 1; larger than the lower one: DAPO's clip-higher
     clip_ratio_max: float | None = None  # cap of the ratio itself: dual clip, two-sided clip (delta); CISPO's cap
     clip_log_ratio_low: float | None = None  # gmpo: distances of log ratios from 0
-    clip_log_ratio_high: float | None = None
+    clip_log_ratio_high: float | None = None  # gmpo: distance above 0
     gate_temperature_pos: float | None = None  # sapo: steepness of the gate, by sign of the advantage
-    gate_temperature_neg: float | None = None
+    gate_temperature_neg: float | None = None  # of negative advantages
     gamma_k_pos: float | None = None  # vespo: exponents of the Gamma weighting, by sign of the advantage
-    gamma_lambda_pos: float | None = None
-    gamma_k_neg: float | None = None
-    gamma_lambda_neg: float | None = None
+    gamma_lambda_pos: float | None = None  # the rate of that Gamma
+    gamma_k_neg: float | None = None  # the exponent for negative advantages
+    gamma_lambda_neg: float | None = None  # the rate for negative advantages
     covariance_frac: float | None = None  # clip_cov, kl_cov: share of the batch's tokens that are singled out
     covariance_low: float | None = None  # clip_cov: bounds of the covariances that are drawn from
-    covariance_high: float | None = None
+    covariance_high: float | None = None  # the upper bound
     covariance_kl_coef: float | None = None  # kl_cov: penalty on the tokens singled out
 
     kl: str = "k3"  # k1 | k2 | k3 | k3_unbiased
@@ -155,8 +155,8 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0  # bonus on the mean entropy of a token; with a target: where the control starts
     entropy_target: float | None = None  # nats a token: the coefficient rises while the entropy is below, falls above
     entropy_coef_delta: float | None = None  # change of the coefficient per update
-    entropy_coef_min: float | None = None
-    entropy_coef_max: float | None = None
+    entropy_coef_min: float | None = None  # the control keeps the coefficient at or above it
+    entropy_coef_max: float | None = None  # and at or below it
     top_entropy_frac: float = 1.0  # train on this share of the batch's tokens, those of highest entropy
 
     mask_truncated: bool = False  # completions cut at the token limit are not trained on

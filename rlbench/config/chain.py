@@ -31,18 +31,26 @@ def stage_configs(config: RunConfig, command_line: Sequence[str] = ()) -> list[R
     """
     _check_names(config.chain)
     kinds = [_kind(stage, config.stage) for stage in config.chain]
-    sections = {section for unread in STAGES.values() for section in unread}
-    read = {section for section in sections if any(section not in STAGES.get(kind, ()) for kind in kinds)}
     configs = []
     for index, (stage, kind) in enumerate(zip(config.chain, kinds, strict=True)):
         try:
             _check_overrides(stage, command_line, index)
-            left_out = [section for section in STAGES.get(kind, ()) if section in read]
+            left_out = unread_sections(kind, kinds)
             configs.append(_with_overrides(config, stage.overrides, left_out, is_first=index == 0))
             _check_same(configs[0], configs[-1], config.chain[0].name)
         except ValueError as error:
             raise ValueError(f"{stage_name(config.chain, index)}: {error}") from error
     return configs
+
+
+def unread_sections(kind: str, kinds: Sequence[str]) -> list[str]:
+    """Sections that a stage of this kind does not read but another one of the chain does.
+
+    Args:
+        kind: `stage` of the stage.
+        kinds: of all stages.
+    """
+    return [section for section in STAGES.get(kind, ()) if any(section not in STAGES.get(k, ()) for k in kinds)]
 
 
 def stage_name(chain: Sequence[ChainStageConfig], index: int) -> str:

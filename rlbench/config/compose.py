@@ -40,11 +40,9 @@ def to_run_config(composed: Any) -> RunConfig:
         ValueError: a value is out of range, missing, or no valid choice.
     """
     known = set(schema_keys())
-    for key in _leaf_keys(OmegaConf.to_container(composed)):
-        if key not in known and not key.startswith(
-            ("rewards.components.", "data.task_params.", "watchdog.phase_limits_s.")
-        ):
-            raise ValueError(_unknown_key(key))
+    for key, _ in leaves(OmegaConf.to_container(composed)):
+        if key not in known and not key.startswith(_OPEN):
+            raise ValueError(unknown_key(key))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     return config
@@ -94,12 +92,13 @@ def schema_keys(node: Any = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from schema_keys(value, f"{key}.")
 
 
-def _leaf_keys(node: Any, prefix: str = "") -> Iterator[str]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; lists and empty mappings are values."""
     if isinstance(node, dict) and node:
         for name, value in node.items():
-            yield from _leaf_keys(value, f"{prefix}.{name}" if prefix else str(name))
+            yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
     elif prefix:
-        yield prefix
+        yield prefix, node
 
 
 def explain_config_error(error: Exception, overrides: Sequence[str]) -> str:
@@ -158,10 +157,11 @@ def _explain_unknown_key(last_part: str, message: str, overrides: Sequence[str])
     if key == "exp":
         override = next((o for o in overrides if o.startswith("exp=")), "exp=...")
         return f"an experiment is added to the base config: write +{override}"
-    return _unknown_key(key)
+    return unknown_key(key)
 
 
-def _unknown_key(key: str) -> str:
+def unknown_key(key: str) -> str:
+    """The sentence for a key that the schema does not have."""
     guesses = nearest(key, schema_keys()) or [k for k in schema_keys() if k.startswith(key.rsplit(".", 1)[0] + ".")]
     return f"there is no key {key!r}; nearest valid keys: {', '.join(guesses) or ', '.join(group_names())}"
 

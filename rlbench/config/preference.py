@@ -69,7 +69,7 @@ class PreferenceConfig:
     nll_coef: float | None = None  # cpo: weight of the likelihood of chosen completions
     modulation_temperature: float | None = None  # discopop
     desirable_weight: float | None = None  # kto, apo_zero_unpaired: by label
-    undesirable_weight: float | None = None
+    undesirable_weight: float | None = None  # of completions with label false
 
     divergence: str = "reverse_kl"  # reverse_kl | forward_kl | js | alpha
     divergence_alpha: float | None = None  # order of divergence=alpha

@@ -50,8 +50,8 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int = 16  # columns of A and B: the adapter of a linear layer is B A, scaled
+    alpha: float = 32.0  # the scale of B A is alpha / rank
     targets: str = "all-linear"  # or a comma-separated list: q_proj,v_proj
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     init_from: str | None = None  # folder of a finished run or of a PEFT adapter: training starts from its weights
@@ -69,23 +69,23 @@ class ExampleConfig:
 
 @dataclass
 class DataConfig:
-    name: str = "gsm8k"
+    name: str = "gsm8k"  # gsm8k | math | mbpp | reasoning_gym/TASK
     path: str | None = None  # JSONL file with the training rows; replaces the named data set
     eval_path: str | None = None  # JSONL file with the held-out rows; null: cut from `path`
     task_params: dict[str, Any] = field(
         default_factory=dict
     )  # of a task of reasoning-gym (data.name=reasoning_gym/TASK)
     source: str = AUTO  # auto (hub, else generated problems) | hub | generated
-    prompt_column: str = "question"
-    answer_column: str = "answer"
+    prompt_column: str = "question"  # holds the problem
+    answer_column: str = "answer"  # holds the right answer; of given completions, what is trained on
     answer_remove: str | None = None  # regex: what it matches is left out of answers, e.g. a calculator's notes
     shown_columns: list[str] = field(
         default_factory=list
     )  # follow the prompt, e.g. the tests; a list is one item a line
     limit: int | None = None  # use the first rows only
-    shuffle: bool = True
+    shuffle: bool = True  # of the training rows, once, by data.seed
     seed: int = 0  # of the shuffling and of generated problems
-    system_prompt: str | None = None
+    system_prompt: str | None = None  # the first turn of every chat; null: none
     prompt_template: str = "{prompt}"  # {prompt} is replaced by the prompt column
     examples: list[ExampleConfig] = field(default_factory=list)  # solved problems, shown as earlier turns of the chat
     max_bad_rows: int = 0  # rows that cannot be used: skipped and listed up to this many, then an error
@@ -119,7 +119,7 @@ class RewardsConfig:
     gated_value: float = 0.0  # the reward behind a closed gate
     allowed_prefixes: list[str] = field(default_factory=list)  # besides rlbench_rewards.: where rewards may come from
     timeout_s: float = 5.0  # per call; the worker is killed then
-    num_workers: int | None = None
+    num_workers: int | None = None  # processes that score completions
     max_retries: int = 0  # how often a call that ended in an error or a timeout is tried again
     max_pending: int = 1024  # calls that wait for a worker; above it, submitting waits
     overlap: bool = True  # score finished completions while others are generated; false: after all are
@@ -164,13 +164,13 @@ def _reward_config(name: str, value: Any) -> RewardConfig:
 
 @dataclass
 class SamplingConfig:
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # divides the logits; evaluation is greedy
+    top_p: float = 1.0  # keep the likeliest tokens up to this probability in sum; 1: off
     top_k: int = 0  # 0: off
-    min_p: float = 0.0
+    min_p: float = 0.0  # keep tokens of at least this share of the likeliest one's probability; 0: off
     repetition_penalty: float = 1.0  # 1: off
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0  # subtracted from the logit of a token that was sampled before; 0: off
+    frequency_penalty: float = 0.0  # the same, times how often it was sampled; 0: off
     max_tokens: int = 64  # per completion
     stop: list[str] = field(default_factory=list)  # texts that end a completion; they stay in it
     stop_token_ids: list[int] = field(default_factory=list)  # besides the model's own end-of-sequence tokens
@@ -248,13 +248,13 @@ class ChecksConfig:
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes)
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 1e-4  # the highest learning rate, reached after the warm-up
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.99  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled, times lr
     schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
-    warmup_steps: int = 2
+    warmup_steps: int = 2  # lr rises linearly over them
     min_lr_frac: float = 0.1  # the schedule ends at this share of lr
     max_grad_norm: float = 1.0  # 0: no clipping
 
@@ -317,7 +317,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     # null: every ten steps or more, so that checkpoints take 2% of the time; 0: only at the end and when stopped
     every_steps: int | None = None
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that stay
     # a number of the evaluations, such as eval/accuracy: the checkpoint of its best value (the lowest, if its name ends
     # in loss) is written and kept too; needs evaluation.every_steps
     keep_best: str | None = None
@@ -332,10 +332,10 @@ class CheckpointConfig:
 @dataclass
 class TrackingConfig:
     wandb: str = AUTO  # auto (online with a key, else offline) | online | offline | disabled
-    wandb_project: str = "rlbench"
+    wandb_project: str = "rlbench"  # where wandb files the run
     tensorboard: bool = False  # event files in the run's folder
     sample_every_steps: int = 10  # print a completion; 0: never
-    save_rollouts: bool = True
+    save_rollouts: bool = True  # every completion in rollouts/, for the report, replay and rescore
     profile_step: int | None = None  # the first update from this step on under torch's profiler: profile/ in the folder
     quiet: bool = False  # one line at the start, findings, and the summary
     # what a sweeper that optimizes is told: the last evaluation's value, or the mean over the last quarter of steps

@@ -92,7 +92,7 @@ def derive_recompute(config: RunConfig, facts: HardwareFacts, text_config: Any) 
     """Fill training.recompute and training.recompute_layers in place where they are left open.
 
     Args:
-        text_config: of the model, from transformers.
+        text_config: of the model, from transformers; not read with hardware.profile=cpu.
     """
     training = config.training
     if training.recompute != AUTO:

@@ -64,7 +64,7 @@ class WandbTracker:
     ) -> None:
         self._warn = warn
         self._api_key = find_api_key()
-        self.mode = _choose_mode(mode, self._api_key is not None, warn)
+        self.mode = choose_mode(mode, self._api_key is not None, warn)
         self.is_on = self.mode != "disabled"
         self.run_id = run_id or (_new_run_id() if self.is_on else None)
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=QUEUE_SIZE)
@@ -191,7 +191,7 @@ def find_api_key(environment: Mapping[str, str] | None = None) -> str | None:
     return None
 
 
-def _choose_mode(mode: str, has_key: bool, warn: Callable[[str], None]) -> str:
+def choose_mode(mode: str, has_key: bool, warn: Callable[[str], None]) -> str:
     if mode not in MODES:
         raise ValueError(f"tracking.wandb mode must be one of {list(MODES)}, got {mode!r}")
     from_environment = os.environ.get("WANDB_MODE", "")
