@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,11 @@ from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
-from rlbench.tracking.environment import environment
+from rlbench.tracking.environment import command_line, environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
 from rlbench.tracking.run_lock import RunLock
+from rlbench.tracking.run_log import NAME as LOG_NAME
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
@@ -107,10 +107,10 @@ def _run(
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_folder)
+        console.log.open(run_folder / LOG_NAME, f"--- {time.strftime('%Y-%m-%d %H:%M:%S%z')} {command_line()}")
         tracker = _tracker(inputs, checkpoint, run_folder, console)
     except (TrackingError, OSError) as error:
-        console.close()
-        print(f"error: {error}", file=sys.stderr)
+        console.error(f"error: {error}")
         return 4
     if inputs.config.stage == "rl" and checkpoint is None:
         _plan_memory(inputs, parts, run_folder, console)
@@ -156,23 +156,21 @@ def _run(
         )
         return 0 if is_done else stop.exit_status
     except KeyboardInterrupt:
-        console.close()
-        print(f"stopped in step {loop.step + 1} without saving; {_go_on(loop)}", file=sys.stderr)
+        console.error(f"stopped in step {loop.step + 1} without saving; {_go_on(loop)}")
         return stop.exit_status
     except StepAbandoned as abandoned:
-        console.close()
-        print(f"error: step {loop.step + 1}: {abandoned}; {_go_on(loop)}", file=sys.stderr)
+        console.error(f"error: step {loop.step + 1}: {abandoned}; {_go_on(loop)}")
         _report(run_folder, console)
         return abandoned.exit_status
     except tuple(failures) as error:
-        console.close()
         where = f"; its traceback: {_keep_traceback(error, run_folder)}" if isinstance(error, EngineDeadError) else ""
-        print(f"error: step {loop.step + 1}: {error}{where}; {_go_on(loop)}", file=sys.stderr)
+        console.error(f"error: step {loop.step + 1}: {error}{where}; {_go_on(loop)}")
         if report := _report(run_folder, console):
-            print(f"what happened until then: {report}", file=sys.stderr)
+            console.error(f"what happened until then: {report}")
         return failures[type(error)]
     finally:
         tracker.close()
+        console.log.close()
         lock.release()
 
 

@@ -27,6 +27,7 @@ from rlbench.tracking.formats import format_duration
 from rlbench.tracking.intervals import difference_interval, wilson_interval
 from rlbench.tracking.live_view import LiveView
 from rlbench.tracking.run_clock import RunClock
+from rlbench.tracking.run_log import RunLog
 from rlbench.tracking.run_summary import AccuracyChange
 from rlbench.tracking.safe_text import SafeFile, printable
 from rlbench.tracking.sample_text import sample_parts
@@ -78,6 +79,7 @@ class RunConsole:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         stream = SafeFile(file or sys.stdout)
+        self.log = RunLog()
         self._console = _make_console(stream, is_terminal, width)
         self.is_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
         self.quiet = quiet
@@ -226,6 +228,12 @@ class RunConsole:
         """Print a line that the user should not miss, quiet or not."""
         self._print(Text(f"warning: {printable(text, keep_newlines=True)}", style="yellow"), is_prose=True)
 
+    def error(self, text: str) -> None:
+        """Why the run ends: to standard error, below all else that is printed."""
+        self.close()
+        print(printable(text, keep_newlines=True), file=SafeFile(sys.stderr))
+        self.log.print(Text(printable(text, keep_newlines=True)))
+
     def summary(
         self,
         *,
@@ -321,6 +329,7 @@ class RunConsole:
         soft_wrap = isinstance(renderable, Text) and not (is_prose and self.is_terminal)
         with self._status.above() if self._status else nullcontext():
             self._console.print(renderable, soft_wrap=soft_wrap)
+        self.log.print(renderable)
 
 
 def _eta_text(eta_s: float | None, now: float) -> str:
