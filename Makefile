@@ -13,7 +13,7 @@ run: $(VENV)/.run
 	$(BIN)/python -m rlbench +exp=grpo_gsm8k $(ARGS)
 
 test: check $(VENV)/.vllm
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -51,6 +52,8 @@ Every key and its default: python -m rlbench --cfg job. Hydra's own options: pyt
 
 
 def main() -> None:
+    # peft imports bitsandbytes, whose CPU part looks for a package `kernels` and takes our folder for it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
     arguments = sys.argv[1:]
     is_named = (
         bool(arguments)
