@@ -12,9 +12,9 @@ from rlbench.build import Inputs, Parts, training_sampling
 from rlbench.data.packing import num_packed_tokens
 from rlbench.data.stream import PromptStream
 from rlbench.planner.preflight_numbers import PreflightNumbers
+from rlbench.planner.step_work import with_returns, work_on
 from rlbench.records import Prompt, RolloutGroup, TrainingSample
 from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
-from rlbench.training.step import train_step
 from rlbench.training.update import make_minibatches
 from rlbench.weight_sync import sync
 
@@ -114,10 +114,10 @@ def _scaled(sampled: Sample, phase: str, num_rollouts: int) -> float:
 def _update_s(
     inputs: Inputs, parts: Parts, groups: Sequence[RolloutGroup], numbers: PreflightNumbers
 ) -> tuple[float, int]:
-    """Seconds of a step's updates, from one microbatch of its own size, and that microbatch's packed tokens."""
+    """Seconds of a step's updates with the forwards before them, from one microbatch, and its packed tokens."""
     config = inputs.config
     samples = [
-        _stand_in(group, index, config.algorithm.group_size or 1)
+        with_returns(_stand_in(group, index, config.algorithm.group_size or 1), config)
         for group in groups[: config.algorithm.prompts_per_step]
         for index in range(min(len(group.rollouts), config.algorithm.group_size or 1))
     ]
@@ -133,14 +133,7 @@ def _update_s(
     seconds: list[float] = []
     while not seconds or (len(seconds) < 2 and seconds[0] < _REPEAT_BELOW_S):
         with _timed(seconds):
-            train_step(
-                parts.policy,
-                [microbatch],
-                parts.optimizer,
-                config.algorithm,
-                temperature=config.sampling.temperature,
-                max_grad_norm=config.optim.max_grad_norm,
-            )
+            work_on(parts, config, microbatch)
     num_tokens = len(microbatch.token_ids)
     in_batch = sum(len(mb.token_ids) for minibatch in minibatches for mb in minibatch.microbatches)
     trained_share = 1.0 if config.algorithm.needs_every_sample or numbers.no_signal is None else (

@@ -14,11 +14,11 @@ from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.models.base import storage_bytes
 from rlbench.planner.linear_fit import fit
+from rlbench.planner.step_work import adapter_bytes, with_returns, work_on
 from rlbench.records import Prompt, TrainingSample
 from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.device_memory import DeviceMemory, watch
 from rlbench.training.optim import set_lr
-from rlbench.training.step import train_step
 from rlbench.weight_sync import sync
 from rlbench_kernels import linear_token_loss
 
@@ -64,7 +64,9 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     step = largest_step(inputs)
     full = _pack(inputs, parts, step)
     microbatch_tokens = max(len(mb.token_ids) for mb in full)
-    set_lr(parts.optimizer, 0.0)
+    for optimizer in (parts.optimizer, parts.critic_optimizer):
+        if optimizer is not None:
+            set_lr(optimizer, 0.0)
     sync(parts.policy.adapter(), parts.engine, 0)
     rows = min(len(step), config.engine.max_num_seqs or len(step))
     _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
@@ -83,7 +85,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     return Probes(
         idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in parts.policy.parameters()),
+        adapter_bytes=adapter_bytes(parts),
         kv_bytes_per_token=0 if cache else kv_bytes_per_token(parts),
         step_tokens=sum(len(mb.token_ids) for mb in full),
         microbatch_tokens=microbatch_tokens,
@@ -112,8 +114,14 @@ def largest_step(inputs: Inputs) -> list[TrainingSample]:
 
 
 def largest_prompts(inputs: Inputs) -> list[Prompt]:
-    """Of the prompts of all the run's steps those of the longest step: their order follows from the seed."""
+    """Of the prompts of all the run's steps those of the longest step: their order follows from the seed.
+
+    A curriculum may draw any: of it the longest of all.
+    """
     config = inputs.config
+    if config.algorithm.curriculum.is_on:
+        longest = sorted(inputs.train.prompts, key=lambda prompt: -len(prompt.token_ids))
+        return longest[: config.algorithm.prompts_per_step or 1]
     stream = PromptStream(inputs.train.prompts, seed=config.seed, shuffle=config.data.shuffle)
     size = config.algorithm.prompts_per_step or 1
     steps = [stream.next(size) for _ in range(config.training.num_steps or 1)]
@@ -123,7 +131,7 @@ def largest_prompts(inputs: Inputs) -> list[Prompt]:
 def _sample(prompt: Prompt, index: int, inputs: Inputs) -> TrainingSample:
     length = inputs.config.sampling.max_tokens
     draw = random.Random(f"{prompt.prompt_id}/{index}")
-    return TrainingSample(
+    sample = TrainingSample(
         group_id=prompt.prompt_id,
         prompt_token_ids=prompt.token_ids,
         token_ids=tuple(draw.choice(prompt.token_ids) for _ in range(length)),
@@ -131,6 +139,7 @@ def _sample(prompt: Prompt, index: int, inputs: Inputs) -> TrainingSample:
         advantages=((-1.0) ** index,) * length,
         loss_mask=(True,) * length,
     )
+    return with_returns(sample, inputs.config)
 
 
 def _pack(inputs: Inputs, parts: Parts, samples: Sequence[TrainingSample]) -> list[Microbatch]:
@@ -155,14 +164,7 @@ def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequenc
     memory.settle()
     start = time.monotonic()
     with watch(memory) as peak:
-        train_step(
-            parts.policy,
-            microbatches,
-            parts.optimizer,
-            config.algorithm,
-            temperature=config.sampling.temperature,
-            max_grad_norm=config.optim.max_grad_norm,
-        )
+        work_on(parts, config, microbatches[0])
     seconds = time.monotonic() - start
     return Probe(size=len(microbatches[0].token_ids), seconds=seconds, peak_bytes=peak.num_bytes)
 

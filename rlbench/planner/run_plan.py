@@ -19,6 +19,7 @@ from rlbench.models.memory import LayerShape, backward_bytes, kept_bytes
 from rlbench.models.policy import Policy
 from rlbench.planner.memory_plan import MemoryPlan, make_plan
 from rlbench.planner.probes import Probe, Probes, kv_bytes_per_token, largest_prompts
+from rlbench.planner.step_work import adapter_bytes
 from rlbench.records import TrainingSample
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
 
@@ -85,7 +86,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     held = memory.held()  # on a CPU with the code and caches that a first forward and backward bring in
     parts.engine.sleep()  # it wakes by itself
     asleep = memory.held()
-    adapter = sum(p.numel() * p.element_size() for p in parts.policy.parameters())
+    adapter = adapter_bytes(parts)
     moments = 2 * adapter if config.optim.name == "adamw" else adapter // 2  # adapter in float32
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
