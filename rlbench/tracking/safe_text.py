@@ -60,19 +60,24 @@ def _point_at_null_device(file: Any) -> None:
 class SafeFile:
     """A text stream that never raises: it escapes what its encoding lacks and goes silent when its reader is gone.
 
-    A closed terminal, `| head` or a full disk behind a redirected log must not stop a run.
+    A closed terminal, `| head` or a full disk behind a redirected log must not stop a run. What a signal handler
+    writes while it interrupts a write follows with the next one.
     """
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._late = ""  # written in the middle of another write
         self.is_gone = False
 
     def write(self, text: str) -> int:
         """Write, escaping characters that the stream's encoding cannot hold."""
         encoding = getattr(self._file, "encoding", None) or "utf-8"
+        late, self._late = self._late, ""
         try:
             if not self.is_gone:
-                self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self._file.write((late + text).encode(encoding, "backslashreplace").decode(encoding))
+        except RuntimeError:  # Python refuses a reentrant call
+            self._late = late + text
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self._give_up(error)
         return len(text)
@@ -81,7 +86,11 @@ class SafeFile:
         """Flush, if anybody still reads."""
         try:
             if not self.is_gone:
+                if self._late:
+                    self.write("")
                 self._file.flush()
+        except RuntimeError:  # reentrant: the interrupted call flushes
+            return
         except (OSError, ValueError) as error:
             self._give_up(error)
 

@@ -203,23 +203,22 @@ engine.HfEngine.sync = sync
     "dead vllm": """
 from vllm.v1.engine.exceptions import EngineDeadError
 import rlbench.engine.vllm_engine as engine
-real, calls = engine._mark_progress, []
-def dies(core):
-    step = core.get_output
-    def get_output():
-        found = step()
-        if engine.PROMPTED:
-            raise EngineDeadError()
-        return found
-    core.get_output = get_output
-    real(core)
+real = engine.finished_outputs
+def dies(llm_engine, *arguments):
+    step = llm_engine.step
+    def dying_step():
+        step()
+        raise EngineDeadError()
+    if engine.PROMPTED:
+        llm_engine.step = dying_step
+    return real(llm_engine, *arguments)
 engine.PROMPTED = False
 real_generate, rounds = engine.VllmEngine.generate, []
 def generate(*arguments):
     rounds.append(1)
     engine.PROMPTED = len(rounds) == 3
     return real_generate(*arguments)
-engine._mark_progress, engine.VllmEngine.generate = dies, generate
+engine.finished_outputs, engine.VllmEngine.generate = dies, generate
 """,
 }
 

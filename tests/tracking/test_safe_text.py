@@ -44,3 +44,33 @@ def test_durations_and_numbers_stay_short():
         *("0.000", "0.125", "1e-04", "1.23", "12.3", "123", "9994", "21.7k", "1.00M", "1.50M", "-12.5", "nan", "-")
     ]
     assert format_fraction(0.253, 1) == "25.3%"
+
+
+class Interrupted(io.StringIO):
+    """Its first write is interrupted by a handler that writes to the same stream, as Python's buffers refuse it."""
+
+    def __init__(self):
+        super().__init__()
+        self.handler = None
+        self.is_writing = False
+
+    def write(self, text):
+        if self.is_writing:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+        self.is_writing = True
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler()
+        self.is_writing = False
+        return super().write(text)
+
+
+def test_what_a_signal_handler_writes_into_a_write_comes_with_the_next_one():
+    stream = Interrupted()
+    file = SafeFile(stream)
+    stream.handler = lambda: (file.write("SIGINT: finishing this step\n"), file.flush())
+
+    file.write("update ...\n")
+    file.flush()
+
+    assert stream.getvalue() == "update ...\nSIGINT: finishing this step\n"
