@@ -20,6 +20,7 @@ from rlbench.records import TrainingSample
 from rlbench.rollouts.credit import RewardFailure
 from rlbench.tracking.bad_batch import write_bad_batch
 from rlbench.tracking.console import RunConsole
+from rlbench.tracking.environment import environment
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.phase_memory import PhaseMemory
 from rlbench.tracking.step_profile import profiled
@@ -64,6 +65,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     _save_s: float = 0.0  # that the last checkpoint took
     _seconds: dict[str, float] = field(default_factory=dict)
     _profiled: set[str] = field(default_factory=set)
+    _environment: dict[str, Any] = field(default_factory=environment)
     _health: HealthWatch | None = None
     _memory: PhaseMemory = field(default_factory=lambda: PhaseMemory(None))  # in `run` that of the device
 
@@ -132,7 +134,12 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 self.run_folder,
                 self.parts.policy,
                 self.parts.optimizer,
-                {**state, "adapter_fingerprint": self.parts.policy.adapter().fingerprint()},
+                {
+                    **state,
+                    "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
+                    "config": asdict(self.inputs.config),
+                    "environment": self._environment,
+                },
                 base_name=self.inputs.model.name,
                 keep_last=self.inputs.config.checkpoint.keep_last,
                 keep_steps=[self.best_step] if self.best_step else [],

@@ -7,7 +7,7 @@ lists size and SHA-256 of every file; a reader trusts nothing else.
                             optimizer.safetensors
                             critic/             adapter/ with value_head.safetensors, optimizer; with a critic
                             reference/          adapter/; with a reference that is refreshed
-                            state.json          step, policy_version, stream, ...
+                            state.json          step, policy_version, stream, config, versions, git revision, ...
                             manifest.json
 """
 

@@ -144,6 +144,8 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path,
     assert sampled(tmp_path / "run") == sampled(undisturbed)
     adapters = [read_checkpoint(f / "checkpoints" / "step-000024") for f in (tmp_path / "run", undisturbed)]
     assert adapters[0].state["adapter_fingerprint"] == adapters[1].state["adapter_fingerprint"]
+    assert adapters[0].state["config"] == yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert adapters[0].state["environment"]["packages"]["torch"] == torch.__version__
     assert not (tmp_path / "outputs").exists()
 
 
