@@ -62,7 +62,7 @@ def touched(run: Path, since: float) -> bool:
 
 def kill_at(arguments: list[str], folder: Path, num_steps: int, after_s: float) -> bool:
     """Start or resume, wait for that many steps and a moment, kill; False: the run had ended before."""
-    has_checkpoint = (folder / "run" / "checkpoints").exists()
+    has_checkpoint = any((folder / "run" / "checkpoints").glob("step-*"))  # a first one may have been cut: it is absent
     process = start([*arguments, f"resume={folder / 'run'}"] if has_checkpoint else arguments, folder)
     began = time.time()
     while process.poll() is None and not (num_done(folder / "run") >= num_steps and touched(folder / "run", began)):

@@ -52,7 +52,7 @@ def test_without_accuracy_there_are_no_numbers():
 
 def test_the_change_of_sampled_accuracy_is_taken_problem_by_problem():
     # differences 0.5, 0, 0.25, on the problems that both have: mean 0.25, variance 0.0625, so +- 1.96 * 0.25 / sqrt(3)
-    first, last = {"a": 0.0, "b": 0.5, "c": 0.0, "d": 1.0}, {"c": 0.25, "b": 0.5, "a": 0.5}
+    first, last = {"a": 0.5, "b": 0.5, "c": 0.0, "d": 1.0}, {"c": 0.25, "b": 0.5, "a": 1.0}
     metrics = sampled_metrics(last, 4, first)
 
     assert metrics["eval/sampled_change"] == pytest.approx(0.25)
