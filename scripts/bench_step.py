@@ -7,7 +7,7 @@ with 8 completions of 50 to 1,000 each, every third group without signal, clippe
 critic's values and update; all have signal), dpo (16 such prompts with 2 completions each, the reference in the step).
 Random weights, LoRA of rank 16 on all linear layers. Implementations, each in a process of its own:
 
-    rlbench    as configured by "recompute@tokens a forward": auto@8192, full@4096, mlp+offload@8192, ...
+    rlbench    as configured by "recompute@tokens a forward[/RLBENCH_ATTENTION]": auto@8192, mlp+offload@8192/flash
     unsloth    its model, patches and checkpointing ("unsloth": offloaded; off: none); GRPO by its GRPOTrainer
     trl        transformers, PEFT and Liger kernels, gradient checkpointing on or off; GRPO and DPO by TRL's trainers
                (the installed one has no PPO)
@@ -15,8 +15,9 @@ Random weights, LoRA of rank 16 on all linear layers. Implementations, each in a
 Times are wall times of whole steps with the device synchronised, the median over the steps after the warm-up; memory is
 the allocator's peak, weights included. The matmul rate is measured in every process before and after: a case whose two
 rates differ by more than 3% is marked. Tokens: dense and long count all, grpo the completions' (those without signal
-too). RLBENCH_PROFILE=FOLDER writes each case's kernels there, from one more step under torch's
-profiler. The floor is 4 x weights x tokens FLOPs at that rate.
+too). --memory takes two steps and reports no times: what else the device does has no part in it.
+RLBENCH_PROFILE=FOLDER writes each case's kernels there, from one more step under torch's profiler. The floor
+is 4 x weights x tokens FLOPs at that rate.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ IMPLS = (
     "rlbench:auto@8192,rlbench:full@8192,rlbench:full@4096,rlbench:mlp+offload@8192,unsloth:unsloth,unsloth:off,"
     "trl:on,trl:off"
 )
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo",
+    "flash-attn-4",
+)  # fmt: skip
 WARM_UP, MAX_WARM_UP_S, TIMED, MAX_TIMED_S = 3, 30.0, 8, 20.0
 PROMPT_TOKENS, NUM_PROMPTS = 200, 16
 GROUP_SIZES = {"grpo": 8, "ppo": 8, "dpo": 2}
@@ -101,6 +105,8 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     from rlbench.training.update import make_minibatches
     from rlbench.training.value_step import update_critic
 
+    option, _, attention = option.partition("/")
+    os.environ["RLBENCH_ATTENTION"] = attention or "auto"
     mode, tokens = option.split("@")
     mode, _, offload = mode.partition("+")
     config = RunConfig(stage="sft")
@@ -344,14 +350,14 @@ def matmul_tflops() -> float:
     return 2 * 8192**3 / statistics.median(times[2:]) / 1e12
 
 
-def run_worker(case: str, impl: str) -> None:
+def run_worker(case: str, impl: str, *, is_memory_only: bool) -> None:
     kind, shape, quantization = case.split(":")
     name, option = impl.split(":")
     if name == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (must come before torch's other users)
     import torch
 
-    before = matmul_tflops()
+    before = 0.0 if is_memory_only else matmul_tflops()
     torch.cuda.empty_cache()
     batch = make_batch(kind, 1000)
     step = STEPS[name](random_model(shape, quantization), quantization, kind, option, batch)
@@ -366,22 +372,24 @@ def run_worker(case: str, impl: str) -> None:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         print(f"warm-up: {number} steps after {seconds:.1f} s", file=sys.stderr, flush=True)
-        if seconds > MAX_WARM_UP_S:
+        if seconds > MAX_WARM_UP_S or is_memory_only:
             break
     report("resident", torch.cuda.memory_allocated() / 2**20, "MiB")
     torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
-    while len(times) < TIMED and sum(times) < MAX_TIMED_S:
+    while len(times) < (1 if is_memory_only else TIMED) and sum(times) < MAX_TIMED_S:
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    report("peak", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+    report("reserved", torch.cuda.max_memory_reserved() / 2**20, "MiB")
+    if is_memory_only:
+        return
     seconds = statistics.median(times)
     report("step", 1e3 * seconds, "ms")
     report("step, slowest", 1e3 * max(times), "ms")
     report("tokens", batch.num_tokens / seconds, "tokens/s")
-    report("peak", torch.cuda.max_memory_allocated() / 2**20, "MiB")
-    report("reserved", torch.cuda.max_memory_reserved() / 2**20, "MiB")
     if os.environ.get("RLBENCH_PROFILE"):
         profile(step)
     torch.cuda.empty_cache()
@@ -406,9 +414,9 @@ def profile(step: Step) -> None:
     print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60), file=sys.stderr)
 
 
-def run_case(case: str, impl: str, timeout_s: float) -> list[dict[str, Any]]:
+def run_case(case: str, impl: str, timeout_s: float, *options: str) -> list[dict[str, Any]]:
     """Its rows; a last one with the error if it did not finish."""
-    command = [sys.executable, __file__, "--worker", case, impl]
+    command = [sys.executable, __file__, "--worker", case, impl, *options]
     with tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
@@ -441,6 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "IMPL"))
     parser.add_argument("--make", metavar="SHAPE:QUANTIZATION")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--impls", default=IMPLS)
     parser.add_argument("--timeout-s", type=float, default=150)
@@ -448,7 +457,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_h100.json")
     arguments = parser.parse_args()
     if arguments.worker:
-        run_worker(*arguments.worker)
+        run_worker(*arguments.worker, is_memory_only=arguments.memory)
         return
     if arguments.make:
         random_model(*arguments.make.split(":"))
@@ -459,7 +468,7 @@ def main() -> None:
         # in a process of its own: what it allocates must not count
         subprocess.run([sys.executable, __file__, "--make", f"{shape}:{quantization}"], check=True)
         for impl in arguments.impls.split(","):
-            rows += run_case(case, impl, arguments.timeout_s)
+            rows += run_case(case, impl, arguments.timeout_s, *(["--memory"] if arguments.memory else []))
             write(arguments, rows)
 
 
@@ -475,7 +484,8 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         except PackageNotFoundError:
             continue
     result = {
-        "command": f"python scripts/bench_step.py --cases {arguments.cases} --impls {arguments.impls}",
+        "command": f"python scripts/bench_step.py --cases {arguments.cases} --impls {arguments.impls}"
+        + " --memory" * arguments.memory,
         "device": torch.cuda.get_device_name(), "versions": versions, "commit": arguments.commit, "rows": rows,
     }  # fmt: skip
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """Training attention over packed groups in bf16: one shared prompt a group against a prompt per completion.
 
 usage: python kernels/benchmarks/bench_packed_attention.py --out kernels/benchmarks/results/packed_attention_DEVICE.json
-Llama-3.1-8B heads, 4 groups: prompts of 512 tokens, 16 completions of 100 to 800. `unshared` is torch's variable-length
-flash attention over prompt + completion, 16 prompts a group; `ideal_ms` is its time times the share of the score
-matrix that sharing leaves. `sdpa_padded` pads every completion to the longest.
+Llama-3.1-8B heads, 4 groups. `unshared` is flash attention over prompt + completion, as many prompts as completions;
+the ideal is its time times `score_frac`, the share of the score matrix that sharing leaves. Both by torch's flash attention
+(`flash`) and by FlashAttention 4 (`flash4`). `sdpa_padded` pads every completion to the longest.
 """
 
 from __future__ import annotations
 
+import os
 from itertools import accumulate
 from typing import Any
 
@@ -18,8 +19,13 @@ from harness import Prepared, extra_memory, main, relative_error
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 
 HEADS, KV_HEADS, DIM, PROMPT, NUM_GROUPS, GROUP_SIZE = 32, 8, 128, 512, 4, 16
-CASES = ["prompt 512, 16 completions of 100 to 800", "prompt 200, 8 completions of 50 to 1000"]
-PROVIDERS = ("rlbench", "unshared", "sdpa_padded")
+CASES = [
+    "prompt 512, 16 completions of 100 to 800",
+    "prompt 200, 8 completions of 50 to 1000",
+    "prompt 512, 8 completions of 1500 to 2500",
+    "prompt 384, 1 completions of 16000 to 16000",
+]
+PROVIDERS = ("rlbench:flash4", "rlbench:flash", "unshared:flash4", "unshared:flash", "sdpa_padded")
 
 
 def groups_of(case: str) -> list[tuple[int, list[int]]]:
@@ -39,6 +45,7 @@ def prepare(provider: str, case: str) -> Prepared:
     groups = groups_of(case)
     torch.manual_seed(0)
     scale = DIM**-0.5
+    provider, _, os.environ["RLBENCH_ATTENTION"] = provider.partition(":")
     if provider == "rlbench":
         leaves = inputs(sum(p + sum(c) for p, c in groups))
         layout = SharedPromptLayout.from_lengths(groups, "cuda")
@@ -49,6 +56,7 @@ def prepare(provider: str, case: str) -> Prepared:
         layout = SharedPromptLayout.from_lengths([(n, []) for n in lengths], "cuda")
         call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
     else:
+        del os.environ["RLBENCH_ATTENTION"]
         longest = max(p + max(c) for p, c in groups)
         count = sum(len(c) for _, c in groups)
         leaves = [x.view(count, longest, -1, DIM).transpose(1, 2).detach().requires_grad_()
@@ -65,7 +73,7 @@ def prepare(provider: str, case: str) -> Prepared:
 
     values = {"extra_memory": extra_memory(step), "tokens": (float(sum(p + sum(c) for p, c in groups)), "1")}
     values["score_frac"] = (score_share(groups), "of unshared")
-    if provider == "rlbench":
+    if provider == "rlbench" and len(groups[0][1]) > 1:
         values |= gradient_errors(groups)
     return Prepared({"forward": forward, "forward_backward": step}, values)
 

@@ -27,7 +27,7 @@ import torch
 
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "cut-cross-entropy", "unsloth",
-    "unsloth-zoo",
+    "unsloth-zoo", "flash-attn-4",
 )  # fmt: skip
 
 

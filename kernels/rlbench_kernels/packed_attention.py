@@ -3,10 +3,13 @@
 A prompt token attends causally within its prompt; a completion token to its group's whole prompt and causally to its
 own completion. The prompt's keys and values exist once.
 
-On CUDA in 16 bits this is two calls of torch's flash attention: A, causal within every prompt and completion, and B,
-from a group's completions to its prompt. With lse the log of a row's softmax denominator,
+On CUDA in 16 bits this is two calls of flash attention: A, causal within every prompt and completion, and B, from a
+group's completions to its prompt. With lse the log of a row's softmax denominator,
 lse = logaddexp(lse_A, lse_B) and out = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B. The backward kernel needs of
 the forward pass only out and lse; given the joined ones, A and B yield each their part of the gradients.
+
+Backends: "flash4", the package flash-attn-4 where it is installed and sequences are long enough to pay for its slower
+launch; "flash", torch's own; "reference", anywhere. RLBENCH_ATTENTION names one; the default is auto.
 
 Shapes: T packed tokens, C completion tokens, P prompt tokens, Hq query heads, Hk key heads, d features of a head.
 Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; joining parts, Milakov and Gimelshein, arXiv:1805.02867.
@@ -15,6 +18,7 @@ Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; joining parts, Milakov a
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,9 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlbench_kernels import flash_attention_4
 from rlbench_kernels.launch import use_triton
 
+BACKENDS = ("auto", "flash4", "flash", "reference")
 _MAX_HEAD_DIM = 256
+_LONG_SEQUENCE = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,15 +115,37 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout
         ValueError: shapes that do not fit.
     """
     _check(q, k, v, layout)
-    if packed_attention_backend(q) == "flash":
-        return _FlashAttention.apply(q, k, v, layout, scale)  # pyright: ignore[reportReturnType]
-    return reference_attention(q, k, v, layout, scale=scale)
+    backend = packed_attention_backend(q, layout.max_sequence)
+    if backend == "reference":
+        return reference_attention(q, k, v, layout, scale=scale)
+    return _FlashAttention.apply(q, k, v, layout, scale, backend)  # pyright: ignore[reportReturnType]
 
 
-def packed_attention_backend(q: Tensor) -> str:
-    """ "flash" (torch's flash attention) where it is correct and fast, else "reference"."""
-    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    return "flash" if is_supported and q.shape[2] % 8 == 0 and q.shape[2] <= _MAX_HEAD_DIM else "reference"
+def packed_attention_backend(q: Tensor, max_sequence: int) -> str:
+    """ "flash4", "flash" or "reference": what `packed_attention` runs for queries like `q` [T, Hq, d].
+
+    Args:
+        q: only its device, dtype and shape are looked at.
+        max_sequence: tokens of the longest prompt or completion.
+
+    Raises:
+        ValueError: RLBENCH_ATTENTION is unknown or names what cannot run for `q`.
+    """
+    asked = os.environ.get("RLBENCH_ATTENTION", "auto")
+    if asked not in BACKENDS:
+        raise ValueError(f"RLBENCH_ATTENTION={asked!r}: expected one of {', '.join(BACKENDS)}")
+    is_flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    is_flash = is_flash and q.shape[2] % 8 == 0 and q.shape[2] <= _MAX_HEAD_DIM
+    problem = (
+        flash_attention_4.problem(q.device) if is_flash else f"{q.dtype} on {q.device.type}, heads of {q.shape[2]}"
+    )
+    if (asked == "flash4" and problem) or (asked == "flash" and not is_flash):
+        raise ValueError(f"RLBENCH_ATTENTION={asked} cannot run: {problem}; expected auto or reference")
+    if asked != "auto":
+        return asked
+    if not is_flash:
+        return "reference"
+    return "flash" if problem or max_sequence < _LONG_SEQUENCE else "flash4"
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
@@ -137,17 +166,20 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLay
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float) -> Tensor:
-        out, lse, *state = _flash(q, k, v, *_within(layout), is_causal=True, scale=scale)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float, backend: str
+    ) -> Tensor:
+        flash = flash_attention_4.forward if backend == "flash4" else _flash
+        out, lse, *state = flash(q, k, v, *_within(layout), is_causal=True, scale=scale)
         state_of_prompts: list[Tensor] = []
         if len(layout.completion_rows):
             keys, values = k[layout.prompt_rows], v[layout.prompt_rows]
-            of_prompts, prompt_lse, *state_of_prompts = _flash(
+            of_prompts, prompt_lse, *state_of_prompts = flash(
                 q, keys, values, *_to_prompts(layout), is_causal=False, scale=scale
             )
             join_parts(out, lse, of_prompts, prompt_lse, layout.completion_rows)
         ctx.save_for_backward(q, k, v, out, lse, *state, *state_of_prompts)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
         return out
 
     @staticmethod
@@ -155,19 +187,18 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, *states = ctx.saved_tensors
         layout, scale, grad = ctx.layout, ctx.scale, grad.contiguous()
-        grads = _flash_gradients(
-            grad, q, k, v, out, lse, *_within(layout), states[:2], is_causal=True, scale=scale
-        )  # fmt: skip
+        gradients = flash_attention_4.gradients if ctx.backend == "flash4" else _flash_gradients
+        grads = gradients(grad, q, k, v, out, lse, *_within(layout), states[:2], is_causal=True, scale=scale)
         prompts = layout.prompt_rows
         if len(layout.completion_rows):
-            grad_q, *grads_of_prompts = _flash_gradients(
+            grad_q, *grads_of_prompts = gradients(
                 grad, q, k[prompts], v[prompts], out, lse, *_to_prompts(layout), states[2:], is_causal=False,
                 scale=scale,
             )  # fmt: skip
             grads[0].add_(grad_q)
             for total, part in zip(grads[1:], grads_of_prompts, strict=True):
                 total.index_add_(0, prompts, part)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def join_parts(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows: Tensor) -> None:

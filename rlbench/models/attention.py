@@ -119,7 +119,7 @@ class PackedAttention:
         """[1, H, T, d], [1, K, T, d], [1, K, T, d] -> [1, T, H, d]."""
         del layer_index
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H or K, d]
-        if packed_attention_backend(query) == "flash":
+        if query.is_cuda and packed_attention_backend(query, self._shared_layout.max_sequence) != "reference":
             return packed_attention(query, key, value, self._shared_layout, scale=scaling).unsqueeze(0)
         of_prompts = self._attend_prompts(query, key, value, scaling)  # [P_all, H, d]
         of_completions = self._attend_completions(query, key, value, scaling)  # [C_all, H, d]

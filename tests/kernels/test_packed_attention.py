@@ -1,8 +1,11 @@
 """Packed attention with shared prompts against one plain attention a sequence, values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from rlbench_kernels import flash_attention_4
 from rlbench_kernels.packed_attention import (
     SharedPromptLayout,
     join_parts,
@@ -64,25 +67,62 @@ def test_the_reference_is_plain_attention(kv_heads):
 
 
 def test_the_reference_runs_on_a_cpu():
-    assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16)) == "reference"
+    assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16), 9) == "reference"
+
+
+@pytest.mark.parametrize("name", ["flash4", "flash", "fast"])
+def test_a_backend_that_cannot_run_is_refused(name, monkeypatch):
+    monkeypatch.setenv("RLBENCH_ATTENTION", name)
+
+    with pytest.raises(ValueError, match=f"RLBENCH_ATTENTION='?{name}'?"):
+        packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16), 9)
+
+
+@pytest.mark.parametrize(
+    ("problem", "max_sequence", "expected"),
+    [("", 16384, "flash4"), ("", 700, "flash"), ("not installed", 16384, "flash")],
+)
+def test_long_sequences_take_flash_attention_4_where_it_is_installed(problem, max_sequence, expected, monkeypatch):
+    monkeypatch.setattr(flash_attention_4, "problem", lambda device: problem)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 8, 128), device=torch.device("cuda"))
+
+    assert packed_attention_backend(q, max_sequence) == expected
 
 
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kv_heads", [2, 8])
-def test_flash_attention_matches_float64(dim, kv_heads):
+@pytest.mark.parametrize("backend", ["flash4", "flash"])
+def test_flash_attention_matches_float64(dim, kv_heads, backend, monkeypatch):
     groups = [*GROUPS, (200, [300, 17, 1, 129]), (33, [64] * 5)]
-    q = torch.zeros(1, 8, dim, dtype=torch.bfloat16, device="cuda")
-    assert packed_attention_backend(q) == "flash"
+    if backend == "flash4" and (problem := flash_attention_4.problem(torch.device("cuda"))):
+        pytest.skip(problem)
+    monkeypatch.setenv("RLBENCH_ATTENTION", backend)
 
     assert max(errors(groups, 8, kv_heads, dim, torch.bfloat16, "cuda")) < 8e-3
+    assert max(errors([(130, []), (1, [0])], 8, kv_heads, dim, torch.bfloat16, "cuda")) < 8e-3  # no second call
 
 
 @gpu
 @needs_gpu
-def test_prompts_alone_need_no_second_call():
-    assert max(errors([(130, []), (1, [0])], 4, 4, 64, torch.bfloat16, "cuda")) < 8e-3
+@pytest.mark.parametrize("backend", ["flash4", "flash"])
+def test_deterministic_algorithms_give_the_same_gradients_again(backend, monkeypatch):
+    if backend == "flash4" and (problem := flash_attention_4.problem(torch.device("cuda"))):
+        pytest.skip(problem)
+    monkeypatch.setenv("RLBENCH_ATTENTION", backend)
+    groups = [(200, [300, 17, 1, 129]), (33, [64] * 5), (900, [])]
+    leaves = inputs(groups, 8, 2, 128, torch.bfloat16, "cuda")
+    layout = SharedPromptLayout.from_lengths(groups, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            torch.autograd.grad(packed_attention(*leaves, layout, scale=0.1).square().sum(), leaves) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("heads", [3, 64])
