@@ -1,10 +1,12 @@
-"""Planned against measured peak memory: runs `plan`, then the run itself, for several settings of one experiment.
+"""Planned against measured peak memory: runs `plan`, then the run itself, for several settings.
 
-    python scripts/check_plan.py --out scripts/results/plan_cpu.json
+    python scripts/check_plan.py --out scripts/results/plan_cpu.json         # three settings of one experiment
+    python scripts/check_plan.py --gpu --out scripts/results/plan_h100.json  # nine runs of real shapes, random weights
 
-The run's peak is the highest `memory/peak_gib` of its steps (the kernel's own count), the plan's comes from its probes.
-The plan holds for completions of full length; where the model ends some earlier, its line at the tokens that the
-run's largest update really had is compared, too.
+The run's peak is the highest `memory/peak_gib` of its steps (on a CPU the kernel's own count, on a GPU torch's
+allocator's), the plan's comes from its probes. The plan holds for completions of full length; where the model ends some
+earlier, its line at the tokens that the run's largest update really had is compared, too. --parallel runs several
+settings at a time: memory is counted by process, times then mean nothing.
 """
 
 from __future__ import annotations
@@ -13,41 +15,139 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-GIB = 2**30
-COMMON = ["+exp=grpo_gsm8k", "tracking.wandb=disabled", "evaluation.num_prompts=0"]
+COMMON = ["tracking.wandb=disabled", "evaluation.num_prompts=0"]
 CASES = {
-    "64 tokens a completion": ["sampling.max_tokens=64"],
-    "96 tokens a completion": ["sampling.max_tokens=96"],
-    "32 tokens, microbatches of 1024": ["sampling.max_tokens=32", "training.tokens_per_microbatch=1024"],
+    "64 tokens a completion": ["+exp=grpo_gsm8k", "sampling.max_tokens=64"],
+    "96 tokens a completion": ["+exp=grpo_gsm8k", "sampling.max_tokens=96"],
+    "32 tokens, microbatches of 1024": [
+        "+exp=grpo_gsm8k", "sampling.max_tokens=32", "training.tokens_per_microbatch=1024",
+    ],
+}  # fmt: skip
+_COLUMNS = ["data.prompt_column=prompt", "data.answer_column=chosen"]
+_ONLINE = [
+    "engine=vllm", "engine.kv_cache_gib=8", "algorithm.prompts_per_step=8", "algorithm.group_size=8",
+    "~rewards.components.accuracy", "~rewards.components.format",
+    "+rewards.components.share={path:tests.loops.letter_reward.share_of_lowercase}",
+    "rewards.allowed_prefixes=[tests.loops.letter_reward]", *_COLUMNS,
+    "checks.identity_limit_scale=100", "checks.drift_stop_ess_frac=0", "checks.drift_stop_nats=100",
+]  # fmt: skip
+_SMALL = ["training.recompute=full", "training.offload=true", "training.tokens_per_microbatch=8192"]
+_LARGE = ["training.recompute=mlp", "training.tokens_per_microbatch=8192"]
+_LONG = ["training.recompute=full", "training.offload=true", "training.tokens_per_microbatch=16384"]
+GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, what)
+    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_SMALL],
+    ("llama-3.1-8b", "nf4", "DPO, rows of 6,000"): ["+exp=dpo_gsm8k", *_LONG],
+    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000, no offload"): ["+exp=dpo_gsm8k", *_LARGE],
+    ("qwen2.5-1.5b", "none", "SFT, rows of 6,000"): ["+exp=sft_gsm8k", "sft.rows_per_step=8", *_COLUMNS, *_LONG],
+    ("qwen2.5-1.5b", "none", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_LARGE],
+    ("llama-3.1-8b", "nf4", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_SMALL],
+    ("llama-3.1-8b", "nf4", "PPO, completions of 512"): [
+        "+exp=ppo_gsm8k",
+        "algorithm.critic.warmup_steps=0",
+        "sampling.max_tokens=512",
+        *_SMALL,
+    ],
+    ("qwen2.5-1.5b", "none", "GRPO, completions of 2,048"): ["+exp=grpo_gsm8k", "sampling.max_tokens=2048", *_LARGE],
+    ("qwen2.5-1.5b", "none", "PPO, completions of 512"): [
+        "+exp=ppo_gsm8k",
+        "algorithm.critic.warmup_steps=0",
+        "sampling.max_tokens=512",
+        *_LARGE,
+    ],
 }
+_ROWS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--only", default="", help="cases whose name contains it")
+    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--commit", default="")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = gpu_cases(Path(folder)) if options.gpu else CASES
+        shown = {name: overrides for name, overrides in cases.items() if options.only in name}
+        measure(shown, options)
+
+
+def measure(cases: dict[str, list[str]], options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    for case, overrides in CASES.items():
-        rows += check(case, [*COMMON, f"training.num_steps={options.steps}", *overrides])
-        print(*(line for line in rows if line["case"] == case), sep="\n", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+
+    def one(case: str) -> None:
+        try:
+            found = check(case, [*COMMON, f"training.num_steps={options.steps}", *cases[case]])
+        except RuntimeError as error:
+            print(f"{case}: {error}", flush=True)
+            found = [{"case": case, "impl": "run", "error": str(error)[-300:]}]
+        print(*found, sep="\n", flush=True)
+        rows.extend(found)
+        write(options, sorted(rows, key=lambda row: [*cases].index(row["case"])))
+
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(one, cases))
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    commit = options.commit or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()  # fmt: skip
+    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     result = {
-        "command": f"python scripts/check_plan.py --steps {options.steps}",
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "command": f"python scripts/check_plan.py{' --gpu' * options.gpu} --steps {options.steps} "
+        f"--parallel {options.parallel}",
+        "device": torch.cuda.get_device_name() if options.gpu else cpu,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "rows": rows,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def gpu_cases(folder: Path) -> dict[str, list[str]]:
+    """Models and rows are made; a prompt is 256 tokens."""
+    draw = random.Random(0)
+    files = {}
+    for length in (1000, 6000):
+        files[length] = folder / f"rows_{length}.jsonl"
+        rows = [{"prompt": words(draw, 256)} | {name: words(draw, length - 256) for name in ("chosen", "rejected")}
+                for _ in range(_ROWS)]  # fmt: skip
+        files[length].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cases = {}
+    for (shape, quantization, what), overrides in GPU_CASES.items():
+        model = make_model(shape, quantization)
+        online = _ONLINE if "PO, completions" in what else []
+        cases[f"{shape}, {quantization}, {what}"] = [
+            *overrides[:1], *online, f"model.path={model}", f"data.path={files[6000 if '6,000' in what else 1000]}",
+            f"model.quantization={quantization}", "data.system_prompt=null", "data.examples=[]", *overrides[1:],
+        ]  # fmt: skip
+    return cases
+
+
+def make_model(shape: str, quantization: str) -> str:
+    """Its folder; made in a process of its own, which frees the device."""
+    code = f"from random_models import random_model; print(random_model({shape!r}, {quantization!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def words(draw: random.Random, count: int) -> str:
+    """Each is one token of the made tokenizer."""
+    return " ".join(f"w{draw.randrange(3, 1000)}" for _ in range(count))
 
 
 def check(case: str, overrides: list[str]) -> list[dict[str, Any]]:
@@ -55,15 +155,18 @@ def check(case: str, overrides: list[str]) -> list[dict[str, Any]]:
         run(["plan", *overrides, f"hydra.run.dir={folder}/plan"])
         planned = json.loads((Path(folder) / "plan" / "plan.json").read_text())["plan"]
         run([*overrides, f"hydra.run.dir={folder}/run"])
-        formula = json.loads((Path(folder) / "run" / "plan.json").read_text())["plan"]
+        record = Path(folder) / "run" / "plan.json"
+        formula = json.loads(record.read_text())["plan"] if record.is_file() else None
         steps = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    slowest = {name: max(step.get(f"time/{name}_s", 0.0) for step in steps) for name in ("generation", "update")}
+    if not any("training/num_tokens" in step for step in steps):
+        raise RuntimeError("no step of the run had an update")
+    slowest = {name: max(step.get(f"time/{name}_s", 0.0) for step in steps) for name in planned["time_s"]}
     measured = max(step["memory/peak_gib"] for step in steps)
-    tokens = max(step["training/num_tokens"] / step["training/num_microbatches"] for step in steps)
-    peaks = {
-        "plan": (planned["peak_gib"], _at(planned, tokens)),
-        "formula in the run's folder": (formula["peak_gib"], _at(formula, tokens)),
-    }
+    tokens = max(step["training/num_tokens"] / step["training/num_microbatches"] for step in steps
+                 if "training/num_tokens" in step)  # fmt: skip
+    peaks = {"plan": (planned["peak_gib"], _at(planned, tokens))}
+    if formula is not None:
+        peaks["formula in the run's folder"] = (formula["peak_gib"], _at(formula, tokens))
     return [
         row(case, "run", "peak", measured, "GiB"),
         row(case, "run", "packed tokens of an update, largest mean", tokens, "tokens"),
@@ -84,7 +187,13 @@ def _at(plan: dict[str, Any], num_tokens: float) -> float:
 
 
 def run(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "rlbench", *arguments], stdout=subprocess.DEVNULL, check=True)
+    """
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    done = subprocess.run([sys.executable, "-m", "rlbench", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{arguments} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
 def row(case: str, impl: str, metric: str, value: float, unit: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 usage: python kernels/benchmarks/bench_packed_attention.py --out kernels/benchmarks/results/packed_attention_DEVICE.json
 Llama-3.1-8B heads, 4 groups. `unshared` is flash attention over prompt + completion, as many prompts as completions;
-the ideal is its time times `score_frac`, the share of the score matrix that sharing leaves. Both by torch's flash attention
+the ideal is its time times `score_frac`, the share of the score matrix that is left. Both by torch's flash attention
 (`flash`) and by FlashAttention 4 (`flash4`). `sdpa_padded` pads every completion to the longest.
 """
 

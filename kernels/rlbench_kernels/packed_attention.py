@@ -148,6 +148,18 @@ def packed_attention_backend(q: Tensor, max_sequence: int) -> str:
     return "flash" if problem or max_sequence < _LONG_SEQUENCE else "flash4"
 
 
+def describe_backend(device: torch.device) -> str:
+    """One line for people: what `packed_attention` runs on `device` in 16 bits."""
+    if device.type != "cuda":
+        return f"the reference in PyTorch: no kernels for {device.type}"
+    asked = os.environ.get("RLBENCH_ATTENTION", "auto")
+    if asked != "auto":
+        return f"{asked}, as RLBENCH_ATTENTION says"
+    if problem := flash_attention_4.problem(device):
+        return f"torch's flash attention ({problem})"
+    return f"FlashAttention 4 for sequences of {_LONG_SEQUENCE} tokens or more, torch's flash attention below"
+
+
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
     """As `packed_attention` by one masked attention a group: the meaning of the op."""
     starts = layout.part_starts.tolist()

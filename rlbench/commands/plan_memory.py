@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlbench.commands.stages import Stage, load_stage
 from rlbench.commands.train import remove_if_unused
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.console import PlanRow, RunConsole
@@ -17,6 +18,7 @@ from rlbench.tracking.formats import format_duration
 if TYPE_CHECKING:
     from rlbench.planner.memory_plan import MemoryPlan
     from rlbench.planner.probes import Probes
+    from rlbench.tracking.device_memory import DeviceMemory
 
 TOO_LARGE = 7  # exit status: no-go, as of preflight
 
@@ -45,30 +47,19 @@ def plan(config: RunConfig, notes: Sequence[str]) -> int:
 
 
 def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
-    if config.stage != "rl":
-        raise ValueError(f"stage is {config.stage}, but plan measures online runs only; expected stage=rl")
     console = RunConsole(quiet=config.tracking.quiet)
     for note in notes:
         console.note(note)
-    from rlbench.build import build, prepare
-    from rlbench.data.prompts import longest_prompt_tokens
-
+    stage = load_stage(config.stage)
     with console.phase("reading data and model"):
-        inputs = prepare(config)
+        inputs = stage.prepare(config)
     with console.phase("loading the model"):
-        parts = build(inputs)
+        parts = stage.build(inputs)
     try:
-        from rlbench.planner.memory_plan import make_plan
-        from rlbench.planner.probes import run_probes
         from rlbench.planner.run_plan import FILE_NAME, plan_record
-        from rlbench.tracking.device_memory import device_memory
 
-        memory = device_memory(config.hardware.profile, parts.engine.released_bytes)
-        limit = memory.limit()
-        with console.phase("probing"):
-            probes = run_probes(inputs, parts, memory)
-        longest = longest_prompt_tokens(inputs.train.prompts)
-        made = make_plan(probes, config, limit, longest, inputs.context_tokens)
+        probe = _probe_online if config.stage == "rl" else _probe_offline
+        made, probes, memory = probe(stage, inputs, parts, console)
     finally:
         console.close()
         parts.close()
@@ -84,24 +75,57 @@ def _plan(config: RunConfig, notes: Sequence[str], folder: Path) -> int:
     return 0 if made.fits else TOO_LARGE
 
 
+def _probe_online(
+    stage: Stage, inputs: Any, parts: Any, console: RunConsole
+) -> tuple[MemoryPlan, Probes, DeviceMemory]:
+    from rlbench.data.prompts import longest_prompt_tokens
+    from rlbench.planner.memory_plan import make_plan
+    from rlbench.planner.probes import run_probes
+    from rlbench.tracking.device_memory import device_memory
+
+    del stage
+    memory = device_memory(inputs.config.hardware.profile, parts.engine.released_bytes)
+    limit = memory.limit()
+    with console.phase("probing"):
+        probes = run_probes(inputs, parts, memory)
+    longest = longest_prompt_tokens(inputs.train.prompts)
+    return make_plan(probes, inputs.config, limit, longest, inputs.context_tokens), probes, memory
+
+
+def _probe_offline(
+    stage: Stage, inputs: Any, parts: Any, console: RunConsole
+) -> tuple[MemoryPlan, Probes, DeviceMemory]:
+    from rlbench.planner.memory_plan import offline_plan
+    from rlbench.planner.offline_probes import probed_loop, run_offline_probes
+    from rlbench.tracking.device_memory import device_memory
+
+    memory = device_memory(inputs.config.hardware.profile)
+    limit = memory.limit()
+    with console.phase("probing"), probed_loop(stage.load_loop(), inputs, parts, console) as loop:
+        probes = run_offline_probes(loop, memory)
+    return offline_plan(probes, inputs.config, limit), probes, memory
+
+
 def _rows(made: MemoryPlan, probes: Probes, config: RunConfig, kind: str) -> Iterator[PlanRow]:
     memory = f"Memory ({kind}), GiB"
     for name, gib in made.memory_gib.items():
         yield PlanRow(memory, name, f"{gib:.2f}", "#" * round(30 * max(0.0, gib) / made.peak_gib))
     free = f"{made.limit_gib - made.peak_gib:.2f} of {made.limit_gib:.2f} stay free"
     yield PlanRow(memory, "peak", f"{made.peak_gib:.2f}", free)
-    yield PlanRow(
-        memory, "peak by phase", f"generation {made.generation_peak_gib:.2f}, update {made.update_peak_gib:.2f}"
-    )
+    if made.max_completion_tokens is not None:
+        yield PlanRow(
+            memory, "peak by phase", f"generation {made.generation_peak_gib:.2f}, update {made.update_peak_gib:.2f}"
+        )
     for name, seconds in made.time_s.items():
         yield PlanRow("Time of a step, at most", name, format_duration(seconds))
     total = sum(made.time_s.values())
     run = format_duration(total * (config.training.num_steps or 0))
     yield PlanRow(
-        "Time of a step, at most", "both", format_duration(total), f"{run} for {config.training.num_steps} steps"
+        "Time of a step, at most", "in all", format_duration(total), f"{run} for {config.training.num_steps} steps"
     )
     yield PlanRow("Room", "training.tokens_per_microbatch", f"up to {made.max_microbatch_tokens}",
                   f"{probes.microbatch_tokens} are used; a line through {len(probes.update)} sizes")  # fmt: skip
-    yield PlanRow("Room", "sampling.max_tokens", f"up to {made.max_completion_tokens}", "with the longest prompt")
+    if made.max_completion_tokens is not None:
+        yield PlanRow("Room", "sampling.max_tokens", f"up to {made.max_completion_tokens}", "with the longest prompt")
     for knob in made.knobs:
         yield PlanRow("What buys memory", knob.setting, f"saves {knob.saves_gib:.2f} GiB")

@@ -74,6 +74,10 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
         parts = stage.build(inputs)
     if parts.policy.patched:
         console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
+    if inputs.config.hardware.profile == "gpu":
+        from rlbench_kernels.packed_attention import describe_backend
+
+        console.note(f"the trainer's attention: {describe_backend(parts.policy.device)}")
     from rlbench.loops.stopping import StopRequest
     from rlbench.loops.watchdog import Watchdog
 
@@ -112,7 +116,7 @@ def _run(
     except (TrackingError, OSError) as error:
         console.error(f"error: {error}")
         return 4
-    if inputs.config.stage == "rl" and checkpoint is None:
+    if checkpoint is None:
         _plan_memory(inputs, parts, run_folder, console)
     stop = watchdog.stop
     loop = stage.load_loop()(
@@ -208,7 +212,7 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done, tensorboard)
 
 
-def _plan_memory(inputs: Any, parts: Any, run_folder: Path, console: RunConsole) -> None:
+def _plan_memory(inputs: BaseInputs, parts: BaseParts, run_folder: Path, console: RunConsole) -> None:
     from rlbench.planner.run_plan import write_run_plan
 
     problem = write_run_plan(inputs, parts, run_folder)

@@ -20,23 +20,42 @@ RowT = TypeVar("RowT")
 
 @dataclass(slots=True)
 class OfflineLoop(TrainingLoop[InputsT, BaseParts], Generic[InputsT, RowT]):
-    """A loop fills in `_rows`, `_rows_per_step`, `_pack` and `_train`."""
+    """A loop fills in `rows`, `rows_per_step`, `row_tokens`, `_pack` and `_train`."""
 
     stream: PromptStream[RowT] = field(init=False)
 
     def __post_init__(self) -> None:
         TrainingLoop.__post_init__(self)
         config = self.inputs.config
-        self.stream = PromptStream(self._rows(), seed=config.seed, shuffle=config.data.shuffle)
+        self.stream = PromptStream(self.rows(), seed=config.seed, shuffle=config.data.shuffle)
 
-    def _rows(self) -> Sequence[RowT]:
+    def rows(self) -> Sequence[RowT]:
+        """All that are trained on."""
         raise NotImplementedError
 
-    def _rows_per_step(self) -> int | None:
+    def rows_per_step(self) -> int | None:
         raise NotImplementedError
+
+    def row_tokens(self, row: RowT) -> int:
+        """Packed tokens of a row alone."""
+        raise NotImplementedError
+
+    def work_on(self, rows: Sequence[RowT]) -> list[int]:
+        """One update at the optimizer's present learning rate, outside the run's count; for the planner.
+
+        Returns:
+            Packed tokens of each microbatch.
+        """
+        _, microbatches = self._train(self._pack(rows))
+        return [len(microbatch.token_ids) for microbatch in microbatches]
+
+    def microbatch_sizes(self, rows: Sequence[RowT]) -> list[int]:
+        """As `work_on`, without the update."""
+        packed = self._pack(rows)
+        return [len(microbatch.token_ids) for microbatch in getattr(packed, "microbatches", packed)]
 
     def _pack(self, rows: Sequence[RowT]) -> Any:
-        """What `_train` reads."""
+        """What `_train` reads: microbatches, or an object with `microbatches`."""
         raise NotImplementedError
 
     def _train(self, packed: Any) -> tuple[StepResult, Sequence[Microbatch]]:
@@ -56,7 +75,7 @@ class OfflineLoop(TrainingLoop[InputsT, BaseParts], Generic[InputsT, RowT]):
         start, config = time.monotonic(), self.inputs.config
         self._seconds = {}
         step = self.step + 1
-        packed = self._pack(self.stream.next(self._rows_per_step() or 1))
+        packed = self._pack(self.stream.next(self.rows_per_step() or 1))
         lr = learning_rate(step, num_steps, config.optim)
         set_lr(self.parts.optimizer, lr)
         with self._phase("update"):

@@ -30,11 +30,16 @@ _REFERENCE_FILE = "reference_logps.json"
 class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
     reference: dict[str, list[float]] | None = None  # by row_id; None: a forward each step, or no reference
 
-    def _rows(self) -> Sequence[PreferenceRow]:
+    def rows(self) -> Sequence[PreferenceRow]:
         return self.inputs.train.rows
 
-    def _rows_per_step(self) -> int | None:
+    def rows_per_step(self) -> int | None:
         return self.inputs.config.preference.pairs_per_step
+
+    def row_tokens(self, row: PreferenceRow) -> int:
+        """Unpaired completions are packed apart from each other: of the longer one."""
+        parts = [(0,), (1,)] if self.inputs.config.preference.is_unpaired else [(0, 1)]
+        return max(num_packed_tokens(row.samples(*indices)) for indices in parts)
 
     def _begin(self) -> None:
         if not self.inputs.config.preference.precompute_reference:
@@ -90,13 +95,10 @@ class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         )
 
     def _pack(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
-        config = self.inputs.config.preference
-        parts = [(0,), (1,)] if config.is_unpaired else [(0, 1)]  # that are packed together
-        longest = max(num_packed_tokens(row.samples(*indices)) for row in rows for indices in parts)
         return make_batch(
             rows,
-            config,
-            tokens_per_microbatch=self.budget.room_for(longest),
+            self.inputs.config.preference,
+            tokens_per_microbatch=self.budget.room_for(max(map(self.row_tokens, rows))),
             device=self.parts.policy.device,
         )
 

@@ -23,11 +23,14 @@ class RewardModelLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         assert isinstance(policy, RewardModel)
         return policy
 
-    def _rows(self) -> Sequence[PreferenceRow]:
+    def rows(self) -> Sequence[PreferenceRow]:
         return self.inputs.train.rows
 
-    def _rows_per_step(self) -> int | None:
+    def rows_per_step(self) -> int | None:
         return self.inputs.config.reward_model.pairs_per_step
+
+    def row_tokens(self, row: PreferenceRow) -> int:
+        return 2 + num_packed_tokens(row.samples(0, 1))  # both keep their last token
 
     def _train(self, packed: RewardBatch) -> tuple[StepResult, Sequence[Microbatch]]:
         config = self.inputs.config
@@ -64,7 +67,5 @@ class RewardModelLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         )
 
     def _pack(self, rows: Sequence[PreferenceRow]) -> RewardBatch:
-        longest = 2 + max(num_packed_tokens(row.samples(0, 1)) for row in rows)  # both keep their last token
-        return make_reward_batch(
-            rows, tokens_per_microbatch=self.budget.room_for(longest), device=self.parts.policy.device
-        )
+        room = self.budget.room_for(max(map(self.row_tokens, rows)))
+        return make_reward_batch(rows, tokens_per_microbatch=room, device=self.parts.policy.device)

@@ -16,11 +16,14 @@ from rlbench.training.step import StepResult
 
 @dataclass(slots=True)
 class SftLoop(OfflineLoop[SftInputs, TrainingSample]):
-    def _rows(self) -> Sequence[TrainingSample]:
+    def rows(self) -> Sequence[TrainingSample]:
         return self.inputs.train.samples
 
-    def _rows_per_step(self) -> int | None:
+    def rows_per_step(self) -> int | None:
         return self.inputs.config.sft.rows_per_step
+
+    def row_tokens(self, row: TrainingSample) -> int:
+        return num_packed_tokens([row])
 
     def _train(self, packed: list[Microbatch]) -> tuple[StepResult, Sequence[Microbatch]]:
         result = sft_step(
@@ -45,5 +48,5 @@ class SftLoop(OfflineLoop[SftInputs, TrainingSample]):
         )
 
     def _pack(self, rows: Sequence[TrainingSample]) -> list[Microbatch]:
-        room = self.budget.room_for(max(num_packed_tokens([row]) for row in rows))
+        room = self.budget.room_for(max(map(self.row_tokens, rows)))
         return pack(rows, tokens_per_microbatch=room, device=self.parts.policy.device)

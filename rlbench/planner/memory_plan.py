@@ -34,12 +34,35 @@ class MemoryPlan:
     limit_gib: float
     time_s: dict[str, float]  # by phase, at most: completions of full length, every sample trained on
     max_microbatch_tokens: int  # packed tokens of one forward that are safe
-    max_completion_tokens: int  # sampling.max_tokens that is safe
+    max_completion_tokens: int | None  # sampling.max_tokens that is safe; None: nothing is sampled
     knobs: list[Knob]
 
     @property
     def fits(self) -> bool:
         return self.peak_gib <= SAFE_SHARE * self.limit_gib
+
+
+def offline_plan(probes: Probes, config: RunConfig, limit_bytes: int) -> MemoryPlan:
+    """Extrapolate the probes of a run that generates nothing.
+
+    Args:
+        probes, config, limit_bytes: as of `make_plan`.
+    """
+    above, seconds = _update_lines(probes)
+    peak = probes.warm_bytes + above.at(probes.microbatch_tokens)
+    update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches)
+    return MemoryPlan(
+        memory_gib=_parts(probes, above, 0.0, peak, 0.0),
+        peak_gib=peak / GIB,
+        generation_peak_gib=0.0,
+        update_peak_gib=peak / GIB,
+        update_gib=Line((probes.warm_bytes + above.fixed) / GIB, above.slope / GIB),
+        limit_gib=limit_bytes / GIB,
+        time_s={"update": update_s},
+        max_microbatch_tokens=_largest_microbatch(probes, above, SAFE_SHARE * limit_bytes),
+        max_completion_tokens=None,
+        knobs=_update_knobs(probes, above, config),
+    )
 
 
 def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_prompt: int, context: int) -> MemoryPlan:
@@ -58,11 +81,10 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
     last = probes.generation[-1]
     cache_slope = probes.kv_bytes_per_token * probes.num_rows
     generation_peak = last.peak_bytes + cache_slope * max(0, tokens - last.size)
-    above = fit([p.size for p in probes.update], [max(0, p.peak_bytes - probes.warm_bytes) for p in probes.update])
+    above, seconds = _update_lines(probes)
     update_peak = probes.warm_bytes + above.at(probes.microbatch_tokens)
-    seconds = fit([p.size for p in probes.update], [p.seconds for p in probes.update])
     room = SAFE_SHARE * limit_bytes
-    max_microbatch = int(min(UNBOUNDED, max(0.0, above.inverse(room - probes.warm_bytes))))
+    max_microbatch = _largest_microbatch(probes, above, room)
     waves = -(-(config.algorithm.prompts_per_step or 1) * (config.algorithm.group_size or 1) // probes.num_rows)
     passes = config.algorithm.num_updates / config.algorithm.num_minibatches
     update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches) * passes
@@ -82,10 +104,23 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
     )
 
 
+def _update_lines(probes: Probes) -> tuple[Line, Line]:
+    """Bytes above what is held, and seconds, by packed tokens of a microbatch."""
+    sizes = [probe.size for probe in probes.update]
+    above = fit(sizes, [max(0, probe.peak_bytes - probes.warm_bytes) for probe in probes.update])
+    return above, fit(sizes, [probe.seconds for probe in probes.update])
+
+
+def _largest_microbatch(probes: Probes, above: Line, room: float) -> int:
+    return int(min(UNBOUNDED, max(0.0, above.inverse(room - probes.warm_bytes))))
+
+
 def _parts(probes: Probes, above: Line, generation_peak: float, update_peak: float, cache: float) -> dict[str, float]:
     """Of the phase with the higher peak, in GiB; `runtime` is what nothing else explains: libraries, fragments."""
     adapter = probes.adapter_bytes
-    parts: dict[str, float] = {"base weights": probes.base_bytes, "adapter": adapter, "engine's adapter": adapter / 2}
+    parts: dict[str, float] = {"base weights": probes.base_bytes, "adapter": adapter}
+    if probes.generation:
+        parts["engine's adapter"] = adapter / 2
     parts["optimizer state"] = 2 * adapter
     if update_peak >= generation_peak:
         work = above.at(probes.microbatch_tokens)
@@ -109,6 +144,12 @@ def _longest(
 
 
 def _knobs(probes: Probes, above: Line, config: RunConfig, cache: float) -> list[Knob]:
+    tokens, rank = _update_knobs(probes, above, config)
+    seqs = Knob(setting=f"engine.max_num_seqs={max(1, probes.num_rows // 2)}", saves_gib=cache / 2 / GIB)
+    return [tokens, seqs, rank]
+
+
+def _update_knobs(probes: Probes, above: Line, config: RunConfig) -> list[Knob]:
     half = max(1, probes.microbatch_tokens // 2)
     rank = max(1, config.lora.rank // 2)
     return [
@@ -116,6 +157,5 @@ def _knobs(probes: Probes, above: Line, config: RunConfig, cache: float) -> list
             setting=f"training.tokens_per_microbatch={half}",
             saves_gib=(above.at(probes.microbatch_tokens) - above.at(half)) / GIB,
         ),
-        Knob(setting=f"engine.max_num_seqs={max(1, probes.num_rows // 2)}", saves_gib=cache / 2 / GIB),
         Knob(setting=f"lora.rank={rank}", saves_gib=4.5 * probes.adapter_bytes * (1 - rank / config.lora.rank) / GIB),
     ]

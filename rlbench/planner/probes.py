@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rlbench.build import Inputs, Parts, training_sampling
+from rlbench.build import BaseParts, Inputs, Parts, training_sampling
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.models.base import storage_bytes
@@ -22,7 +22,7 @@ from rlbench.training.optim import set_lr
 from rlbench.weight_sync import sync
 from rlbench_kernels import linear_token_loss
 
-_SHARES = (0.25, 0.5)  # of the largest microbatch: small enough to be safe and quick
+SHARES = (0.25, 0.5)  # of the largest microbatch: small enough to be safe and quick
 SAFE_SHARE = 0.9  # of the limit that a plan may fill
 _GENERATED = (8, 24)  # tokens a row of the generation probes
 
@@ -49,7 +49,7 @@ class Probes:
     step_tokens: int  # packed tokens of the run's largest step, completions of full length
     microbatch_tokens: int  # of its largest microbatch
     num_microbatches: int
-    generation: list[Probe]
+    generation: list[Probe]  # empty: the run generates nothing
     warm_bytes: int  # what lives after generation and one update; what was freed does not count
     update: list[Probe]
     head_bytes: int  # peak of the logits workspace
@@ -74,12 +74,12 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     awake = memory.held()
     parts.engine.sleep()
     cache = awake - memory.held()
-    sizes = sorted({max(1, round(share * len(step) / len(full))) for share in _SHARES})
+    sizes = sorted({max(1, round(share * len(step) / len(full))) for share in SHARES})
     _update(inputs, parts, memory, step[: sizes[0]])  # warm-up; makes the optimizer's state
     memory.settle()
     warm = memory.held()
     update = [_update(inputs, parts, memory, step[:count]) for count in sizes]
-    if _is_safe(update, warm, microbatch_tokens, memory.limit()):
+    if is_safe(update, warm, microbatch_tokens, memory.limit()):
         largest = max(full, key=lambda mb: len(mb.token_ids))
         update.append(_update(inputs, parts, memory, largest.samples))
     return Probes(
@@ -93,13 +93,13 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         generation=generation,
         warm_bytes=warm,
         update=update,
-        head_bytes=_head_bytes(parts, memory, sum(len(s.token_ids) for s in step) // len(full)),
+        head_bytes=head_bytes(parts, memory, sum(len(s.token_ids) for s in step) // len(full)),
         num_rows=rows,
         engine_cache_bytes=cache,
     )
 
 
-def _is_safe(update: Sequence[Probe], warm: int, num_tokens: int, limit: int) -> bool:
+def is_safe(update: Sequence[Probe], warm: int, num_tokens: int, limit: int) -> bool:
     """Whether the line through the small sizes says that an update of `num_tokens` fits, with room to spare."""
     if len({probe.size for probe in update}) < 2:
         return False
@@ -169,7 +169,7 @@ def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequenc
     return Probe(size=len(microbatches[0].token_ids), seconds=seconds, peak_bytes=peak.num_bytes)
 
 
-def _head_bytes(parts: Parts, memory: DeviceMemory, num_rows: int) -> int:
+def head_bytes(parts: BaseParts, memory: DeviceMemory, num_rows: int) -> int:
     """Peak of logits and their gradient over `num_rows` loss positions, above what is held."""
     weight = parts.policy.head_weight
     hidden = torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)

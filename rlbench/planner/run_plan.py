@@ -1,4 +1,4 @@
-"""The plan that every online run leaves in its folder: a `plan` command's for the same settings, else a formula's."""
+"""The plan that a run leaves in its folder: a `plan` command's for the same settings; online runs else a formula's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from rlbench.build import Inputs, Parts
-from rlbench.config.schema import RunConfig
+from rlbench.build import BaseInputs, BaseParts, Inputs, Parts
+from rlbench.config.schema import STAGES, RunConfig
 from rlbench.data.packing import pack
 from rlbench.data.prompts import longest_prompt_tokens
 from rlbench.models.base import storage_bytes
@@ -25,14 +25,13 @@ from rlbench.tracking.device_memory import DeviceMemory, device_memory
 
 FILE_NAME = "plan.json"
 FORMULA = "formula: what is held after loading, and what the layers keep for each token; times are not planned"
-_NOT_PLANNED = ("name", "seed", "resume", "rewards", "sft", "preference", "checks", "evaluation", "checkpoint",
-                "tracking", "chain")  # fmt: skip
+_NOT_PLANNED = ("name", "seed", "resume", "rewards", "checks", "evaluation", "checkpoint", "tracking", "chain")
 _COUNTED_TOKENS = (16, 48)  # of the forwards whose saved tensors are counted: tenths of a second with 135M on two cores
 _HEAD_BYTES = 160 * 2**20  # rlbench_kernels.linear_logprobs: two float32 buffers of 64 MiB and one of 16 bits
 
 
-def write_run_plan(inputs: Inputs, parts: Parts, run_folder: Path) -> str:
-    """Leave plan.json in the folder of an online run; a run must not fail for want of it.
+def write_run_plan(inputs: BaseInputs, parts: BaseParts, run_folder: Path) -> str:
+    """Leave plan.json in the run's folder; a run must not fail for want of it.
 
     Returns:
         "" or why there is none.
@@ -40,6 +39,8 @@ def write_run_plan(inputs: Inputs, parts: Parts, run_folder: Path) -> str:
     try:
         record = find_measured_plan(inputs.config, run_folder)
         if record is None:
+            if not (isinstance(inputs, Inputs) and isinstance(parts, Parts)):
+                return ""
             memory = device_memory(inputs.config.hardware.profile, parts.engine.released_bytes)
             record = plan_record(formula_plan(inputs, parts, memory), inputs.config, memory, FORMULA)
         (run_folder / FILE_NAME).write_text(json.dumps(record, indent=1))
@@ -60,8 +61,8 @@ def plan_record(made: MemoryPlan, config: RunConfig, memory: DeviceMemory, sourc
 
 
 def planned_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings on which memory and time depend."""
-    return {key: value for key, value in config.items() if key not in _NOT_PLANNED}
+    """The settings on which memory and time of a run of its stage depend."""
+    return {key: value for key, value in config.items() if key not in (*_NOT_PLANNED, *STAGES[config["stage"]])}
 
 
 def find_measured_plan(config: RunConfig, run_folder: Path) -> dict[str, Any] | None:

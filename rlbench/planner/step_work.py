@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from rlbench.build import Parts
+from rlbench.build import BaseParts, Parts
 from rlbench.config.schema import RunConfig
 from rlbench.data.packing import Microbatch
 from rlbench.records import TrainingSample
@@ -58,7 +58,7 @@ def work_on(parts: Parts, config: RunConfig, microbatch: Microbatch) -> None:
     )
 
 
-def adapter_bytes(parts: Parts) -> int:
+def adapter_bytes(parts: BaseParts) -> int:
     """Of all that is trained."""
-    critic = parts.critic.parameters() if parts.critic is not None else []
+    critic = parts.critic.parameters() if isinstance(parts, Parts) and parts.critic is not None else []
     return sum(p.numel() * p.element_size() for p in chain(parts.policy.parameters(), critic))

@@ -24,11 +24,36 @@ def test_a_plan_measures_prints_and_leaves_the_numbers(tiny_overrides, tmp_path)
     assert not (tmp_path / "plan" / "metrics.jsonl").exists()
 
 
-def test_a_plan_of_another_stage_is_refused_in_one_sentence(tiny_folder, tmp_path):
-    done = run("plan", "+exp=sft_gsm8k", f"model.path={tiny_folder}", folder=tmp_path)
+@pytest.mark.parametrize("experiment", ["sft_gsm8k", "kto_gsm8k", "reward_model_gsm8k"])
+def test_a_plan_of_a_run_on_given_rows_is_near_what_the_run_takes(experiment, tiny_folder, tmp_path):
+    rows = [{"question": f"{a}+{b}", "answer": "1+" * (9 + a) + str(a + b)} for a in range(8) for b in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        f"+exp={experiment}", f"model.path={tiny_folder}", "model.dtype=float32", "tracking.wandb=disabled",
+        f"data.path={tmp_path}/rows.jsonl", "data.system_prompt=null", "data.examples=[]",
+        "data.prompt_column=question", "data.answer_column=answer", "training.tokens_per_microbatch=200",
+        "training.num_steps=2",
+        "evaluation.num_prompts=0",
+    ]  # fmt: skip
+    done = run("plan", *overrides, "hydra.run.dir=plan_1", folder=tmp_path)
 
-    assert done.returncode == 2 and "stage is sft, but plan measures online runs only" in done.stderr
-    assert not (tmp_path / "outputs").exists()
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "plan_1" / "plan.json").read_text())
+    made, probes = record["plan"], record["probes"]
+    assert "sampling.max_tokens" not in done.stdout and "engine" not in done.stdout
+    assert sum(made["memory_gib"].values()) == pytest.approx(made["peak_gib"])
+    assert list(made["time_s"]) == ["update"] and made["time_s"]["update"] > 0
+    assert probes["update"][-1]["size"] == probes["microbatch_tokens"]
+    assert not (tmp_path / "plan_1" / "metrics.jsonl").exists()
+
+    done = run(*overrides, "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["plan"] == made
+    steps = read_metrics(tmp_path / "run" / "metrics.jsonl", "train")
+    assert made["peak_gib"] == pytest.approx(max(step["memory/peak_gib"] for step in steps), rel=0.1)
+    assert max(step["training/num_tokens"] for step in steps) == probes["step_tokens"]
+    assert "Planned and actual" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_leaves_its_plan_and_the_memory_of_each_phase(tiny_overrides, tmp_path):
