@@ -134,6 +134,7 @@ class Rollout:
     sample_index: int
     components: Mapping[str, RewardComponent]
     reward: float | None
+    replay_age: int | None = None  # policy versions since it was sampled, of a replayed one; None: of its own step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +175,7 @@ class TrainingSample:
     plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
     values: tuple[float, ...] = ()  # of a critic before its update; empty: there is none
     returns: tuple[float, ...] = ()  # what the critic learns, as `values`
+    is_replayed: bool = False  # sampled by the policy of an earlier step
 
     @property
     def engine_logprobs(self) -> tuple[float, ...]:

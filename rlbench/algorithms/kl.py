@@ -26,6 +26,8 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
     Returns:
         float32 [T], nats; unbiased for the value, may be negative.
+
+    Source: Schulman 2020; the gradient: arXiv:2506.09477, section 3.
     """
     difference = (logprobs - ref_logprobs).detach()
     return difference + difference * (logprobs - logprobs.detach())
@@ -34,7 +36,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def k2(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """d^2 / 2: biased for the value, never negative; gradient d grad logprob, the same as that of `k1`.
 
-    Args and shapes as in `k1`.
+    Args and shapes as in `k1`. Source: Schulman 2020; the gradient: arXiv:2506.09477, section 3.
     """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 

@@ -41,13 +41,16 @@ class Decision:
     reason: str  # empty for OK
 
 
-def measure_batch(microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor], *, max_ratio: float) -> Drift | None:
-    """`measure_drift` over all microbatches of a step; None if no token is trained on.
+def measure_batch(
+    microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor], *, max_ratio: float, is_replayed: bool = False
+) -> Drift | None:
+    """`measure_drift` over all microbatches of a step; None if no token of the kind is trained on.
 
     Args:
         microbatches: of the step.
         logprobs: the trainer's, float32 [N] of each microbatch, before the first update.
         max_ratio: importance ratios are truncated here.
+        is_replayed: of completions that earlier policies sampled, whose gap is no drift; else of all others.
     """
 
     if not microbatches:
@@ -56,12 +59,18 @@ def measure_batch(microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor]
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(microbatch, name) for microbatch in microbatches])
 
-    mask = joined("loss_mask")
+    mask = joined("loss_mask") & torch.cat([_is_replayed(microbatch) == is_replayed for microbatch in microbatches])
     if not bool(mask.any()):
         return None
     return measure_drift(
         torch.cat(list(logprobs))[mask], joined("engine_logprobs")[mask], joined("positions")[mask], max_ratio=max_ratio
     )
+
+
+def _is_replayed(microbatch: Microbatch) -> Tensor:
+    """bool [N]."""
+    flags = torch.tensor([sample.is_replayed for sample in microbatch.samples], device=microbatch.loss_mask.device)
+    return flags[microbatch.sequence_ids]
 
 
 def measure_drift(logprobs: Tensor, engine_logprobs: Tensor, positions: Tensor, *, max_ratio: float) -> Drift:

@@ -51,7 +51,10 @@ def rescore(arguments: Sequence[str]) -> int:
     run_folder, steps, overrides = _parse(arguments)
     config = recorded_config(run_folder, overrides)
     found = compare(config, rollout_files(run_folder, steps))
-    _print(Console(), found)
+    console = Console()
+    _print(console, found)
+    if config.algorithm.replay.is_on:
+        console.print("Advantages are those of each step's own rollouts, without what algorithm.replay put among them.")
     return 1 if found.failures else 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rlbench.config.checks import check_choice, check_range
 from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
+from rlbench.config.replay import ReplayConfig, check_replay
 from rlbench.config.teacher import TeacherConfig
 
 NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
@@ -163,6 +164,7 @@ class AlgorithmConfig:
     overlong_buffer_tokens: int = 0  # soft penalty over the last tokens before sampling.max_tokens; 0: none
     overlong_penalty: float | None = None  # subtracted from the reward at the limit
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)  # prompts by their measured success rates
+    replay: ReplayConfig = field(default_factory=ReplayConfig)  # right answers of earlier steps for all-fail groups
     max_refills: int = 0  # dynamic sampling: times that a step may draw prompts for groups without signal; 0: off
 
     def __post_init__(self) -> None:
@@ -179,6 +181,7 @@ class AlgorithmConfig:
         self._check_kl()
         self._check_importance()
         self._check_updates_and_entropy()
+        check_replay(self)
 
     @property
     def loss_spec(self) -> LossSpec:

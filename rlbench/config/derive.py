@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
 
 
@@ -133,7 +134,8 @@ def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str,
             "a group is not cut"
         )
     _check_sampling(config)
-    _check_curriculum(config)
+    _check_success_component(config)
+    check_replay(config.algorithm)
     fill("rewards.num_workers", max(1, min(4, facts.num_cores)), "one worker process for each core, at most 4")
 
 
@@ -184,13 +186,14 @@ def _check_base(config: RunConfig) -> None:
         )
 
 
-def _check_curriculum(config: RunConfig) -> None:
-    curriculum = config.algorithm.curriculum
-    if curriculum.is_on and curriculum.component not in config.rewards.components:
-        raise ValueError(
-            f"algorithm.curriculum.component is {curriculum.component!r}, but there is no such reward; expected one of "
-            f"rewards.components: {', '.join(config.rewards.components) or 'none'}"
-        )
+def _check_success_component(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    for name, part in {"curriculum": algorithm.curriculum, "replay": algorithm.replay}.items():
+        if part.is_on and part.component not in config.rewards.components:
+            raise ValueError(
+                f"algorithm.{name}.component is {part.component!r}, but there is no such reward; expected one of "
+                f"rewards.components: {', '.join(config.rewards.components) or 'none'}"
+            )
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -13,9 +13,11 @@ from rlbench.checks.drift import STOP, WARN, Decision, Drift, DriftError, decide
 from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import PolicyIdentity
 from rlbench.config.algorithm import AlgorithmConfig
+from rlbench.config.replay import check_prompts_return
 from rlbench.data.curriculum import CurriculumStream
 from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.stream import PromptStream
+from rlbench.data.success_memory import SuccessMemory, replayed
 from rlbench.engine.interface import engine_call
 from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
@@ -60,6 +62,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     """
 
     stream: PromptStream[Prompt] = field(init=False)
+    successes: SuccessMemory | None = field(init=False)  # None: without algorithm.replay
     entropy_control: EntropyControl = field(init=False)
     identity: PolicyIdentity = field(init=False)
     drift: Decision | None = None  # on the last batch that was trained on
@@ -80,6 +83,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             self.stream = PromptStream(self.inputs.train.prompts, seed=self.inputs.config.seed, shuffle=data.shuffle)
         self.entropy_control = make_entropy_control(self.inputs.config.algorithm)
         config = self.inputs.config
+        self.successes = self._success_memory() if algorithm.replay.is_on else None
         self.identity = PolicyIdentity(
             self.parts.engine,
             self.parts.policy,
@@ -88,6 +92,19 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             every_steps=config.checks.identity_every_steps or 1,
             max_tokens=config.checks.identity_tokens or 1,
             temperature=config.sampling.temperature,
+        )
+
+    def _success_memory(self) -> SuccessMemory:
+        config, prompts = self.inputs.config, self.inputs.train.prompts
+        if not config.algorithm.curriculum.is_on:
+            warning = check_prompts_return(config.algorithm, len(prompts), config.training.num_steps or 0)
+            if warning:
+                self.console.warning(warning)
+        return SuccessMemory(
+            prompts,
+            config.algorithm.replay,
+            component_names=list(config.rewards.components),
+            keeps_truncated=not config.algorithm.mask_truncated,
         )
 
     def _begin(self) -> None:
@@ -104,11 +121,14 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         return beside
 
     def _state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state()}
+        successes = {"successes": self.successes.state()} if self.successes is not None else {}
+        return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state(), **successes}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.stream.restore(state["stream"])
         self.entropy_control.restore(state["entropy_control"])
+        if self.successes is not None:
+            self.successes.restore(state.get("successes", {}))
 
     def _step(self, num_steps: int) -> None:
         start = time.monotonic()
@@ -123,16 +143,27 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             self.stream.observe(groups)
         with engine_call(self.parts.engine, "going to sleep"):
             self.parts.engine.sleep()
-        credited = self._credit(groups)
+        trained = self._mixed(groups)
+        if self.successes is not None:
+            metrics |= self.successes.metrics(trained)
+        credited = self._credit(trained)
         metrics["rollouts/invalid_frac"] = credited.num_invalid_rollouts / sum(len(g.rollouts) for g in groups)
         metrics |= credited.metrics
         metrics |= self._update(credited, step, num_steps)
+        if self.successes is not None:
+            self.successes.observe(groups, policy_version=self.policy_version)
         self._refresh_reference(step)
         with engine_call(self.parts.engine, "waking up"):
             self.parts.engine.wake()
         self._sync()
         self.step = step
-        self._record(step, num_steps, groups, credited, metrics, start)
+        self._record(step, num_steps, groups, trained, credited, metrics, start)
+
+    def _mixed(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """What is trained on: with algorithm.replay, successes of earlier steps in groups without one."""
+        if self.successes is None:
+            return list(groups)
+        return self.successes.mix(groups, policy_version=self.policy_version, totals=self.parts.scorer.totals)
 
     def _collect(self, step: int) -> tuple[list[RolloutGroup], int, dict[str, float]]:
         """The step's groups, the number of refills, and the metrics of the proof that the trained policy sampled them.
@@ -155,7 +186,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     def _has_signal(self, group: RolloutGroup) -> bool:
         config = self.inputs.config
         is_useful = has_pair if config.algorithm.pairs.is_on else has_signal
-        return is_useful(group, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
+        (mixed,) = self._mixed([group])
+        return is_useful(mixed, config.algorithm, config.rewards, max_completion_tokens=config.sampling.max_tokens)
 
     def _sample_groups(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         config, parts = self.inputs.config, self.parts
@@ -314,8 +346,18 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             | {"optim/num_updates": float(result.num_applied)}
             | result.metrics
             | (self._judge(drift) if drift is not None and result.num_applied else {})
+            | self._replay_ratios(result)
             | self._sizes(microbatches)
         )
+
+    def _replay_ratios(self, result: UpdateResult) -> dict[str, float]:
+        """How far the policy has moved from those that sampled what was replayed; nothing if nothing was."""
+        max_ratio = self.inputs.config.checks.drift_max_ratio
+        found = measure_batch(result.microbatches, result.logprobs, max_ratio=max_ratio, is_replayed=True)
+        if found is None:
+            return {}
+        names = ("logprob_gap_mean", "ratio_mean", "ratio_max", "ess_frac")
+        return {f"replay/{name}": found.metrics[f"drift/{name}"] for name in names}
 
     def _update_critic(self, minibatches: Sequence[Minibatch], step: int, num_steps: int) -> CriticResult:
         """The critic's optimizer steps, at the same place of the schedule as the policy's; nothing without a critic."""
@@ -362,6 +404,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         step: int,
         num_steps: int,
         groups: Sequence[RolloutGroup],
+        trained: Sequence[RolloutGroup],
         credited: Credit,
         metrics: dict[str, float | None],
         start: float,
@@ -373,6 +416,9 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         if tracking.save_rollouts:
             with self._phase("recording"):
                 write_rollouts(self.run_folder, step, groups, credited.advantages)
+                if self.successes is not None:
+                    old = [replace(group, rollouts=tuple(replayed(group))) for group in trained]
+                    write_rollouts(self.run_folder, step, old, credited.advantages, phase="replayed")
         self._log_step(step, metrics, start)
         every = tracking.sample_every_steps
         if every and (step == 1 or step % every == 0) and step < num_steps:

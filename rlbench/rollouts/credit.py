@@ -222,6 +222,7 @@ def make_sample(
         loss_mask=(is_trained,) * len(completion.token_ids),
         values=state_values[rollout.rollout_id].values if state_values is not None else (),
         returns=tuple(returns),
+        is_replayed=rollout.replay_age is not None,
     )
 
 

@@ -88,6 +88,7 @@ _FAMILIES: dict[str, MetricSpec] = {
     "time/": MetricSpec("time in {name}", "s", "lower", ".1f"),
     "memory/": MetricSpec("highest memory in {name}", "GiB", "lower", ".2f"),
     "drift/": MetricSpec("drift {name}", "", "lower", ".4f"),
+    "replay/": MetricSpec("replayed successes: {name}", "", "neither", ".4g"),
     "identity/": MetricSpec("policy identity {name}", "", "lower", ".4f"),
     "eval/": MetricSpec("evaluation {name}", "", "neither", ".3f"),
 }

@@ -17,15 +17,15 @@ from rlbench.tracking.plain_json import to_json
 if TYPE_CHECKING:
     import pyarrow
 
-PREFIXES = {"train": "", "eval": "eval-"}
+PREFIXES = {"train": "", "eval": "eval-", "replayed": "replayed-"}  # replayed: trained on, but sampled earlier
 JSON_COLUMNS_KEY = b"rlbench.json_columns"  # schema metadata: the columns that hold JSON text
 
 
 def rollouts_path(folder: str | Path, step: int, phase: str = "train") -> Path:
-    """`<folder>/rollouts/step-000012.parquet`, or `eval-step-...` for phase "eval".
+    """`<folder>/rollouts/step-000012.parquet`, or `eval-step-...` for phase "eval", `replayed-step-...` for "replayed".
 
     Raises:
-        ValueError: if phase is neither "train" nor "eval".
+        ValueError: for any other phase.
     """
     if phase not in PREFIXES:
         raise ValueError(f"phase must be one of {list(PREFIXES)}, got {phase!r}")
@@ -49,7 +49,7 @@ def write_rollouts(
         step: optimizer step that the rollouts were made for.
         groups: may be empty.
         advantages: by rollout_id; a rollout that is missing (no reward, no signal, evaluation) gets null.
-        phase: "train" or "eval".
+        phase: "train", "eval" or "replayed".
 
     Returns:
         Path of the file.
@@ -196,6 +196,7 @@ def _base_fields() -> list[pyarrow.Field]:
         pa.field("adapter_fingerprint", pa.string(), nullable=False),
         pa.field("reward", pa.float64()),
         pa.field("advantage", pa.float64()),
+        pa.field("replay_age", pa.int32()),
         pa.field("columns", pa.string(), nullable=False),
     ]
 
@@ -230,6 +231,7 @@ def _row(step: int, rollout: Rollout, advantages: Mapping[str, float], names: Se
         "adapter_fingerprint": completion.adapter_fingerprint,
         "reward": rollout.reward,
         "advantage": advantages.get(rollout.rollout_id),
+        "replay_age": rollout.replay_age,
         "columns": to_json(rollout.prompt.columns),
     }
     for name in names:

@@ -50,6 +50,23 @@ def test_advantages_of_ragged_batches_are_those_of_the_definition(seed, gamma, l
         assert ours == pytest.approx(by_definition(r, values, last, gamma, lam), rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", ["batch", "none"])
+def test_advantages_follow_a_permutation_within_a_group(scale):
+    groups, _ = ragged(4)
+    order = list(range(len(groups[0].returns)))[::-1]
+    permuted = GroupReturns(
+        returns=[groups[0].returns[i] for i in order], values=[groups[0].values[i] for i in order],
+        last_values=[groups[0].last_values[i] for i in order],
+    )  # fmt: skip
+    options = {"scale": scale, "gamma": 0.9, "gae_lambda": 0.8}
+
+    straight, other = (ADVANTAGES["gae"](part, **options) for part in (groups, [permuted, *groups[1:]]))
+
+    assert len(order) > 1
+    for ours, theirs in zip([*other[0], *other[1]], [*(straight[0][i] for i in order), *straight[1]], strict=True):
+        assert ours == pytest.approx(theirs)
+
+
 def test_with_lambda_1_the_critic_learns_the_return_and_with_0_one_step_ahead():
     groups = [GroupReturns(returns=[[0.7, 0.8, 1.0]], values=[[0.1, 0.2, 0.4]], last_values=[0.0])]
 

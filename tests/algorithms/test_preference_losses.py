@@ -372,6 +372,50 @@ def test_the_loss_does_not_depend_on_the_split_into_microbatches(name):
         torch.testing.assert_close(parts[0][1][key] + parts[1][1][key], value)
 
 
+@pytest.mark.parametrize("name", UNPAIRED_LOSSES)
+def test_the_loss_on_single_completions_does_not_depend_on_the_split(name):
+    batch = Batch(6, torch.float64)
+    whole = batch.completions(is_unpaired=True)
+    objective = PreferenceObjective(
+        config=PreferenceConfig(losses=[name]), num_rows=2 * P, num_chosen_tokens=0,
+        num_desirable=int(batch.labels.sum()), kl=torch.tensor(0.2, dtype=torch.float64),
+    )  # fmt: skip
+
+    parts = [objective(rows_of(whole, list(rows)))[0] for rows in (range(5), range(5, 2 * P))]
+
+    torch.testing.assert_close(parts[0] + parts[1], objective(whole)[0])
+    torch.testing.assert_close(batch.gradient(parts[0] + parts[1]), batch.gradient(objective(whole)[0]))
+
+
+@pytest.mark.parametrize("name", [*PREFERENCE_LOSSES, *UNPAIRED_LOSSES])
+def test_the_order_of_rows_does_not_matter(name):
+    batch, config = Batch(7, torch.float64), PreferenceConfig(losses=[name])
+    whole = batch.completions(is_unpaired=config.is_unpaired, has_reference=config.needs_reference)
+    objective = PreferenceObjective(
+        config=config, num_rows=2 * P if config.is_unpaired else P,
+        num_chosen_tokens=int(batch.lengths[::2].sum()), num_desirable=int(batch.labels.sum()),
+        kl=torch.tensor(0.2, dtype=torch.float64),
+    )  # fmt: skip
+    order = [row for pair in (4, 1, 5, 0, 3, 2) for row in (2 * pair, 2 * pair + 1)]
+
+    one, other = objective(whole)[0], objective(rows_of(whole, order))[0]
+
+    torch.testing.assert_close(other, one)
+    torch.testing.assert_close(batch.gradient(other), batch.gradient(one))
+    assert batch.gradient(one).abs().max() > 1e-5
+
+
+def rows_of(whole: Completions, rows: list[int]) -> Completions:
+    labels = whole.is_desirable
+    return Completions(
+        logps=whole.logps[rows],
+        ref_logps=whole.ref_logps[rows],
+        lengths=whole.lengths[rows],
+        pairs=adjacent(len(rows) // 2 * 2),
+        is_desirable=None if labels is None else labels[rows],
+    )
+
+
 def test_kto_by_hand_in_float64():
     ratios, kl = [0.7, -0.4], 0.2
     expected = (1.5 * (1 - sig(BETA * (0.7 - kl))) + 0.5 * (1 - sig(BETA * (kl + 0.4)))) / 2

@@ -16,6 +16,7 @@ from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.algorithms.importance import importance_weights, off_policy_mask
 from rlbench.algorithms.loss_inputs import LossInputs
 from rlbench.algorithms.selection import top_entropy_threshold
+from rlbench.algorithms.shaping import returns_to_go
 from rlbench.config.algorithm import LOSSES
 from rlbench.engine.vllm_process import clean_start
 from tests.algorithms.batches import MAX_TOKENS, Batch, gradient, loss_inputs, make_batch
@@ -287,3 +288,30 @@ def test_advantages(make_trainer, case):
     expected = trainer._generate_and_score_completions([{"prompt": "ab"}] * 6)["advantages"]
 
     assert our_advantages(name, **options) == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+
+
+def test_the_penalty_in_the_reward_is_that_of_rloo(make_trainer):
+    """k1 over the completion; TRL's two forwards are replaced by given logprobs, its generation is real."""
+    trainer = make_trainer(RLOOTrainer, RLOOConfig, beta=0.1, reward_weights=tuple(WEIGHTS))
+    trainer._calculate_rewards = lambda *args, **kwargs: REWARDS.clone()
+    generator, given = torch.Generator().manual_seed(0), []
+
+    def forward(model, ids, mask, logits_to_keep, *args, **kwargs):
+        given.append(-torch.rand(6, logits_to_keep, generator=generator))
+        return given[-1], None, None
+
+    trainer._get_per_token_logps_and_entropies = forward
+    found = trainer._generate_and_score_completions([{"prompt": "ab"}] * 6)
+
+    kl = given[0] - given[1]
+    lengths = found["completion_mask"].sum(1).tolist()
+    sums = (REWARDS * torch.tensor(WEIGHTS)).sum(1).tolist()
+    returns = [
+        returns_to_go(reward, row[:length].tolist(), 0.1) for reward, row, length in zip(sums, kl, lengths, strict=True)
+    ]
+    groups = [GroupReturns(returns=returns[start : start + GROUP]) for start in (0, GROUP)]
+    ours = [tokens[0] for group in ADVANTAGES["leave_one_out"](groups, scale="none") for tokens in group]
+
+    assert max(lengths) > 1
+    assert ours == pytest.approx(found["advantages"].tolist(), rel=1e-5, abs=1e-6)
+    assert ours != pytest.approx(our_advantages("leave_one_out", scale="none"), abs=1e-3)

@@ -18,6 +18,11 @@ def rarely(sample):
     return RewardOutput(value=float(sample.completion.count("a") > 1))
 
 
+def at_all(sample):
+    """1 for a completion with a letter `a`: about every eighth of the untrained model."""
+    return RewardOutput(value=float("a" in sample.completion))
+
+
 def share_of_lowercase(sample):
     return RewardOutput(value=sum(c.islower() for c in sample.completion) / max(1, len(sample.completion)))
 
