@@ -35,8 +35,8 @@ def linear_logprobs(
 
     cap(z) = softcap * tanh(z / softcap). Both results are differentiable to hidden, weight, bias and the LoRA pair.
     With a frozen head d logprob / d hidden is computed in the forward pass and scaled in the backward pass: two
-    matmuls. A gradient through the entropy, or to weight, bias or the LoRA pair, computes the logits a second time:
-    three matmuls, and a fourth for weight's.
+    matmuls. A gradient through the entropy, or to weight or bias, computes the logits a second time: four matmuls; one
+    to the LoRA pair too, in three.
     With and without gradient the results have the same bits, and they are those of `linear_token_loss`.
     A row that gets gradient 0 receives gradient 0, whatever it holds: masked rows may be inf or nan.
 

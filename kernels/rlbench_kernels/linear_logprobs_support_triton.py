@@ -8,7 +8,7 @@ Shapes: n rows, V vocabulary.
 """
 
 # pyright does not know kernel launches
-# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch

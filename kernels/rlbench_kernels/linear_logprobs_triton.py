@@ -34,7 +34,7 @@ _LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _load_scores(
-    logits, bias, column, mask, target, inverse_temperature, support, row, softcap, HAS_BIAS: tl.constexpr,
+    logits, bias, column, mask, inverse_temperature, support, targets, row, softcap, HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SUPPORT: tl.constexpr,
 ):  # fmt: skip
     """Scores and softcap slopes of one row of a tile; -inf outside of mask and support, slope 1 outside of the mask."""
@@ -48,7 +48,8 @@ def _load_scores(
         z = tl.where(mask, softcap * tanh, float("-inf"))
     scores = z * inverse_temperature
     if HAS_SUPPORT:
-        scores = tl.where((scores < tl.load(support + row)) & (column != target), float("-inf"), scores)
+        is_outside = (scores < tl.load(support + row)) & (column != tl.load(targets + row))
+        scores = tl.where(is_outside, float("-inf"), scores)
     return scores, slope
 
 
@@ -67,12 +68,11 @@ def _fold_tile(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
-    target = tl.load(targets + row)
     scores, slope = _load_scores(
-        logits + row * stride + column, bias, start + column, mask, target, tl.load(inverse_temperatures + row),
-        support, row, softcap, HAS_BIAS, HAS_CAP, HAS_SUPPORT,
+        logits + row * stride + column, bias, start + column, mask, tl.load(inverse_temperatures + row), support,
+        targets, row, softcap, HAS_BIAS, HAS_CAP, HAS_SUPPORT,
     )  # fmt: skip
-    is_target = start + column == target
+    is_target = start + column == tl.load(targets + row)
     highest = tl.max(scores, 0)
     if HAS_SUPPORT:
         highest = tl.maximum(highest, _LOWEST)  # a tile may hold none of it
@@ -142,16 +142,16 @@ def _logit_gradient(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
-    inverse_temperature, target = tl.load(inverse_temperatures + row), tl.load(targets + row)
+    inverse_temperature = tl.load(inverse_temperatures + row)
     scores, slope = _load_scores(
-        logits + row * stride + column, bias, start + column, mask, target, inverse_temperature, support, row, softcap,
+        logits + row * stride + column, bias, start + column, mask, inverse_temperature, support, targets, row, softcap,
         HAS_BIAS, HAS_CAP, HAS_SUPPORT,
     )  # fmt: skip
     g, g_entropy = tl.load(grads + row), tl.load(grads_entropy + row)
     log_p = scores - tl.load(log_totals + row)
     p = tl.exp(log_p)
     value = -p * (g + g_entropy * (log_p + tl.load(entropies + row)))
-    value = tl.where(p > 0.0, value, 0.0) + tl.where(start + column == target, g, 0.0)
+    value = tl.where(p > 0.0, value, 0.0) + tl.where(start + column == tl.load(targets + row), g, 0.0)
     value = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, value * slope * inverse_temperature)
     tl.debug_barrier()
     tl.store(narrow + row * stride * NARROW + column, value.to(narrow.dtype.element_ty), mask=mask)
