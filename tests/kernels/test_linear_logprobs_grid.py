@@ -179,6 +179,8 @@ def check(case):
     kept = problem.mask
     exact_logprobs, exact_entropy, exact_grads = problem.exact()
     tolerance = TOLERANCE[problem.dtype]
+    if problem.dtype == torch.bfloat16 and case["lora"]:
+        tolerance = 2e-2  # hidden A^T is rounded on the way
     is_rounded = problem.dtype == torch.bfloat16 and (DEVICE == "cpu" or case["lora"])
     values_tolerance = tolerance if is_rounded else 2e-5
     assert close(found[0][kept], exact_logprobs, values_tolerance)

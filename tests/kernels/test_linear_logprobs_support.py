@@ -100,8 +100,8 @@ def test_the_search_finds_what_the_sort_finds(truncation, v, monkeypatch):
     found = of_logits(logits, **truncation)
     probs = logits.double().softmax(-1)
     masses = [torch.where(logits >= x[:, None], probs, 0.0).sum(-1) for x in (found, sorted_ones)]
-    # float32 sums decide which token is the last one
-    assert (masses[0] - masses[1]).abs().max() < 3e-6
+    # float32 sums decide which token is the last one; a flat row's tokens have 1e-5 each where there are 128256
+    assert (masses[0] - masses[1]).abs().max() < (3e-6 if v < 1000 else 3e-5)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="the reference")
