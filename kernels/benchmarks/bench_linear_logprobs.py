@@ -2,6 +2,8 @@
 
 usage: python kernels/benchmarks/bench_linear_logprobs.py --out kernels/benchmarks/results/linear_logprobs_DEVICE.json
 `forward_backward` ends in a clipped surrogate's gradient to hidden; Liger has a mean cross-entropy only.
+`*_support` restrict the softmax to given thresholds of top_p = 0.95, `rlbench_top_p` computes them in every call;
+`*_lora` have a rank-16 LoRA pair on the head and its gradients.
 Logits are flat (random weights), llm (Zipf candidates, 1 to 2 nats) or sharp (0.1 nats). Errors to float64: 256 rows.
 """
 
@@ -19,7 +21,11 @@ SHAPES = {"Llama-3.1-8B": (4096, 128256), "Qwen2.5-7B": (3584, 152064)}
 CASES = [f"{name} N={rows} llm" for name in SHAPES for rows in (8192, 16384)] + [
     "Llama-3.1-8B N=8192 flat", "Llama-3.1-8B N=8192 sharp",
 ]  # fmt: skip
-PROVIDERS = ("two_matmuls", "rlbench", "rlbench_logprobs", "unsloth_zoo", "trl", "liger", "cce", "compile", "float32")
+PROVIDERS = (
+    "two_matmuls", "rlbench", "rlbench_logprobs", "rlbench_support", "rlbench_top_p", "rlbench_lora", "unsloth_zoo",
+    "trl", "liger", "cce", "compile", "compile_support", "compile_lora", "float32",
+)  # fmt: skip
+TOP_P, RANK = 0.95, 16
 os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
 
 
@@ -82,7 +88,7 @@ def prepare(provider: str, case: str) -> Prepared:
     values: dict[str, tuple[float, str]] = {}
     found = step()
     if isinstance(found, Tensor):
-        values = errors(inputs, found)
+        values = errors(inputs, found, provider)
         assert max(value for value, _ in values.values()) < 0.05, f"wrong: {values}"
     step()
     inputs.hidden.grad = None
@@ -91,9 +97,17 @@ def prepare(provider: str, case: str) -> Prepared:
     return Prepared({"forward_backward": step, "no_grad": no_grad}, values)
 
 
-def errors(inputs: Inputs, logprobs: Tensor) -> dict[str, tuple[float, str]]:
-    hidden = inputs.hidden.detach()[:256].double().requires_grad_()
-    exact = torch.log_softmax(hidden @ inputs.weight.double().T, -1).gather(1, inputs.targets[:256, None])[:, 0]
+def errors(inputs: Inputs, logprobs: Tensor, provider: str) -> dict[str, tuple[float, str]]:
+    rows = slice(256)
+    hidden = inputs.hidden.detach()[rows].double().requires_grad_()
+    logits = hidden @ inputs.weight.double().T
+    if provider.endswith("lora"):
+        a, b, scaling = adapter(inputs)
+        logits = logits + scaling * (hidden @ a.double().T) @ b.double().T
+    if provider.endswith(("support", "top_p")):
+        is_outside = (logits < thresholds(inputs)[rows, None]).scatter(1, inputs.targets[rows, None], False)
+        logits = logits.masked_fill(is_outside, -torch.inf)
+    exact = torch.log_softmax(logits, -1).gather(1, inputs.targets[rows, None])[:, 0]
     surrogate(exact, inputs.advantages[:256]).backward()
     assert hidden.grad is not None and inputs.hidden.grad is not None
     return {
@@ -116,19 +130,52 @@ def two_matmuls(inputs: Inputs) -> tuple[Callable, Callable]:
     return lambda: run(True), lambda: run(False)
 
 
-def rlbench(inputs: Inputs) -> tuple[Callable, Callable]:
+def thresholds(inputs: Inputs) -> Tensor:
+    from rlbench_kernels import support_thresholds
+
+    return support_thresholds(inputs.hidden, inputs.weight, top_p=TOP_P)
+
+
+def adapter(inputs: Inputs) -> tuple[Tensor, Tensor, float]:
+    """A [R, D] and B [V, R], float32, and the scaling."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    (vocabulary, depth), device = inputs.weight.shape, "cuda"
+    a = torch.randn(RANK, depth, generator=generator, device=device) / depth**0.5
+    b = torch.randn(vocabulary, RANK, generator=generator, device=device) * 0.02
+    return a.requires_grad_(), b.requires_grad_(), 2.0
+
+
+def rlbench(inputs: Inputs, options: Callable[[], dict] = dict) -> tuple[Callable, Callable]:
+    """`options` are made in every call."""
     from rlbench_kernels import linear_logprobs, linear_token_loss
 
     hidden, weight, targets, advantages = inputs
 
     def train() -> Tensor:
         loss, _, logprobs = linear_token_loss(
-            hidden, weight, targets, lambda p, h, c: (surrogate(p, c["a"]), {"e": h.sum()}), {"a": advantages}
-        )
+            hidden, weight, targets, lambda p, h, c: (surrogate(p, c["a"]), {"e": h.sum()}), {"a": advantages},
+            **options(),
+        )  # fmt: skip
         loss.backward()
         return logprobs
 
-    return train, lambda: linear_logprobs(hidden, weight, targets)
+    return train, lambda: linear_logprobs(hidden, weight, targets, **options())
+
+
+def rlbench_support(inputs: Inputs) -> tuple[Callable, Callable]:
+    support = thresholds(inputs)
+    return rlbench(inputs, lambda: {"support": support})
+
+
+def rlbench_top_p(inputs: Inputs) -> tuple[Callable, Callable]:
+    return rlbench(inputs, lambda: {"support": thresholds(inputs)})
+
+
+def rlbench_lora(inputs: Inputs) -> tuple[Callable, Callable]:
+    from rlbench_kernels import Lora
+
+    lora = Lora(*adapter(inputs))
+    return rlbench(inputs, lambda: {"lora": lora})
 
 
 def liger(inputs: Inputs) -> tuple[Callable, Callable]:
@@ -180,24 +227,46 @@ def cce(inputs: Inputs) -> Callable[[Tensor], Tensor]:
     return lambda h: -linear_cross_entropy(h, inputs.weight, inputs.targets, reduction="none")  # type: ignore
 
 
-def softmax_part(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_part(
+    hidden: Tensor, weight: Tensor, targets: Tensor, support: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """logprobs and entropy through float32 logits."""
-    log_probs = torch.log_softmax((hidden @ weight.T).float(), -1)
+    logits = (hidden @ weight.T).float()
+    if lora is not None:
+        low = hidden @ lora[0].to(hidden.dtype).T
+        logits = logits + (low @ (lora[2] * lora[1]).to(hidden.dtype).T).float()
+    if support is not None:
+        is_outside = (logits < support[:, None]).scatter(1, targets[:, None], False)
+        logits = logits.masked_fill(is_outside, -1e30)  # a finite number: 0 times it is no nan
+    log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
     return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
 
-def compiled(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+def compiled(
+    inputs: Inputs, support: Tensor | None = None, lora: tuple[Tensor, Tensor, float] | None = None
+) -> Callable[[Tensor], Tensor]:
     """torch.compile over chunks of 1024 rows, recomputed in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     part = torch.compile(softmax_part)
 
     def apply(hidden: Tensor) -> Tensor:
-        chunks = zip(hidden.split(1024), inputs.targets.split(1024), strict=True)
-        return torch.cat([checkpoint(part, h, inputs.weight, t, use_reentrant=False)[0] for h, t in chunks])  # type: ignore
+        supports = [None] * (len(hidden) // 1024) if support is None else support.split(1024)
+        chunks = zip(hidden.split(1024), inputs.targets.split(1024), supports, strict=True)
+        parts = [checkpoint(part, h, inputs.weight, t, s, lora, use_reentrant=False) for h, t, s in chunks]
+        return torch.cat([logprobs for logprobs, _ in parts])  # type: ignore
 
     return apply
+
+
+def compiled_support(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    return compiled(inputs, support=thresholds(inputs))
+
+
+def compiled_lora(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    return compiled(inputs, lora=adapter(inputs))
 
 
 def float32(inputs: Inputs) -> Callable[[Tensor], Tensor]:
@@ -206,10 +275,13 @@ def float32(inputs: Inputs) -> Callable[[Tensor], Tensor]:
     return lambda h: softmax_part(h, inputs.weight, inputs.targets)[0]
 
 
-CALLS = {"two_matmuls": two_matmuls, "rlbench": rlbench, "liger": liger}
+CALLS = {
+    "two_matmuls": two_matmuls, "rlbench": rlbench, "rlbench_support": rlbench_support,
+    "rlbench_top_p": rlbench_top_p, "rlbench_lora": rlbench_lora, "liger": liger,
+}  # fmt: skip
 LOGPROBS = {
     "rlbench_logprobs": rlbench_logprobs, "trl": trl, "unsloth_zoo": unsloth_zoo, "cce": cce, "compile": compiled,
-    "float32": float32,
+    "compile_support": compiled_support, "compile_lora": compiled_lora, "float32": float32,
 }  # fmt: skip
 
 if __name__ == "__main__":

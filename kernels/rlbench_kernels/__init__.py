@@ -2,6 +2,7 @@
 
 from rlbench_kernels.gated_activation import geglu, swiglu
 from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
+from rlbench_kernels.linear_logprobs_support import support_thresholds
 from rlbench_kernels.logprobs import logprobs
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
 from rlbench_kernels.lora_matmuls import Adapters
@@ -29,5 +30,6 @@ __all__ = [
     "packed_attention",
     "quantize_nf4",
     "rms_norm",
+    "support_thresholds",
     "swiglu",
 ]

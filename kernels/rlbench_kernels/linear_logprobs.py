@@ -1,23 +1,21 @@
 """Logprobs of target tokens straight from hidden states, without the [N, V] logits in memory.
 
-Shapes: N rows, D hidden, V vocabulary, n rows of one chunk.
+Shapes: N rows, D hidden, V vocabulary, R LoRA rank, n rows of one chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlbench_kernels.launch import use_triton
-from rlbench_kernels.linear_logprobs_reference import (
-    Head,
-    ReferenceSoftmax,
-    accumulation_dtype,
-    reference_gradients,
-)
+from rlbench_kernels.linear_logprobs_head import Head, accumulation_dtype, check_head
+from rlbench_kernels.linear_logprobs_reference import ReferenceSoftmax, reference_gradients
+from rlbench_kernels.lora_linear import Lora
 
 TokenLoss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -30,12 +28,15 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    support: Tensor | None = None,
+    lora: Lora | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logprobs[i] = log_softmax(s[i])[targets[i]] and the entropy of softmax(s[i]), s = cap(hidden W^T + bias) / T.
 
-    cap(z) = softcap * tanh(z / softcap). Both results are differentiable to hidden, weight and bias.
+    cap(z) = softcap * tanh(z / softcap). Both results are differentiable to hidden, weight, bias and the LoRA pair.
     With a frozen head d logprob / d hidden is computed in the forward pass and scaled in the backward pass: two
-    matmuls. A gradient through the entropy, or to weight or bias, computes the logits a second time.
+    matmuls. A gradient through the entropy, or to weight or bias, computes the logits a second time: four matmuls; one
+    to the LoRA pair too, in three.
     With and without gradient the results have the same bits, and they are those of `linear_token_loss`.
     A row that gets gradient 0 receives gradient 0, whatever it holds: masked rows may be inf or nan.
 
@@ -46,6 +47,11 @@ def linear_logprobs(
         temperature: > 0; a number or one per row, float32 [N].
         softcap: > 0, or None.
         bias: [V], or None.
+        support: a score for each row, float32 [N] (float64 for float64 inputs), or None. Tokens whose s is lower are
+            outside of the softmax: they have no probability, no entropy and no gradient. The target is always inside.
+            -inf keeps every token. `support_thresholds` computes it for top_p, top_k and min_p. It gets no gradient.
+        lora: adds scaling (hidden A^T) B^T to hidden W^T, A [R, D] and B [V, R] of any floating dtype, or None. W is
+            neither copied nor changed, and may be frozen.
 
     Returns:
         logprobs [N] and entropy [N] in nats; float32 (float64 for float64 inputs).
@@ -53,9 +59,10 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit.
     """
-    _check(hidden, weight, targets, temperature, softcap, bias)
-    is_recorded = torch.is_grad_enabled()
-    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, is_recorded)  # type: ignore
+    head = Head(weight, bias, temperature, softcap, support, lora)
+    _check(hidden, head, targets)
+    a, b = (None, None) if lora is None else lora[:2]
+    return _LinearLogprobs.apply(hidden, weight, bias, a, b, targets, head, torch.is_grad_enabled())  # type: ignore
 
 
 def linear_token_loss(
@@ -68,6 +75,8 @@ def linear_token_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    support: Tensor | None = None,
+    lora: Lora | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """A sum of per-token losses with gradient to `hidden`, in two matmuls where the head is frozen.
 
@@ -75,7 +84,7 @@ def linear_token_loss(
     backward pass only scales it. A head that needs gradient goes through `linear_logprobs` in one piece.
 
     Args:
-        hidden, weight, targets, temperature, softcap, bias: as in `linear_logprobs`.
+        hidden, weight, targets, temperature, softcap, bias, support, lora: as in `linear_logprobs`.
         token_loss: any PyTorch function (logprobs [n], entropy [n], columns of [n]) -> (loss [], metrics of []).
             Both logprobs and entropy carry gradient. It is called once a chunk, never with n = 0; losses and metrics
             of the chunks are summed, metrics whose name ends in `_max` combined by their maximum. It must mask before
@@ -88,18 +97,19 @@ def linear_token_loss(
     Raises:
         ValueError: as `linear_logprobs`; a column whose length is not N.
     """
-    _check(hidden, weight, targets, temperature, softcap, bias)
+    head = Head(weight, bias, temperature, softcap, support, lora)
+    _check(hidden, head, targets)
     for name, column in columns.items():
         if len(column) != len(hidden):
             raise ValueError(f"column {name!r} has {len(column)} rows, expected {len(hidden)}")
     is_recorded = torch.is_grad_enabled()
-    if is_recorded and (weight.requires_grad or (bias is not None and bias.requires_grad)) and len(hidden):
+    is_head_trained = lora is not None or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if is_recorded and is_head_trained and len(hidden):
         logprobs, entropy = linear_logprobs(
-            hidden, weight, targets, temperature=temperature, softcap=softcap, bias=bias
+            hidden, weight, targets, temperature=temperature, softcap=softcap, bias=bias, support=support, lora=lora
         )
         loss, metrics = token_loss(logprobs, entropy, columns)
         return loss, {name: value.detach() for name, value in metrics.items()}, logprobs.detach()
-    head = Head(weight, bias, temperature, softcap)
     loss, logprobs, names, *values = _LinearTokenLoss.apply(hidden, head, targets, token_loss, columns, is_recorded)  # type: ignore
     return loss, dict(zip(names, values, strict=True)), logprobs
 
@@ -107,12 +117,11 @@ def linear_token_loss(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        temperature: float | Tensor, softcap: float | None, is_recorded: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
+        targets: Tensor, head: Head, is_recorded: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        head = Head(weight, bias, temperature, softcap)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with_direction = is_recorded and needs_hidden and not (needs_weight or needs_bias)
+        needs_hidden, *needs_head = ctx.needs_input_grad[:5]
+        with_direction = is_recorded and needs_hidden and not any(needs_head) and head.lora is None
         logprobs, entropy = _new_results(hidden)
         direction = torch.empty_like(hidden) if with_direction else None  # d logprob / d hidden
         softmax = _softmax(hidden, head)
@@ -122,24 +131,24 @@ class _LinearLogprobs(torch.autograd.Function):
             )
             if direction is not None:
                 softmax.hidden_gradient(torch.ones_like(logprobs[rows]), None, direction[rows])
-        ctx.head = (temperature, softcap)
-        ctx.save_for_backward(hidden, weight, bias, targets, direction)
+        ctx.head = replace(head, weight=weight.detach(), bias=None, lora=None)
+        ctx.scaling = 1.0 if head.lora is None else head.lora.scaling
+        ctx.save_for_backward(hidden, weight, bias, a, b, targets, direction)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, direction = ctx.saved_tensors
+        hidden, weight, bias, a, b, targets, direction = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         if direction is not None and grad_entropy is None:
             assert grad_logprobs is not None
-            return _scale_rows(direction, grad_logprobs), *(None,) * 6
-        gradients = _gradients(
-            hidden, Head(weight, bias, *ctx.head), targets, grad_logprobs, grad_entropy, ctx.needs_input_grad[:3]
-        )
-        return *gradients, *(None,) * 4
+            return _scale_rows(direction, grad_logprobs), *(None,) * 7
+        head = replace(ctx.head, weight=weight, bias=bias, lora=None if a is None else Lora(a, b, ctx.scaling))
+        gradients = _gradients(hidden, head, targets, grad_logprobs, grad_entropy, ctx.needs_input_grad[:5])
+        return *gradients, *(None,) * 3
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -209,10 +218,10 @@ def _softmax(hidden: Tensor, head: Head) -> Any:
     from rlbench_kernels.linear_logprobs_fused_triton import FusedSoftmax, can_fuse
     from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
 
-    return FusedSoftmax(hidden, head) if can_fuse(hidden, head.weight) else TritonSoftmax(hidden, head)
+    return FusedSoftmax(hidden, head) if can_fuse(hidden, head) else TritonSoftmax(hidden, head)
 
 
-def _gradients(hidden: Tensor, head: Head, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(hidden: Tensor, head: Head, *args: Any) -> tuple[Tensor | None, ...]:
     if use_triton(hidden.device):
         from rlbench_kernels.linear_logprobs_triton import triton_gradients
 
@@ -225,22 +234,7 @@ def _new_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, torch.empty_like(logprobs)
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None,
-    bias: Tensor | None,
-) -> None:  # fmt: skip
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [N, D] and weight [V, D] expected, got {[*hidden.shape]} and {[*weight.shape]}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden and weight need one floating dtype, got {hidden.dtype} and {weight.dtype}")
+def _check(hidden: Tensor, head: Head, targets: Tensor) -> None:
+    check_head(hidden, head)
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: int64 [{len(hidden)}] expected, got {targets.dtype} {[*targets.shape]}")
-    if isinstance(temperature, Tensor):
-        if temperature.shape != hidden.shape[:1]:
-            raise ValueError(f"temperature: a number or [{len(hidden)}] expected, got {[*temperature.shape]}")
-    elif temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: [{len(weight)}] expected, got {[*bias.shape]}")

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlbench_kernels.linear_logprobs_reference import Head
+from rlbench_kernels.linear_logprobs_head import Head
 from rlbench_kernels.linear_logprobs_triton import TritonSoftmax, multiply
 
 _ROWS = 2048  # of one chunk
@@ -86,14 +86,16 @@ def _target_scores(
 
 @triton.jit
 def _fold_scores(
-    z, values, bias, row0, column0, first, width, target, inverse, reference, softcap, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    z, values, bias, row0, column0, first, width, target, inverse, reference, threshold, softcap, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SUPPORT: tl.constexpr,
 ):  # fmt: skip
     """Write e of a block; for each row its highest gap, sum e and sum e gap."""
     column = column0 + tl.arange(0, BLOCK)
     safe = tl.minimum(column, width - 1)
     scores, slope = _to_scores(z, bias, (first + safe)[None, :], inverse[:, None], softcap, HAS_BIAS, HAS_CAP)
     is_out = (column[None, :] == target[:, None]) | (column >= width)[None, :]
+    if HAS_SUPPORT:
+        is_out = is_out | (scores < threshold[:, None])
     gap = (scores - reference[:, None]) * _LOG2_E
     gap = tl.where(is_out, _FLOOR, tl.maximum(gap, _FLOOR, propagate_nan=tl.PropagateNan.ALL))
     e = tl.exp2(gap)
@@ -103,9 +105,10 @@ def _fold_scores(
 
 @triton.jit(do_not_specialize=["rows", "first", "width", "is_redo"])
 def _score_tiles(
-    hidden, weight, values, bias, targets, inverse_temperatures, state, flags, partial, rows, first, width, softcap,
-    is_redo, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    hidden, weight, values, bias, targets, inverse_temperatures, support, state, flags, partial, rows, first, width,
+    softcap, is_redo, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr, FLAG_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr,
 ):  # fmt: skip
     """Columns first : first + width of all rows; partial [3, tiles, n] = (highest gap, sum e, sum e gap), base 2."""
     row_blocks = tl.cdiv(rows, BLOCK_M)
@@ -124,15 +127,18 @@ def _score_tiles(
         inverse = tl.load(inverse_temperatures + row, mask=is_row, other=0.0)
         reference = tl.load(state + row, mask=is_row, other=0.0)
         target = tl.load(targets + row, mask=is_row, other=-1) - first
+        threshold = reference
+        if HAS_SUPPORT:
+            threshold = tl.load(support + row, mask=is_row, other=0.0)
         # two halves: fewer registers at a time
         left, right = tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)).permute(0, 2, 1).split()
         highest, total, weighted = _fold_scores(
             left, values, bias, block_m * BLOCK_M, block_n * BLOCK_N, first, width, target, inverse, reference,
-            softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
+            threshold, softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP, HAS_SUPPORT,
         )  # fmt: skip
         highest_2, total_2, weighted_2 = _fold_scores(
             right, values, bias, block_m * BLOCK_M, block_n * BLOCK_N + BLOCK_N // 2, first, width, target, inverse,
-            reference, softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP,
+            reference, threshold, softcap, BLOCK_N // 2, HAS_BIAS, HAS_CAP, HAS_SUPPORT,
         )  # fmt: skip
         place = partial + block_n.to(tl.int64) * rows + row
         plane = tl.cdiv(width, BLOCK_N).to(tl.int64) * rows
@@ -226,9 +232,10 @@ class FusedSoftmax(TritonSoftmax):
             for is_redo in (0, 1):
                 _score_tiles[(min(self._programs, tiles * triton.cdiv(n, _BLOCK_M)),)](
                     hidden, self._weight, TensorDescriptor.from_tensor(values, [_BLOCK_M, _BLOCK_N // 2]), head.bias,
-                    self._targets, self._inverse, self._state, self._flags, self._partial, n, start, end - start, cap,
-                    is_redo, D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, PROGRAMS=self._programs,
-                    FLAG_BLOCK=1024, **options, **_LAUNCH,
+                    self._targets, self._inverse, self._support, self._state, self._flags, self._partial, n, start,
+                    end - start, cap, is_redo, D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
+                    PROGRAMS=self._programs, FLAG_BLOCK=1024, HAS_SUPPORT=self._support is not None, **options,
+                    **_LAUNCH,
                 )  # fmt: skip
                 has_accumulator = accumulator is not None and start > 0
                 _fold_partials[(triton.cdiv(n, _FOLD_ROWS),)](
@@ -247,11 +254,16 @@ class FusedSoftmax(TritonSoftmax):
         return self._values[:n]
 
 
-def can_fuse(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `FusedSoftmax` runs on these tensors: its tiles come through the tensor memory accelerator."""
-    if hidden.dtype != torch.bfloat16 or torch.cuda.get_device_capability(hidden.device)[0] != 9:
+def can_fuse(hidden: Tensor, head: Head) -> bool:
+    """Whether `FusedSoftmax` runs on these tensors: its tiles come through the tensor memory accelerator.
+
+    Not with LoRA, whose product has to be in the tile before it is folded.
+    """
+    if hidden.dtype != torch.bfloat16 or head.lora is not None:
         return False
-    return hidden.shape[1] % 8 == 0 and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (hidden, weight))
+    if torch.cuda.get_device_capability(hidden.device)[0] != 9:
+        return False
+    return hidden.shape[1] % 8 == 0 and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (hidden, head.weight))
 
 
 @cache

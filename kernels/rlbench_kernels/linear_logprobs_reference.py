@@ -1,34 +1,18 @@
 """PyTorch arithmetic of `linear_logprobs`, one chunk of rows at a time: the meaning of the op, and its CPU version.
 
-Shapes: N rows, n rows of one chunk, D hidden, V vocabulary.
+Shapes: N rows, n rows of one chunk, D hidden, V vocabulary, R LoRA rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from rlbench_kernels.linear_logprobs_head import Gradients, Head, accumulation_dtype
 
 # One float32 buffer of a chunk: 64 MiB. Loss and backward of 4096 rows on 2 busy cores of an AMD EPYC (bf16, D=576,
 # V=49152), for 2^22 to 2^26 elements: 5.1, 4.3, 3.7, 4.1, 5.4 s.
 _CHUNK_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """scores = softcap * tanh((hidden W^T + bias) / softcap) / temperature."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    temperature: float | Tensor  # or float32 [N]
-    softcap: float | None
-
-    def rows(self, rows: slice) -> Head:
-        """The head with the temperatures of `rows`."""
-        if isinstance(self.temperature, Tensor):
-            return Head(self.weight, self.bias, self.temperature[rows], self.softcap)
-        return self
 
 
 class ReferenceSoftmax:
@@ -49,6 +33,7 @@ class ReferenceSoftmax:
         # 16-bit logits, later 16-bit probabilities
         self._narrow = self._scores if hidden.dtype == dtype else hidden.new_empty((size, vocabulary))
         self._slope: Tensor | None = None
+        self.lora = None if head.lora is None else head.cast_lora(dtype)
 
     def forward(self, hidden: Tensor, targets: Tensor, rows: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """logprobs [n] and entropy [n] of the chunk; hidden [n, D], targets int64 [n], rows of the whole."""
@@ -58,17 +43,29 @@ class ReferenceSoftmax:
         torch.mm(hidden, self._head.weight.T, out=self._narrow[:n])
         if self._narrow is not self._scores:
             scores.copy_(self._narrow[:n])
-        self._slope = _to_scores(scores, self._head)
+        if self.lora is not None:
+            a, b = self.lora
+            scores.addmm_(hidden.to(a.dtype) @ a.T, b.T)
+        self._slope = to_scores(scores, self._head)
         target_scores = scores.gather(1, targets[:, None])[:, 0]
+        is_outside = _outside(scores, targets, self._head.support)
+        if is_outside is not None:
+            scores.masked_fill_(is_outside, -torch.inf)
         highest = scores.amax(-1)  # [n]
         torch.softmax(scores, -1, out=probs)
         log_total = highest - probs.amax(-1).log_()  # the largest probability is exp(0) / total
+        if is_outside is not None:
+            scores.masked_fill_(is_outside, 0.0)
         mean_score = torch.mul(probs, scores, out=scores).sum(-1)
         self._logprobs, self._entropy = target_scores - log_total, log_total - mean_score
         return self._logprobs, self._entropy
 
     def hidden_gradient(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor) -> None:
-        """out [n, D] = grad_logprobs dlogprob/dhidden + grad_entropy dentropy/dhidden; 0 where both weights are 0."""
+        """out [n, D] = grad_logprobs dlogprob/dhidden + grad_entropy dentropy/dhidden; 0 where both weights are 0.
+
+        Not with LoRA, which is trained: `reference_gradients`.
+        """
+        assert self.lora is None
         n = len(out)
         if grad_logprobs is None and grad_entropy is None:
             out.zero_()
@@ -117,42 +114,49 @@ class ReferenceSoftmax:
 
 def reference_gradients(
     hidden: Tensor, head: Head, targets: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of hidden [N, D], weight [V, D] and bias [V] (None unless `wanted`), from logits computed again.
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of hidden [N, D], weight [V, D], bias [V], A [R, D] and B [V, R] (None unless `wanted`), from logits
+    computed again.
 
     Rows whose weights are 0 give nothing, whatever they hold.
     """
-    dtype = accumulation_dtype(hidden.dtype)
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
-    grad_bias = hidden.new_zeros(len(head.weight), dtype=dtype) if wanted[2] else None
+    gradients = Gradients.of(hidden, head, wanted)
     softmax = ReferenceSoftmax(hidden, head)
     for rows in softmax.chunks:
         g, g_entropy = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropy))
         active = _is_active(g, g_entropy)[:, None]  # [n, 1]
         softmax.forward(hidden[rows], targets[rows], rows, with_gradient=True)
         exact = softmax.logit_gradient(g, g_entropy).masked_fill_(~active, 0.0)  # [n, V]
-        if grad_bias is not None:
-            grad_bias += exact.sum(0)
-        grad_logits = exact.to(hidden.dtype)
-        if grad_hidden is not None:
-            torch.mm(grad_logits, head.weight, out=grad_hidden[rows])
-        if grad_weight is not None:
-            grad_weight += grad_logits.T @ hidden[rows].masked_fill(~active, 0.0)
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(head.weight.dtype),
-        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
-    )
+        _add_gradients(gradients.rows(rows), exact, hidden[rows].masked_fill(~active, 0.0), head, softmax.lora)
+    return gradients.in_order(head)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _add_gradients(
+    gradients: Gradients, exact: Tensor, hidden: Tensor, head: Head, lora: tuple[Tensor, Tensor] | None
+) -> None:
+    """From the logit gradients [n, V] of hidden [n, D]; lora: A and scaling B in their dtype."""
+    grad_logits = exact.to(hidden.dtype)
+    if gradients.bias is not None:
+        gradients.bias += exact.sum(0)
+    if gradients.weight is not None:
+        gradients.weight += grad_logits.T @ hidden
+    if lora is None:
+        if gradients.hidden is not None:
+            torch.mm(grad_logits, head.weight, out=gradients.hidden)
+        return
+    a, b = lora
+    grad_low = exact @ b  # [n, R]
+    wide = hidden.to(exact.dtype)
+    if gradients.hidden is not None:
+        gradients.hidden.copy_(torch.addmm((grad_logits @ head.weight).to(exact.dtype), grad_low, a))
+    if gradients.lora_a is not None:
+        gradients.lora_a.addmm_(grad_low.T, wide)
+    if gradients.lora_b is not None:
+        gradients.lora_b.addmm_(exact.T, wide @ a.T)
 
 
-def _to_scores(logits: Tensor, head: Head) -> Tensor | None:
+def to_scores(logits: Tensor, head: Head) -> Tensor | None:
     """In place: logits [n, V] become scores; returns the softcap's slope [n, V], 1 - tanh^2."""
     slope = None
     if head.bias is not None:
@@ -163,6 +167,13 @@ def _to_scores(logits: Tensor, head: Head) -> Tensor | None:
         logits *= head.softcap
     _divide_rows_(logits, head.temperature)
     return slope
+
+
+def _outside(scores: Tensor, targets: Tensor, support: Tensor | None) -> Tensor | None:
+    """bool [n, V]: below the support and not the target."""
+    if support is None:
+        return None
+    return (scores < support[:, None]).scatter_(1, targets[:, None], False)
 
 
 def _divide_rows_(values: Tensor, temperature: float | Tensor) -> Tensor:

@@ -6,7 +6,10 @@ accumulator [n, D].
 The reference is the maximum of the first tile and moves only when a later score is more than 40 above it, so the
 accumulator is almost never scaled. The target's term is added in float32 at the end.
 
-Shapes: N rows, n rows of one chunk, D hidden, V vocabulary.
+A LoRA pair's product is in the tile before W's is added to it: the second access to the tile lies in the large
+matmul's epilogue, and W is not copied, as it would be for one matmul [hidden | low] [W | B]^T.
+
+Shapes: N rows, n rows of one chunk, D hidden, V vocabulary, R LoRA rank.
 Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867; accumulation as in FlashAttention, arXiv 2205.14135.
 """
 
@@ -21,18 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlbench_kernels.linear_logprobs_reference import Head
+from rlbench_kernels.linear_logprobs_head import Gradients, Head
 
 _MAX_ROWS = 4096
 _MAX_TILE = 8192  # 4096 rows of float32: 128 MiB; the fastest of 4096 to 16384 on an H100 (D=4096, V=128256)
 _LAZY = tl.constexpr(40.0)
+_LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _load_scores(
-    logits, bias, column, mask, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
-):
-    """Scores and softcap slopes of one row of a tile; -inf and 1 outside of the mask."""
+    logits, bias, column, mask, inverse_temperature, support, targets, row, softcap, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SUPPORT: tl.constexpr,
+):  # fmt: skip
+    """Scores and softcap slopes of one row of a tile; -inf outside of mask and support, slope 1 outside of the mask."""
     z = tl.load(logits, mask=mask, other=float("-inf"))
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_BIAS:
@@ -41,16 +46,20 @@ def _load_scores(
         tanh = 2.0 / (1.0 + tl.exp(-2.0 * z / softcap)) - 1.0
         slope = 1.0 - tanh * tanh
         z = tl.where(mask, softcap * tanh, float("-inf"))
-    return z * inverse_temperature, slope
+    scores = z * inverse_temperature
+    if HAS_SUPPORT:
+        is_outside = (scores < tl.load(support + row)) & (column != tl.load(targets + row))
+        scores = tl.where(is_outside, float("-inf"), scores)
+    return scores, slope
 
 
 @triton.jit(do_not_specialize=["with_gradient"])
 def _fold_tile(
-    logits, narrow, bias, targets, inverse_temperatures, state, accumulator, start, width, stride, rows,
+    logits, narrow, bias, targets, inverse_temperatures, support, state, accumulator, start, width, stride, rows,
     D: tl.constexpr, softcap,
     with_gradient,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    NARROW: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Row program: fold one tile into state [4, n] = (reference, sum e, sum e (s - reference), target score).
 
@@ -60,11 +69,13 @@ def _fold_tile(
     column = tl.arange(0, BLOCK)
     mask = column < width
     scores, slope = _load_scores(
-        logits + row * stride + column, bias, start + column, mask, tl.load(inverse_temperatures + row), softcap,
-        HAS_BIAS, HAS_CAP,
+        logits + row * stride + column, bias, start + column, mask, tl.load(inverse_temperatures + row), support,
+        targets, row, softcap, HAS_BIAS, HAS_CAP, HAS_SUPPORT,
     )  # fmt: skip
     is_target = start + column == tl.load(targets + row)
     highest = tl.max(scores, 0)
+    if HAS_SUPPORT:
+        highest = tl.maximum(highest, _LOWEST)  # a tile may hold none of it
     target_score = tl.sum(tl.where(is_target & mask, scores, 0.0), 0)
     if IS_FIRST:
         reference = highest
@@ -123,8 +134,9 @@ def _hidden_gradient(
 
 @triton.jit
 def _logit_gradient(
-    logits, narrow, bias, targets, inverse_temperatures, log_totals, entropies, grads, grads_entropy, start, width,
-    stride, softcap, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, NARROW: tl.constexpr,
+    logits, narrow, bias, targets, inverse_temperatures, support, log_totals, entropies, grads, grads_entropy, start,
+    width, stride, softcap, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SUPPORT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Row program: a tile's logits become g (onehot - p) - g_entropy p (log p + entropy), times slope / T."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,8 +144,9 @@ def _logit_gradient(
     mask = column < width
     inverse_temperature = tl.load(inverse_temperatures + row)
     scores, slope = _load_scores(
-        logits + row * stride + column, bias, start + column, mask, inverse_temperature, softcap, HAS_BIAS, HAS_CAP
-    )
+        logits + row * stride + column, bias, start + column, mask, inverse_temperature, support, targets, row, softcap,
+        HAS_BIAS, HAS_CAP, HAS_SUPPORT,
+    )  # fmt: skip
     g, g_entropy = tl.load(grads + row), tl.load(grads_entropy + row)
     log_p = scores - tl.load(log_totals + row)
     p = tl.exp(log_p)
@@ -161,6 +174,7 @@ class TritonSoftmax:
         self.head = head
         self.chunks = [slice(i, min(i + self.max_rows, len(hidden))) for i in range(0, len(hidden), self.max_rows)]
         self.tiles = [(s, min(s + self.width, vocabulary)) for s in range(0, vocabulary, self.width)]
+        self._lora = None if head.lora is None else head.cast_lora(hidden.dtype)
         self._stride = -(-self.width // 8) * 8
         self._block = {"BLOCK": triton.next_power_of_2(self.width), "num_warps": 16 if self.width > 4096 else 4}
 
@@ -182,7 +196,8 @@ class TritonSoftmax:
     def forward(self, hidden: Tensor, targets: Tensor, rows: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """logprobs [n] and entropy [n], float32."""
         self._hidden, self._targets = hidden, targets.contiguous()
-        self._inverse = self._inverse_temperature(rows, len(hidden))
+        self._inverse, self._support = self._row_inputs(rows, len(hidden))
+        self._low = None if self._lora is None else hidden @ self._lora[0].T  # [n, R]
         self._state = torch.empty((4, len(hidden)), dtype=torch.float32, device=hidden.device)
         self._fold(with_gradient)
         reference, others, weighted, target_score = self._state
@@ -201,8 +216,8 @@ class TritonSoftmax:
         for start, end in self.tiles:
             self._tile_logits(start, end)
             _fold_tile[(n,)](
-                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._state,
-                self._state if accumulator is None else accumulator,  # a pointer to compile with; not read
+                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._support,
+                self._state, self._state if accumulator is None else accumulator,  # a pointer to compile with; not read
                 start, end - start, self._stride, n, depth, self.head.softcap or 0.0, int(with_gradient),
                 BLOCK_D=1024, IS_FIRST=start == 0, **self._flags_of_head(), **self._block,
             )  # fmt: skip
@@ -214,7 +229,7 @@ class TritonSoftmax:
         """As `ReferenceSoftmax.hidden_gradient`; a gradient of the entropy computes the logits again."""
         n, depth = out.shape
         if grad_entropy is not None:
-            self.all_gradients(grad_logprobs, grad_entropy, out, None, None)
+            self.add_gradients(grad_logprobs, grad_entropy, Gradients(hidden=out))
         elif grad_logprobs is None:
             out.zero_()
         else:
@@ -224,67 +239,97 @@ class TritonSoftmax:
                 HAS_CAP=self.head.softcap is not None,
             )  # fmt: skip
 
-    def all_gradients(
-        self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor | None,
-        grad_weight: Tensor | None, grad_bias: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Write out [n, D]; add to grad_weight [V, D] and grad_bias [V], both float32. After `forward`."""
+    def add_gradients(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, to: Gradients) -> None:
+        """Write the hidden gradient, add the others. After `forward`."""
         n, depth = self._hidden.shape
         zeros = torch.zeros_like(self._entropy)
         g, g_entropy = (zeros if x is None else x.contiguous() for x in (grad_logprobs, grad_entropy))
         inputs = self._hidden
-        if grad_weight is not None:
+        if to.weight is not None or self._lora is not None:
             inputs = inputs.masked_fill(((g == 0) & (g_entropy == 0))[:, None], 0.0)
-        accumulator = None if out is None else inputs.new_empty((n, depth), dtype=torch.float32)
+        accumulator = None if to.hidden is None else inputs.new_empty((n, depth), dtype=torch.float32)
+        lora = None if self._lora is None else _LoraGradients(*self._lora, inputs, to)
         for start, end in self.tiles:
             self._tile_logits(start, end)
             _logit_gradient[(n,)](
-                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._log_total,
-                self._entropy, g, g_entropy, start, end - start, self._stride, self.head.softcap or 0.0,
-                **self._flags_of_head(), **self._block,
+                self._logits, self._narrow, self.head.bias, self._targets, self._inverse, self._support,
+                self._log_total, self._entropy, g, g_entropy, start, end - start, self._stride,
+                self.head.softcap or 0.0, **self._flags_of_head(), **self._block,
             )  # fmt: skip
             part = self._narrow[:n, : end - start]
             if accumulator is not None:
                 multiply(part, self.head.weight[start:end], accumulator, is_added=start > 0)
-            if grad_weight is not None:
-                multiply(part.T, inputs, grad_weight[start:end], is_added=True)
-            if grad_bias is not None:
-                grad_bias[start:end] += part.sum(0, dtype=torch.float32)
-        if out is not None:
-            out.copy_(accumulator)
+            if to.weight is not None:
+                multiply(part.T, inputs, to.weight[start:end], is_added=True)
+            if to.bias is not None:
+                to.bias[start:end] += part.sum(0, dtype=torch.float32)
+            if lora is not None:
+                lora.add_tile(part, start, end)
+        if lora is not None:
+            lora.finish(accumulator)
+        if to.hidden is not None:
+            to.hidden.copy_(accumulator)
 
     def _tile_logits(self, start: int, end: int) -> None:
-        multiply(self._hidden, self.head.weight[start:end].T, self._logits[: len(self._hidden), : end - start])
+        logits = self._logits[: len(self._hidden), : end - start]
+        if self._lora is not None:
+            multiply(self._low, self._lora[1][start:end].T, logits)
+        multiply(self._hidden, self.head.weight[start:end].T, logits, is_added=self._lora is not None)
 
-    def _inverse_temperature(self, rows: slice, n: int) -> Tensor:
-        temperature = self.head.rows(rows).temperature
-        if isinstance(temperature, Tensor):
-            return temperature.float().reciprocal().contiguous()
-        return torch.full((n,), 1.0 / temperature, dtype=torch.float32, device=self._hidden.device)
+    def _row_inputs(self, rows: slice, n: int) -> tuple[Tensor, Tensor | None]:
+        """1 / temperature and support of the chunk, float32 [n]."""
+        head = self.head.rows(rows)
+        support = None if head.support is None else head.support.contiguous()
+        if isinstance(head.temperature, Tensor):
+            return head.temperature.float().reciprocal().contiguous(), support
+        return torch.full((n,), 1.0 / head.temperature, dtype=torch.float32, device=self._hidden.device), support
 
     def _flags_of_head(self) -> dict[str, bool | int]:
         ratio = self._logits.element_size() // self._narrow.element_size()
-        return {"HAS_BIAS": self.head.bias is not None, "HAS_CAP": self.head.softcap is not None, "NARROW": ratio}
+        return {
+            "HAS_BIAS": self.head.bias is not None, "HAS_CAP": self.head.softcap is not None,
+            "HAS_SUPPORT": self._support is not None, "NARROW": ratio,
+        }  # fmt: skip
+
+
+class _LoraGradients:
+    """What a chunk's logit gradients G [n, V] give to a LoRA pair, and through it to hidden: two skinny matmuls a tile.
+
+    d low = G B, dA = d low^T hidden, dB = G^T low, d hidden += d low A.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, inputs: Tensor, to: Gradients) -> None:
+        self._a, self._b, self._inputs, self._to = a, b, inputs, to
+        self._low = inputs @ a.T  # [n, R], 0 in rows without gradient
+        self._grad_low = inputs.new_zeros((len(inputs), len(a)), dtype=torch.float32)
+
+    def add_tile(self, part: Tensor, start: int, end: int) -> None:
+        """part [n, end - start]: G of these columns."""
+        multiply(part, self._b[start:end], self._grad_low, is_added=True)
+        if self._to.lora_b is not None:
+            multiply(part.T, self._low, self._to.lora_b[start:end], is_added=True)
+
+    def finish(self, accumulator: Tensor | None) -> None:
+        """Add to the accumulator of hidden's gradient [n, D], and to A's."""
+        grad_low = self._grad_low.to(self._inputs.dtype)
+        if accumulator is not None:
+            multiply(grad_low, self._a, accumulator, is_added=True)
+        if self._to.lora_a is not None:
+            multiply(grad_low.T, self._inputs, self._to.lora_a, is_added=True)
 
 
 def triton_gradients(
     hidden: Tensor, head: Head, targets: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """As `reference_gradients`; the head's gradients are summed in float32."""
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(head.weight, dtype=torch.float32) if wanted[1] else None
-    grad_bias = torch.zeros(len(head.weight), dtype=torch.float32, device=hidden.device) if wanted[2] else None
+    gradients = Gradients.of(hidden, head, wanted)
     softmax = TritonSoftmax(hidden, head)
     for rows in softmax.chunks:
         softmax.forward(hidden[rows], targets[rows], rows, with_gradient=False)
         g, g_entropy = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropy))
-        softmax.all_gradients(g, g_entropy, None if grad_hidden is None else grad_hidden[rows], grad_weight, grad_bias)
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(head.weight.dtype),
-        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
-    )
+        softmax.add_gradients(g, g_entropy, gradients.rows(rows))
+    return gradients.in_order(head)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, *, is_added: bool = False) -> None:

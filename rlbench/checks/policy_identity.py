@@ -2,7 +2,8 @@
 
 Every step, bit for bit: each completion's version and fingerprint, the engine's adapter against the trainer's, the
 base weights against their state at the start. At the first step and every N steps, in nats: logprobs of the same
-tokens on both sides, as they were sampled, scored with the adapter, scored without it.
+tokens on both sides, as they were sampled, scored with the adapter, scored without it; and where sampling is truncated,
+among the tokens that were left, for the record: at the edge of the truncation a rounding can let a token in or out.
 
 Shapes: N completion tokens of the probe, one sequence after the other.
 """
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from rlbench.checks.limits import Gap
-from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
+from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs, truncated_logprobs
 from rlbench.checks.weight_copies import BaseGuard, differing_layers, explain, signature
+from rlbench.data.packing import Microbatch
 from rlbench.engine.interface import Engine, engine_call
 from rlbench.models.adapter import Adapter
 from rlbench.models.policy import Policy
-from rlbench.records import Completion, Prompt
+from rlbench.records import Completion, Prompt, SamplingParams
 
 _REMEMBERED_VERSIONS = 4
 ADVICE = "nothing of this step was trained; the last checkpoint is sound"
@@ -40,9 +42,12 @@ class Proof:
     base: Gap
     adapter_effect: float  # mean |trainer with adapter - trainer without|: what the second row could show at all
     num_tokens: int
+    truncated: Gap | None = None  # of the logprobs drawn with, where nothing but truncation changed them
 
     def metrics(self) -> dict[str, float]:
         gaps = {"rollout": self.rollouts, "adapter": self.adapter, "base": self.base}
+        if self.truncated is not None:
+            gaps["truncated"] = self.truncated
         metrics = {
             f"identity/{name}_gap_{statistic}": getattr(gap, statistic)
             for name, gap in gaps.items()
@@ -86,7 +91,7 @@ class PolicyIdentity:
         limit: Gap,
         every_steps: int,
         max_tokens: int,
-        temperature: float,
+        sampling: SamplingParams,
     ) -> None:
         """
         Args:
@@ -96,11 +101,11 @@ class PolicyIdentity:
             limit: most that engine and trainer may disagree; see `rlbench.checks.limits`.
             every_steps: logprobs are compared at the first step checked, then at multiples of this.
             max_tokens: of one comparison, prompts included; at least one sequence is always taken.
-            temperature: of sampling.
+            sampling: of the rollouts.
         """
         self._engine, self._policy = engine, policy
         self._limit, self._every_steps, self._max_tokens = limit, every_steps, max_tokens
-        self._temperature = temperature
+        self._sampling = sampling
         self._guard = BaseGuard(engine.base_tensors(), {n: p.detach() for n, p in base.named_parameters()})
         self._signatures: dict[int, list[int]] = {}  # of the engine's adapter, by the version that was synced
         self._is_first = True
@@ -173,7 +178,7 @@ class PolicyIdentity:
         microbatch = pack_sequences(prompt_ids, token_ids, self._policy.device)
         drawn, trained = (
             logprobs.cpu()
-            for logprobs in trainer_logprobs(self._policy, microbatch, temperatures=(self._temperature, 1.0))
+            for logprobs in trainer_logprobs(self._policy, microbatch, temperatures=(self._sampling.temperature, 1.0))
         )
         (base,) = trainer_logprobs(self._policy, microbatch, use_adapter=False)
         return Proof(
@@ -182,7 +187,15 @@ class PolicyIdentity:
             base=gap(scored_base, base.cpu()),
             adapter_effect=float((trained - base.cpu()).abs().mean()),
             num_tokens=len(sampled),
+            truncated=self._truncated_gap(microbatch, [completion for _, completion in probe]),
         )
+
+    def _truncated_gap(self, microbatch: Microbatch, completions: Sequence[Completion]) -> Gap | None:
+        sampling = self._sampling
+        if sampling.is_plain or sampling.has_penalties or sampling.is_guided:
+            return None
+        reported = _flat(completion.sampling_logprobs for completion in completions)
+        return gap(reported, truncated_logprobs(self._policy, microbatch, sampling).cpu())
 
     def _older_version(self, held: Adapter, policy_version: int) -> str:
         found = _adapter_signature(held)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlbench.data.packing import Microbatch, pack
 from rlbench.models.policy import Policy
-from rlbench.records import TrainingSample
-from rlbench_kernels import linear_logprobs
+from rlbench.records import SamplingParams, TrainingSample
+from rlbench_kernels import linear_logprobs, support_thresholds
 
 
 def pack_sequences(
@@ -47,3 +47,17 @@ def trainer_logprobs(
         with policy.reference():
             hidden = policy.hidden(microbatch)
     return [linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=t)[0] for t in temperatures]
+
+
+@torch.no_grad()
+def truncated_logprobs(policy: Policy, microbatch: Microbatch, sampling: SamplingParams) -> Tensor:
+    """float32 [N]: log_softmax over the tokens that top_p, top_k and min_p leave of the policy's softmax.
+
+    The counterpart of an engine's `sampling_logprobs` where sampling is only truncated. A target that the policy's own
+    truncation leaves out counts as inside.
+    """
+    hidden, weight, temperature = policy.hidden(microbatch), policy.head_weight, sampling.temperature
+    support = support_thresholds(
+        hidden, weight, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p
+    )
+    return linear_logprobs(hidden, weight, microbatch.targets, temperature=temperature, support=support)[0]

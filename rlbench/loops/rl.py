@@ -91,7 +91,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             limit=identity_limit(config),
             every_steps=config.checks.identity_every_steps or 1,
             max_tokens=config.checks.identity_tokens or 1,
-            temperature=config.sampling.temperature,
+            sampling=training_sampling(self.inputs),
         )
 
     def _success_memory(self) -> SuccessMemory:

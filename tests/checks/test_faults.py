@@ -32,6 +32,9 @@ PROMPTS = [
 ]
 
 
+SAMPLING = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9)
+
+
 # The hf engine computes with the trainer's own base, keeps every weight in reach and no prefix beyond one call.
 only_vllm = pytest.mark.parametrize("run", ["vllm"], indirect=True)
 
@@ -58,7 +61,7 @@ class Run:
             limit=FLOORS["float32"],
             every_steps=1,
             max_tokens=512,
-            temperature=0.8,
+            sampling=SAMPLING,
         )
         self.sync()
 
@@ -76,7 +79,7 @@ class Run:
 
     def sample(self) -> list[list[Completion]]:
         prompts = [prompt.token_ids for prompt in PROMPTS for _ in range(2)]
-        flat = self.engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9), range(6))
+        flat = self.engine.generate(prompts, SAMPLING, range(6))
         return [flat[i : i + 2] for i in range(0, 6, 2)]
 
     def check(self, completions: list[list[Completion]] | None = None) -> dict[str, float]:
@@ -139,6 +142,7 @@ def test_honest_steps_pass_and_report_their_gaps(run):
 
     assert 0 < metrics["identity/rollout_gap_mean"] < 2e-5
     assert metrics["identity/adapter_gap_max"] < 2e-4 and metrics["identity/base_gap_max"] < 2e-4
+    assert 0 < metrics["identity/truncated_gap_max"] < 2e-4
     assert metrics["identity/adapter_effect_mean"] > 0.1
     assert metrics["identity/num_tokens"] == 48
 

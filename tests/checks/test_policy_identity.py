@@ -25,8 +25,11 @@ from tests.models.test_lora import randomise
 LIMIT, SMALL, LARGE = Gap(0.1, 0.5, 2.0), Gap(0.05, 0.2, 1.0), Gap(0.3, 0.4, 1.0)
 
 
-def sample(engine):
-    return engine.generate([(5, 6, 7)] * 4, SamplingParams(max_tokens=5), [1, 2, 3, 4])
+SAMPLING = SamplingParams(max_tokens=5)
+
+
+def sample(engine, sampling=SAMPLING):
+    return engine.generate([(5, 6, 7)] * 4, sampling, [1, 2, 3, 4])
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def completion(length: int) -> Completion:
 def test_logprobs_are_compared_at_the_first_step_and_every_n(tiny_base, synced):
     policy, engine, fingerprint = synced
     identity = PolicyIdentity(
-        engine, policy, tiny_base, limit=Gap(1e-4, 1e-3, 1e-2), every_steps=3, max_tokens=64, temperature=1.0
+        engine, policy, tiny_base, limit=Gap(1e-4, 1e-3, 1e-2), every_steps=3, max_tokens=64, sampling=SAMPLING
     )
     prompts, completions = [Prompt(prompt_id="0", text="", token_ids=(5, 6, 7))], [sample(engine)]
 
@@ -131,6 +134,37 @@ def test_logprobs_are_compared_at_the_first_step_and_every_n(tiny_base, synced):
         return bool(identity.check(step, prompts, completions, policy_version=1, fingerprint=fingerprint))
 
     assert [step for step in range(2, 10) if is_compared(step)] == [2, 3, 6, 9]
+
+
+def compare(engine, policy, base, sampled_with, said):
+    identity = PolicyIdentity(engine, policy, base, limit=LIMIT, every_steps=1, max_tokens=64, sampling=said)
+    return identity.compare([Prompt(prompt_id="0", text="", token_ids=(5, 6, 7))], [sample(engine, sampled_with)])
+
+
+@pytest.mark.parametrize(
+    "truncation", [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.5}, {"min_p": 0.3, "top_k": 9, "top_p": 0.8}]
+)
+def test_logprobs_of_truncated_sampling_are_the_trainers_on_its_support(tiny_base, synced, truncation):
+    policy, engine, _ = synced
+    sampling = SamplingParams(max_tokens=5, temperature=0.7, **truncation)
+
+    proof = compare(engine, policy, tiny_base, sampling, sampling)
+
+    assert proof.truncated is not None and proof.truncated.max < 1e-4 and proof.rollouts.max < 1e-4
+    assert proof.metrics()["identity/truncated_gap_max"] == proof.truncated.max
+    plain = SamplingParams(max_tokens=5, temperature=0.7)
+    ignored = compare(engine, policy, tiny_base, plain, sampling)
+    assert ignored.truncated is not None and ignored.truncated.mean > 0.1 > ignored.rollouts.max
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.6, "presence_penalty": 0.5}])
+def test_truncated_logprobs_are_not_compared_where_something_else_changed_them(tiny_base, synced, options):
+    policy, engine, _ = synced
+    sampling = SamplingParams(max_tokens=5, **options)
+
+    proof = compare(engine, policy, tiny_base, sampling, sampling)
+
+    assert proof.truncated is None and "identity/truncated_gap_max" not in proof.metrics()
 
 
 def test_trainer_logprobs_equal_the_engines_scores_with_and_without_adapter_in_order(synced):

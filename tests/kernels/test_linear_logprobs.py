@@ -5,6 +5,7 @@ import torch
 
 import rlbench_kernels.linear_logprobs_reference as reference
 from rlbench_kernels import linear_logprobs, linear_token_loss
+from rlbench_kernels.linear_logprobs_head import accumulation_dtype
 
 OPTIONS = {
     "plain": {},
@@ -33,7 +34,7 @@ def inputs(n=7, d=5, v=13, dtype=torch.float64, seed=0):
 def options(name, n, v, dtype=torch.float64):
     chosen = dict(OPTIONS[name])
     if chosen.get("temperature") == "rows":
-        chosen["temperature"] = torch.linspace(0.5, 1.5, n, dtype=reference.accumulation_dtype(dtype))
+        chosen["temperature"] = torch.linspace(0.5, 1.5, n, dtype=accumulation_dtype(dtype))
     if chosen.get("bias"):
         chosen["bias"] = torch.linspace(-1, 1, v, dtype=torch.float64).to(dtype)
     return chosen
