@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import text_of
 
 COMMON = ["tracking.wandb=disabled", "evaluation.num_prompts=0"]
 CASES = {
@@ -118,19 +119,15 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def gpu_cases(folder: Path) -> dict[str, list[str]]:
     """Models and rows are made; a prompt is 256 tokens."""
-    draw = random.Random(0)
-    files = {}
-    for length in (1000, 6000):
-        files[length] = folder / f"rows_{length}.jsonl"
-        rows = [{"prompt": words(draw, 256)} | {name: words(draw, length - 256) for name in ("chosen", "rejected")}
-                for _ in range(_ROWS)]  # fmt: skip
-        files[length].write_text("".join(json.dumps(row) + "\n" for row in rows))
     cases = {}
     for (shape, quantization, what), overrides in GPU_CASES.items():
         model = make_model(shape, quantization)
         online = _ONLINE if "PO, completions" in what else []
+        length = 6000 if "6,000" in what else 1000
+        file = folder / f"{shape}_{length}.jsonl"
+        file.write_text(make_rows(shape, length))
         cases[f"{shape}, {quantization}, {what}"] = [
-            *overrides[:1], *online, f"model.path={model}", f"data.path={files[6000 if '6,000' in what else 1000]}",
+            *overrides[:1], *online, f"model.path={model}", f"data.path={file}",
             f"model.quantization={quantization}", "data.system_prompt=null", "data.examples=[]", *overrides[1:],
         ]  # fmt: skip
     return cases
@@ -145,9 +142,15 @@ def make_model(shape: str, quantization: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def words(draw: random.Random, count: int) -> str:
-    """Each is one token of the made tokenizer."""
-    return " ".join(f"w{draw.randrange(3, 1000)}" for _ in range(count))
+def make_rows(shape: str, length: int) -> str:
+    """JSON lines; prompt and a completion have `length` tokens together."""
+    draw = random.Random(0)
+
+    def text(count: int) -> str:
+        return text_of(shape, [draw.randrange(1000) for _ in range(count)])
+
+    rows = [{"prompt": text(256)} | {name: text(length - 256) for name in ("chosen", "rejected")} for _ in range(_ROWS)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def check(case: str, overrides: list[str]) -> list[dict[str, Any]]:

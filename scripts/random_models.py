@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,15 @@ def random_model(shape: str, quantization: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, tensors)
     config.save_pretrained(folder)
-    _save_tokenizer(folder)
+    _save_tokenizer(folder, shape)
     return str(folder)
+
+
+def text_of(shape: str, numbers: Sequence[int]) -> str:
+    """As many tokens of the made tokenizer as there are numbers."""
+    if _is_byte_level(shape):
+        return "".join(chr(ord("a") + number % 26) for number in numbers)
+    return " ".join(f"w{3 + number % 997}" for number in numbers)
 
 
 def _tensors(model: Any, *, is_nf4: bool) -> Any:
@@ -107,14 +115,25 @@ def _save(folder: Path, tensors: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _save_tokenizer(folder: Path) -> None:
-    """Words w3 to w999: what peers ask of a folder before they load it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def _is_byte_level(shape: str) -> bool:
+    """Whether transformers reads any tokenizer of this family as byte-level BPE."""
+    return SHAPES[shape]["model_type"].startswith("qwen")
+
+
+def _save_tokenizer(folder: Path, shape: str) -> None:
+    """What peers ask of a folder before they load it: words w3 to w999, or bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 1000)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    if _is_byte_level(shape):
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(special | {letter: 3 + i for i, letter in enumerate(letters)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, 1000)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=_LIMIT
     )

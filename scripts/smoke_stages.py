@@ -24,7 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "rewards"))),
+    "PYTHONPATH": os.pathsep.join(
+        [*map(str, (ROOT, ROOT / "kernels", ROOT / "rewards")), os.environ.get("PYTHONPATH", "")]
+    ),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "COLUMNS": "160",

@@ -60,7 +60,11 @@ def explain(arguments: Sequence[str]) -> int:
     for note in notes:
         console.note(note)
     resume = next((override for override in overrides if override.lstrip("+").startswith("resume=")), None)
-    if resume and not any(s.reason.startswith(_KEPT) for run in runs for s in run.settings):
+    if (
+        resume
+        and resume.partition("=")[2] not in ("", "null")
+        and not any(s.reason.startswith(_KEPT) for run in runs for s in run.settings)
+    ):
         console.warning(f"{resume}: what that run derived when it began is not known here; a new run would derive this")
     if not keys:
         console.note(f"composed of {', '.join(_layer_text(layer) for layer in layers if layer.keys)}")

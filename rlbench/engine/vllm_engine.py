@@ -117,9 +117,10 @@ class VllmEngine:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
         if device == "cuda":
-            # Sizes nothing, kv_cache_gib does; but vLLM refuses to start with less than this share of the memory free.
+            # Sizes nothing, kv_cache_gib does; but vLLM refuses to start with less than this share of the memory free,
+            # and other processes may take some between this line and that check.
             free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = round(0.95 * free / total, 3)
+            options["gpu_memory_utilization"] = max(0.01, round(0.5 * free / total, 3))
             options["hf_overrides"] = {"head_dtype": "float32"}
             options["compilation_config"] = {
                 "cudagraph_capture_sizes": _graph_sizes(max_num_seqs),

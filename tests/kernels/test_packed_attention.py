@@ -79,12 +79,20 @@ def test_a_backend_that_cannot_run_is_refused(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("problem", "max_sequence", "expected"),
-    [("", 16384, "flash4"), ("", 700, "flash"), ("not installed", 16384, "flash")],
+    ("problem", "num_tokens", "max_sequence", "expected"),
+    [
+        ("", 16384, 16384, "flash4"),
+        ("", 16384, 1023, "flash"),
+        ("", 4095, 2000, "flash"),
+        ("", 4096, 2000, "flash4"),
+        ("not installed", 16384, 16384, "flash"),
+    ],
 )
-def test_long_sequences_take_flash_attention_4_where_it_is_installed(problem, max_sequence, expected, monkeypatch):
+def test_long_sequences_take_flash_attention_4_where_it_is_installed(
+    problem, num_tokens, max_sequence, expected, monkeypatch
+):
     monkeypatch.setattr(flash_attention_4, "problem", lambda device: problem)
-    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 8, 128), device=torch.device("cuda"))
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(num_tokens, 32, 128), device=torch.device("cuda"))
 
     assert packed_attention_backend(q, max_sequence) == expected
 
