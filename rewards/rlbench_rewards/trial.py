@@ -149,7 +149,9 @@ class _Trial:
                 bad.append(f"{kind}: {_told(outcome)}")
             elif must_not_pay and outcome.value is not None and outcome.value >= 1.0:
                 bad.append(f"{kind}: scores {outcome.value:g}")
-        self._verdict("adversarial completions", bad, len(samples), "get a verdict and no pay")
+        self._verdict(
+            "adversarial completions", bad, len(samples), "get a verdict" + (" and no pay" if must_not_pay else "")
+        )
 
     def gold_and_shuffled(self) -> None:
         if not self.rows:

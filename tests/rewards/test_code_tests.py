@@ -48,6 +48,13 @@ def test_right_wrong_and_missing_programs(reward):
     assert score(reward, "<think>```python\nx = 1\n```", ADD).details["reason"] == "no program in the completion"
 
 
+def test_it_agrees_with_its_own_unit_cases(reward):
+    cases = reward.unit_cases()
+
+    assert {case.expected for case in cases} == {0.0, 1.0}
+    assert [score(reward, case.completion, case.columns).value for case in cases] == [case.expected for case in cases]
+
+
 def test_a_project_below_tmp_is_not_hidden_by_the_scratch_of_the_jobs(reward):
     program = (
         "from rlbench_rewards import RewardSample; from rlbench_rewards.code_tests import CodeTests\n"
