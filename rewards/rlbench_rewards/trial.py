@@ -92,6 +92,9 @@ def try_reward(pool: RewardPool, name: str, target: Any, rows: Sequence[RewardSa
         trial.gold_and_shuffled()
     else:
         report.checks.append(Check(name="gold answers", verdict=NOTE, text="not asked: the reward judges no answer"))
+    note = getattr(target, "note", "")
+    if isinstance(note, str) and note:
+        report.checks.append(Check(name="how", verdict=NOTE, text=note))
     return report
 
 
