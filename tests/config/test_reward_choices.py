@@ -1,13 +1,18 @@
 """Every reward has a file in conf/rewards, and what the file says is taken by the reward."""
 
+import math
 import re
+from typing import Any
 
 import pytest
 
 from rlbench.config.compose import group_choices, to_run_config
 from rlbench.config.trained_reward import is_trained
 from rlbench.rollouts.score import reward_specs
+from rlbench_rewards import RewardSample
+from rlbench_rewards.contract import checked_value
 from rlbench_rewards.loading import load_reward
+from rlbench_rewards.trial import ADVERSARIAL
 from tests.architecture.test_layout import ROOT, compose
 
 ADDED = group_choices("rewards/add")
@@ -47,6 +52,16 @@ def test_a_reward_is_added_to_others_by_one_setting(name):
 
     assert list(rewards.components) == ["accuracy", "format", name]
     assert len(built(rewards)) == 3 and rewards.components[name].weight > 0
+
+
+@pytest.mark.parametrize("name", [name for name in ADDED if name not in ("judge", "remote", "steps")])
+def test_an_added_reward_has_a_value_for_every_adversarial_text(name):
+    rewards = composed("+exp=grpo_gsm8k", f"+rewards/add={name}", *given(name))
+    reward: Any = built(rewards)[-1]
+
+    for text in ADVERSARIAL.values():
+        output = reward(RewardSample(prompt="q", completion=text, num_tokens=len(text), columns={"answer": "5"}))
+        assert math.isfinite(checked_value(output).value or 0.0)
 
 
 def test_several_are_added_and_changed():
