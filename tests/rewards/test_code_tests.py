@@ -63,7 +63,7 @@ def test_a_project_below_tmp_is_not_hidden_by_the_scratch_of_the_jobs(reward):
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         shutil.copytree(Path(rlbench_rewards.__file__).parent, Path(folder) / "rlbench_rewards")
-        environment = os.environ | {"PYTHONPATH": folder}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
