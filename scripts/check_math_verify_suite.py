@@ -1,18 +1,21 @@
 """Run Math-Verify's own test cases through our math reward and list every verdict that differs, with the reason.
 
     pip download --no-binary :all: --no-deps math-verify==0.9.0 && tar xzf math_verify-0.9.0.tar.gz
-    python scripts/check_math_verify_suite.py math_verify-0.9.0
+    python scripts/check_math_verify_suite.py math_verify-0.9.0 --output scripts/results/math_verify_suite.json
 
 The cases stay where they are; this file holds only their places and why we disagree.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+
+from bench_rounds import write_result
 
 from rlbench_rewards import RewardSample
 from rlbench_rewards.extraction import extract_answer, math_spans
@@ -82,18 +85,28 @@ def reward_for(name: str, case: tuple) -> MathAnswer:
 
 
 def main() -> int:
-    num_cases, unexplained = 0, 0
-    for name, index, case in cases(Path(sys.argv[1])):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    counts = {"cases": 0, "the same verdict": 0, "another verdict, with a reason": 0, "another verdict": 0}
+    for name, index, case in cases(options.folder):
         gold, answer, expected = case[:3]
-        num_cases += 1
+        counts["cases"] += 1
         sample = RewardSample(prompt="", completion=answer, columns={"answer": gold_answer(gold)})
         output = reward_for(name, case)(sample)
-        if output.value != expected:
-            reason = REASONS.get((name, index), "NOT EXPLAINED")
-            unexplained += reason == "NOT EXPLAINED"
-            print(f"{name}[{index}]: theirs {int(expected)}, ours {output.value:g}: {reason}")
-    print(f"{num_cases} cases, {unexplained} differ without a reason")
-    return int(unexplained > 0)
+        if output.value == expected:
+            counts["the same verdict"] += 1
+            continue
+        reason = REASONS.get((name, index))
+        counts["another verdict, with a reason" if reason else "another verdict"] += 1
+        print(f"{name}[{index}]: theirs {int(expected)}, ours {output.value:g}: {reason or 'NOT EXPLAINED'}")
+    print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    if options.output is not None:
+        rows = [{"case": options.folder.name, "impl": "rlbench", "metric": name, "value": count, "unit": "cases"}
+                for name, count in counts.items()]  # fmt: skip
+        write_result(options.output, rows, ["math-verify", "sympy"])
+    return int(counts["another verdict"] > 0)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 
 POLICIES = ("last", "first", "longest")
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
 _PYTHON = ("", "python", "python3", "py", "py3")
 _END_OF_THOUGHT = "</think>"
 _START_OF_THOUGHT = "<think>"
@@ -32,12 +33,34 @@ def extract_program(completion: str, policy: str = "last") -> str | None:
     answer = completion.rpartition(_END_OF_THOUGHT)[2]
     if _START_OF_THOUGHT in answer:
         return None
-    blocks = [text for _, language, text in _FENCE.findall(answer) if language.lower() in _PYTHON]
+    blocks = [text for language, text in _fenced_blocks(answer) if language.lower() in _PYTHON]
     if blocks:
         return {"last": blocks[-1], "first": blocks[0], "longest": max(blocks, key=len)}[policy]
     if "```" in answer or not answer.strip():
         return None
     return answer
+
+
+def _fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each block, in one pass; a fence that nothing closes opens none."""
+    lines = text.split("\n")
+    closings: dict[str, list[int]] = {}
+    for number, line in enumerate(lines):
+        mark = line.strip(" \t\r")
+        if len(mark) >= 3 and mark[0] in "`~" and mark == mark[0] * len(mark):
+            closings.setdefault(mark, []).append(number)
+    blocks, number = [], 0
+    while number < len(lines):
+        opening = _FENCE.match(lines[number])
+        ends = closings.get(opening[1], []) if opening else []
+        place = bisect_right(ends, number)
+        if opening is None or place == len(ends):
+            number += 1
+            continue
+        content = lines[number + 1 : ends[place]]
+        blocks.append((opening[2], "".join(f"{line}\n" for line in content)))
+        number = ends[place] + 1
+    return blocks
 
 
 def suspicious_marks(code: str) -> dict[str, int]:

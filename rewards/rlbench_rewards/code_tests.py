@@ -10,7 +10,7 @@ from typing import Any
 from rlbench_rewards.code_extraction import POLICIES, extract_program, suspicious_marks
 from rlbench_rewards.code_outputs import MODES, outputs_equal
 from rlbench_rewards.code_rows import CodeTask, InputCase, read_task
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase
 from rlbench_rewards.sandbox.choice import choose_backend
 from rlbench_rewards.sandbox.grading import BrokenTests, Verdict, grade_tests, run_script
 from rlbench_rewards.sandbox.limits import Limits
@@ -20,6 +20,8 @@ SCORES = ("all", "fraction")
 _GOLD_COLUMNS = ("canonical_solution", "code", "solution")  # of HumanEval, MBPP, KodCode
 _MAX_SHOWN = 200
 _MAX_PROGRAM_CHARS = 500_000
+_DOUBLE = {"entry_point": "double", "tests": [{"args": [2], "expected": 4}, {"args": ["a"], "expected": "aa"}]}
+_ECHO = {"tests": [{"input": "3 4\n", "output": "4 3\n"}]}
 
 
 class CodeTests:
@@ -94,6 +96,18 @@ class CodeTests:
         found = (sample.columns.get(name) for name in _GOLD_COLUMNS)
         program = next((text for text in found if isinstance(text, str) and text.strip()), None)
         return None if program is None else f"```python\n{program}\n```"
+
+    def unit_cases(self) -> list[UnitCase]:
+        cases = [
+            ("def double(x):\n    return 2 * x", _DOUBLE, 1.0),
+            ("def double(x):\n    return 3 * x", _DOUBLE, 0.0),
+            ("import sys\nsys.exit(0)", _DOUBLE, 0.0),
+            ("def double(x:", _DOUBLE, 0.0),
+            ("print(*reversed(input().split()))", _ECHO, 1.0),
+            ("print('4 4')", _ECHO, 0.0),
+        ]
+        empty = UnitCase(completion="", expected=0.0, columns=_DOUBLE)
+        return [empty] + [UnitCase(completion=f"```python\n{p}\n```", expected=v, columns=row) for p, row, v in cases]
 
     def close(self) -> None:
         """End the sandbox. The end of the process does it as well."""

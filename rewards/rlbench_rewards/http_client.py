@@ -16,6 +16,7 @@ from rlbench_rewards.contract import RewardError
 _RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
 _MAX_WAIT_S = 30.0
 _MAX_REPLY_BYTES = 4 * 2**20
+_JSON = {"content-type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,7 @@ class JsonClient:
             raise RewardError(f"{self._url}: the budget of {budget} requests (max_requests) is spent")
         self.num_requests += 1
         try:
-            response = await client.post(self._url, json=body)
+            response = await client.post(self._url, content=_encoded(body), headers=_JSON)
         except self._httpx.HTTPError as error:
             return None, f"{type(error).__name__} {error}".strip(), None
         if response.status_code in _RETRIED_STATUSES:
@@ -160,6 +161,11 @@ class ReplyCache:
     def _open(self) -> sqlite3.Connection:
         assert self._path is not None
         return sqlite3.connect(Path(self._path).expanduser(), timeout=10)
+
+
+def _encoded(body: Any) -> bytes:
+    """Half a surrogate pair, which a model may write and UTF-8 does not have, becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
 def _retry_after(value: str | None) -> float | None:

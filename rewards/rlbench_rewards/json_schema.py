@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, column
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase, column
 from rlbench_rewards.json_text import NotJson, fenced_json, whole_json
 
 _MAX_SHOWN = 300
@@ -54,6 +54,10 @@ class JsonSchema:
             reason = f"{problem.json_path}: {problem.message}"[:_MAX_SHOWN]
             return RewardOutput(value=self._partial, details={"reason": reason})
         return RewardOutput(value=1.0)
+
+    def unit_cases(self) -> list[UnitCase]:
+        row = {self._column: {}} if self._column else {}
+        return [UnitCase(completion=text, expected=0.0, columns=row) for text in ("", "no JSON", '{"a": 1', "{'a': 1}")]
 
     def _of_row(self, sample: RewardSample) -> Any:
         assert self._column is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from typing import Any
 
 MAX_CHARS = 100_000
 MAX_DEPTH = 100
 
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL)
+_OPENING = re.compile(r"```(?:json)?[ \t]*\n")
+_CLOSING = re.compile(r"\n[ \t]*```")
 
 
 class NotJson(ValueError):
@@ -45,8 +47,21 @@ def fenced_json(text: str) -> Any:
     Raises:
         NotJson: as `whole_json`.
     """
-    blocks = _FENCE.findall(text[-MAX_CHARS:])
-    return whole_json(blocks[-1] if blocks else text)
+    block = _last_block(text[-MAX_CHARS:])
+    return whole_json(text if block is None else block)
+
+
+def _last_block(text: str) -> str | None:
+    """In one pass, however many fences are never closed."""
+    closings = [match.span() for match in _CLOSING.finditer(text)]
+    starts = [start for start, _ in closings]
+    position, block = 0, None
+    while (opening := _OPENING.search(text, position)) is not None:
+        place = bisect_left(starts, opening.end())
+        if place == len(starts):
+            break
+        block, position = text[opening.end() : starts[place]], closings[place][1]
+    return block
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ SCRIPTS = {
     "devanagari": ("DEVANAGARI",), "thai": ("THAI",), "hangul": ("HANGUL",), "han": ("CJK",),
     "japanese": ("HIRAGANA", "KATAKANA", "CJK"),
 }  # fmt: skip
-_NOT_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_OPENING = re.compile(r"```|\$\$|\$[^$\n]*\$|\\\(|\\\[")
+_CLOSING = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 
 
 class ScriptConsistency:
@@ -35,7 +36,7 @@ class ScriptConsistency:
         self._prefixes, self._min_share, self._script = SCRIPTS[script], min_share, script
 
     def __call__(self, sample: RewardSample) -> RewardOutput:
-        letters = [char for char in _NOT_PROSE.sub(" ", sample.completion) if char.isalpha()]
+        letters = [char for char in _prose(sample.completion) if char.isalpha()]
         if not letters:
             return RewardOutput(value=1.0, details={"num_letters": 0})
         share = sum(unicodedata.name(char, "").startswith(self._prefixes) for char in letters) / len(letters)
@@ -44,3 +45,21 @@ class ScriptConsistency:
     def unit_cases(self) -> list[UnitCase]:
         other = "слово" if self._script != "cyrillic" else "word"
         return [UnitCase(completion="1 + 2 = 3", expected=1.0), UnitCase(completion=other, expected=0.0)]
+
+
+def _prose(text: str) -> str:
+    """The text without code blocks and formulas, in one pass: a mark that is never closed is looked for once."""
+    parts: list[str] = []
+    kept_from = position = 0
+    unclosed: set[str] = set()
+    while (opening := _OPENING.search(text, position)) is not None:
+        closing = _CLOSING.get(opening[0])  # None: $...$ as a whole
+        end = opening.end() if closing is None or opening[0] in unclosed else text.find(closing, opening.end())
+        if end < 0:
+            unclosed.add(opening[0])
+        if opening[0] in unclosed:
+            position = opening.end()
+            continue
+        parts.append(text[kept_from : opening.start()])
+        kept_from = position = end + len(closing or "")
+    return " ".join([*parts, text[kept_from:]])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase
 from rlbench_rewards.extraction import POLICIES, extract_answer, state_answer, without_reasoning
 
 _RUNS_TEXT = re.compile(r"(?<!\w)(?:parse_expr|sympify|simplify|eval|exec)\s*\(")
@@ -22,7 +22,7 @@ class ReasoningTask:
     tasks are refused at start (countdown has a reward of its own).
 
     Args:
-        task: name of the task, e.g. "chain_sum".
+        task: name of the task, "chain_sum" or "reasoning_gym/chain_sum" as in `data.name`.
         extract: policies in order, see `rlbench_rewards.extraction`; empty: the whole completion is the answer.
         params: of the task, as for the data.
         is_exact: only a full score counts: everything else is 0.0.
@@ -43,7 +43,7 @@ class ReasoningTask:
         unknown = [policy for policy in extract if policy not in POLICIES]
         if unknown:
             raise ValueError(f"extract is {list(extract)}, expected some of: {', '.join(POLICIES)}")
-        self._dataset = _dataset(task, params or {})
+        self._dataset = _dataset(task.removeprefix("reasoning_gym/"), params or {})
         self._extract, self._is_exact = tuple(extract), is_exact
         self.required_columns = ("answer", "metadata")
 
@@ -59,6 +59,14 @@ class ReasoningTask:
     def gold_completion(self, sample: RewardSample) -> str:
         answer = str(sample.columns["answer"])
         return state_answer(answer, self._extract[0]) if self._extract else answer
+
+    def unit_cases(self) -> list[UnitCase]:
+        row = self._dataset[0]
+        gold = self.gold_completion(RewardSample(prompt="", completion="", columns=row))
+        return [
+            UnitCase(completion=gold, expected=1.0, columns=row),
+            UnitCase(completion="", expected=0.0, columns=row),
+        ]
 
     def _entry(self, sample: RewardSample) -> dict[str, Any]:
         row = sample.columns
@@ -79,5 +87,8 @@ def _dataset(task: str, params: Mapping[str, Any]) -> Any:
         raise ValueError(f"task is {task!r}, expected one of reasoning-gym's: {', '.join(sorted(DATASETS))}")
     module = inspect.getmodule(DATASETS[task][0].score_answer)
     if module is None or _RUNS_TEXT.search(inspect.getsource(module)):
-        raise ValueError(f"task is {task!r}, whose rule in reasoning-gym may run the answer as code; it is not used")
+        raise ValueError(
+            f"task is {task!r}, whose rule in reasoning-gym may run the answer as code; expected another task, or for "
+            "countdown rewards=countdown"
+        )
     return reasoning_gym.create_dataset(task, size=1, seed=0, **params)

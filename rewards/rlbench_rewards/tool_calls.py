@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, column
+from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample, UnitCase, column
 from rlbench_rewards.json_schema import validator
 from rlbench_rewards.json_text import NotJson, whole_json
 
@@ -41,6 +41,7 @@ class ToolCalls:
         self._validators = None if tools is None else _validators(tools)
         self._tools_column, self._wanted_column = tools_column, wanted_column
         self._opening, self._closing = opening, closing
+        self.needs_right_answer = wanted_column is not None
         self.required_columns = tuple(name for name in (tools_column, wanted_column) if name)
 
     def __call__(self, sample: RewardSample) -> RewardOutput:
@@ -57,6 +58,19 @@ class ToolCalls:
         if [_plain(call) for call in calls] == [_plain(call) for call in wanted]:
             return RewardOutput(value=1.0, details={"num_calls": len(calls)})
         return RewardOutput(value=0.0, details={"reason": "valid calls, but not the wanted ones"})
+
+    def gold_completion(self, sample: RewardSample) -> str | None:
+        """The wanted calls; None where none are wanted."""
+        if self._wanted_column is None:
+            return None
+        wanted = _as_list(column(sample, self._wanted_column), self._wanted_column)
+        return "\n".join(f"{self._opening}{json.dumps(call)}{self._closing}" for call in wanted)
+
+    def unit_cases(self) -> list[UnitCase]:
+        row = {name: [] for name in self.required_columns}
+        unknown = json.dumps({"name": "a tool that is not there", "arguments": {}})
+        texts = ["", "no call", f"{self._opening}{{{self._closing}", f"{self._opening}{unknown}{self._closing}"]
+        return [UnitCase(completion=text, expected=0.0, columns=row) for text in texts]
 
     def _calls(self, text: str) -> list[Any]:
         pieces = text.split(self._opening)[1:]

@@ -92,6 +92,9 @@ def try_reward(pool: RewardPool, name: str, target: Any, rows: Sequence[RewardSa
         trial.gold_and_shuffled()
     else:
         report.checks.append(Check(name="gold answers", verdict=NOTE, text="not asked: the reward judges no answer"))
+    note = getattr(target, "note", "")
+    if isinstance(note, str) and note:
+        report.checks.append(Check(name="how", verdict=NOTE, text=note))
     return report
 
 
@@ -149,7 +152,9 @@ class _Trial:
                 bad.append(f"{kind}: {_told(outcome)}")
             elif must_not_pay and outcome.value is not None and outcome.value >= 1.0:
                 bad.append(f"{kind}: scores {outcome.value:g}")
-        self._verdict("adversarial completions", bad, len(samples), "get a verdict and no pay")
+        self._verdict(
+            "adversarial completions", bad, len(samples), "get a verdict" + (" and no pay" if must_not_pay else "")
+        )
 
     def gold_and_shuffled(self) -> None:
         if not self.rows:

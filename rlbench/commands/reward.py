@@ -132,8 +132,8 @@ def _print(console: Console, report: Report, memory_mib: float | None) -> None:
             table.add_row("", "", f"[dim]{_escaped(row)}")
     p50, p99 = report.latency_s(50), report.latency_s(99)
     if p50 is not None and p99 is not None:
-        memory = f", at most {memory_mib:.0f} MiB a worker" if memory_mib is not None else ""
-        table.add_row("[dim]note", "cost", f"{1000 * p50:.1f} ms median, {1000 * p99:.1f} ms at 99%{memory}")
+        memory = f", {memory_mib:.0f} MiB a worker" if memory_mib is not None else ""
+        table.add_row("[dim]note", "cost", f"p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms{memory}")
     if report.agreement is not None:
         table.add_row("[dim]note", "agreement", f"{100 * report.agreement:.1f}% of gold and shuffled answers")
     console.print(table)

@@ -43,6 +43,8 @@ def to_run_config(composed: Any) -> RunConfig:
     for key, _ in leaves(OmegaConf.to_container(composed)):
         if key not in known and not key.startswith(_OPEN):
             raise ValueError(unknown_key(key))
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        raise ValueError(f"{key} has no value, expected one: {key}=...")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     return config

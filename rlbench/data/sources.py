@@ -87,7 +87,8 @@ def _load(config: DataConfig, split: str, row_problem: RowProblem | None) -> Loa
     if config.source == "hub" or config.name not in _IMITATED:
         raise ValueError(
             f"data.name is {config.name} and data.source is {config.source}, but the hub cannot be reached "
-            f"({problem}); expected a network, or data.path"
+            f"({problem}); expected a network, or data.path=FILE.jsonl with the columns "
+            f"{', '.join([config.prompt_column, config.answer_column, *config.shown_columns])}"
         )
     return _generated(config, split, f"because the hub cannot be reached ({problem})")
 

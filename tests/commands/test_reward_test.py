@@ -50,6 +50,40 @@ def test_math_rows_with_good_golds_pass(tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+TOOLS = [{"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}]
+CALLS = [[{"name": "add", "arguments": {"a": number}}] for number in range(4)]
+KINDS = {
+    "tool_calls": [
+        {"question": f"q{i}", "tools": json.dumps(TOOLS), "answer": json.dumps(c)} for i, c in enumerate(CALLS)
+    ],
+    "multiple_choice": [{"question": f"q{i}", "answer": letter} for i, letter in enumerate("ABDC")],
+    "text_match": [{"question": f"q{i}", "answer": city} for i, city in enumerate(["Rome", "Bern", "Oslo"])],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_answers_are_tried_with_what_they_cost(kind, tmp_path):
+    rows = write_rows(tmp_path, KINDS[kind])
+    done = run("test", f"rewards={kind}", "+rewards/add=repetition", rows, "--json", "t.json", folder=tmp_path)
+    written = json.loads((tmp_path / "t.json").read_text())
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    accuracy, repetition = written["rewards"]["accuracy"], written["rewards"]["repetition"]
+    assert [check["verdict"] for check in accuracy["checks"]] == ["pass"] * 4 and accuracy["agreement"] == 1.0
+    assert 0 < accuracy["latency_p50_s"] <= accuracy["latency_p99_s"] and accuracy["peak_memory_mib"] > 5
+    assert repetition["verdict"] == "pass" and repetition["agreement"] is None
+    assert "p99" in done.stdout and "MiB a worker" in done.stdout
+
+
+def test_a_task_is_one_setting(tmp_path):
+    exp = ["+exp=grpo_reasoning_gym", "data.name=reasoning_gym/spell_backward"]
+    done = run("test", *exp, "--rows", "10", folder=tmp_path)
+    assert done.returncode == 0 and "spell_backward (train)" in done.stdout, done.stdout + done.stderr
+
+    done = run("test", *exp[:1], "data.name=reasoning_gym/puzzle24", folder=tmp_path)
+    assert done.returncode == 2 and "may run the answer as code; expected another task" in done.stderr
+
+
 def test_a_gold_that_cannot_be_right_fails_and_is_listed(tmp_path):
     rows = [{"question": "a", "answer": "#### 5"}, {"question": "b", "answer": "#### "}]
     done = run("test", "+exp=grpo_gsm8k", write_rows(tmp_path, rows), folder=tmp_path)
@@ -61,6 +95,12 @@ def test_a_gold_that_cannot_be_right_fails_and_is_listed(tmp_path):
 def test_mistakes_are_one_sentence(tmp_path):
     done = run("test", "+exp=grpo_gsm8k", "+rewards.components.accuracy.kwargs.extrct=[hash]", folder=tmp_path)
     assert done.returncode == 2 and "extrct" in done.stderr and "Traceback" not in done.stderr
+    done = run("test", "+exp=grpo_gsm8k", "+rewards/add=judge", folder=tmp_path)
+    assert (
+        done.returncode == 2 and "judge.kwargs.base_url has no value" in done.stderr and "Traceback" not in done.stderr
+    )
+    done = run("test", "+exp=grpo_code", folder=tmp_path)
+    assert done.returncode == 2 and "data.path=FILE.jsonl with the columns text, code, test_list" in done.stderr
     done = run("tset", folder=tmp_path)
     assert done.returncode == 2 and "reward is followed by tset, expected: python -m rlbench reward test" in done.stderr
 

@@ -45,6 +45,7 @@ def test_the_reward_trial_runs_the_rows_own_solutions(name, tiny_folder, tmp_pat
     done = run("reward", "test", *overrides(name, tiny_folder, tmp_path), "--json", "trial.json", folder=tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "programs run in the sandbox backend" in " ".join(done.stdout.split())
     checks = {c["name"]: c for c in json.loads((tmp_path / "trial.json").read_text())["rewards"]["tests"]["checks"]}
     if name == "livecodebench":
         assert checks["gold answers"]["text"] == "12 of 12 rows hold none"

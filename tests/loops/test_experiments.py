@@ -18,7 +18,7 @@ RUN_ELSEWHERE = {
     "grpo_reward_model_gsm8k": "test_reward_model_runs.py",  # a trained reward model
 }
 SMALL = ["model.dtype=float32", "hardware=cpu", "hardware.num_threads=1", "tracking=local"]
-OWN_ROWS = {"grpo_countdown": ["data.limit=8"]}  # made by reasoning-gym
+OWN_ROWS = dict.fromkeys(["grpo_countdown", "grpo_reasoning_gym"], ["data.limit=8"])  # made by reasoning-gym
 COLUMNS = ["data.prompt_column=question", "data.answer_column=answer"]
 
 

@@ -48,6 +48,13 @@ def test_right_wrong_and_missing_programs(reward):
     assert score(reward, "<think>```python\nx = 1\n```", ADD).details["reason"] == "no program in the completion"
 
 
+def test_it_agrees_with_its_own_unit_cases(reward):
+    cases = reward.unit_cases()
+
+    assert {case.expected for case in cases} == {0.0, 1.0}
+    assert [score(reward, case.completion, case.columns).value for case in cases] == [case.expected for case in cases]
+
+
 def test_a_project_below_tmp_is_not_hidden_by_the_scratch_of_the_jobs(reward):
     program = (
         "from rlbench_rewards import RewardSample; from rlbench_rewards.code_tests import CodeTests\n"
@@ -56,7 +63,7 @@ def test_a_project_below_tmp_is_not_hidden_by_the_scratch_of_the_jobs(reward):
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         shutil.copytree(Path(rlbench_rewards.__file__).parent, Path(folder) / "rlbench_rewards")
-        environment = os.environ | {"PYTHONPATH": folder}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 

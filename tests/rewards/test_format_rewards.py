@@ -180,6 +180,9 @@ def test_wanted_tool_calls_are_compared_in_order():
     assert value(reward, call(a=1), **columns) == 1.0
     assert value(reward, call(a=2), **columns) == 0.0
     assert value(reward, call(a=1) * 2, **columns) == 0.0
+    gold = reward.gold_completion(RewardSample(prompt="", completion="", columns=columns))
+    assert value(reward, gold, **columns) == 1.0 and reward.needs_right_answer
+    assert ToolCalls(tools=TOOLS).needs_right_answer is False
     with pytest.raises(RewardError, match="column 'tools' holds no JSON"):
         value(reward, call(a=1), tools="[", calls=[])
 
@@ -199,7 +202,8 @@ def test_steps_are_scored_alone_or_with_what_came_before():
     "reward",
     [TagFormat(), TagFormat(is_first_opened=True), OverlongPenalty(9, unit="characters"), RepetitionPenalty(3),
      ScriptConsistency(), MultipleChoice(), MultipleChoice(extract=["hash"]), TextMatch(),
-     TextMatch(extract=["boxed"])],
+     TextMatch(extract=["boxed"]), JsonSchema(schema={}), JsonSchema(schema_column="schema", where="fenced"),
+     ToolCalls(tools=TOOLS), ToolCalls(tools_column="tools", wanted_column="answer")],
     ids=lambda r: type(r).__name__,
 )  # fmt: skip
 def test_rewards_agree_with_their_own_unit_cases(reward):

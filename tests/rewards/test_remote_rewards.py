@@ -12,6 +12,7 @@ from rlbench_rewards.contract import RewardError
 from rlbench_rewards.llm_judge import LlmJudge
 from rlbench_rewards.loading import load_reward
 from rlbench_rewards.remote import RemoteReward
+from rlbench_rewards.trial import ADVERSARIAL
 
 
 class Service:
@@ -103,6 +104,27 @@ def test_rewards_come_in_order_from_several_requests(service):
     assert len(service.bodies) == 3
     sent = [sample for _, _, body in service.bodies for sample in body["samples"]]
     assert {"prompt": "q", "completion": "a", "columns": {"answer": "5"}} in sent
+
+
+def test_any_text_can_be_sent(service):
+    texts = ["half a pair \ud800", "\x00\u202e", "\U0001f600é"]
+
+    assert score(RemoteReward(f"{service.address}/reward", **FAST), *texts) == [float(len(text)) for text in texts]
+    _, headers, body = service.bodies[0]
+    assert body["samples"][0]["completion"] == "half a pair ?" and body["samples"][2]["completion"] == texts[2]
+    assert headers["content-type"] == "application/json"
+
+
+def test_every_adversarial_text_gets_a_number(service):
+    rewards = [
+        RemoteReward(f"{service.address}/reward", **FAST),
+        LlmJudge(f"{service.address}/v1", "m", "Is it good?", **FAST),
+    ]
+
+    for reward in rewards:
+        values = score(reward, *ADVERSARIAL.values())
+        assert len(values) == len(ADVERSARIAL) and None not in values
+    assert set(values) == {0.2}  # none of them is the text that this judge likes, whatever it says of itself
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "close", "hang", "no json", "nan", "wrong count"])

@@ -54,6 +54,8 @@ def test_gold_answers_of_tasks_score_one_and_others_zero(task):
         row = {"answer": str(problem["answer"]), "metadata": json.dumps(problem["metadata"], default=str)}
         assert value(reward, row["answer"], question=problem["question"], **row) == 1.0
         assert value(reward, "no such answer", question=problem["question"], **row) == 0.0
+    for case in ReasoningTask(f"reasoning_gym/{task}").unit_cases():
+        assert reward(RewardSample(prompt="", completion=case.completion, columns=case.columns)).value == case.expected
 
 
 @pytest.mark.parametrize("task", ["countdown", "puzzle24", "simple_integration", "propositional_logic"])

