@@ -54,12 +54,12 @@ def measure_gaps(engine: str, dtype: str) -> dict[str, dict[str, float]]:
 
     inputs, parts = parts_of(engine, dtype)
     random_weights(parts.policy)
+    sampling = training_sampling(inputs)
     identity = PolicyIdentity(
-        parts.engine, parts.policy, parts.base, limit=Gap(0, 0, 0), every_steps=1, max_tokens=10**9, temperature=1.0
+        parts.engine, parts.policy, parts.base, limit=Gap(0, 0, 0), every_steps=1, max_tokens=10**9, sampling=sampling
     )
     sync(parts.policy.adapter(), parts.engine, 1)
     prompts = inputs.train.prompts[:NUM_PROMPTS]
-    sampling = training_sampling(inputs)
     completions = sample_completions(prompts, parts.engine, sampling, group_size=GROUP_SIZE, run_seed=0, step=1)
     identity.check_weights(1)
     proof = identity.compare(prompts, completions)
@@ -99,7 +99,7 @@ def measure_cost(engine: str) -> dict[str, float]:
     prompts = inputs.train.prompts[: config.algorithm.prompts_per_step]
     identity = PolicyIdentity(
         parts.engine, parts.policy, parts.base, limit=identity_limit(config), every_steps=1,
-        max_tokens=checks.identity_tokens or 0, temperature=1.0,
+        max_tokens=checks.identity_tokens or 0, sampling=training_sampling(inputs),
     )  # fmt: skip
     sync(parts.policy.adapter(), parts.engine, 1)
     start = time.process_time()

@@ -113,6 +113,16 @@ def test_a_drift_beyond_the_limit_stops_the_run(tiny_overrides, tmp_path):
     assert "more than checks.drift_stop_nats of 1e-09" in " ".join(done.stderr.split())
 
 
+def test_what_truncated_sampling_drew_with_is_the_trainers_too(tiny_overrides, tmp_path):
+    done = run(*tiny_overrides, "training.num_steps=2", "evaluation.num_prompts=0", "checks.identity_every_steps=1",
+               "sampling.top_p=0.9", "sampling.top_k=20", "sampling.min_p=0.01", "hydra.run.dir=run",
+               folder=tmp_path)  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    gaps = [line["identity/truncated_gap_max"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
+    assert len(gaps) == 2 and max(gaps) < 1e-3
+
+
 def test_identity_and_drift_are_reported(tiny_overrides, tmp_path):
     done = run(*tiny_overrides, "training.num_steps=4", "evaluation.num_prompts=0", "checks.identity_every_steps=3",
                "sampling.top_p=0.9", "sampling.temperature=0.8", "sampling.presence_penalty=0.5",
