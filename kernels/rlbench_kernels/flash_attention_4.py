@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -42,6 +43,8 @@ def problem(device: torch.device) -> str:
 @cache
 def _interface() -> Any:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    for package in ("cutlass", "quack", "flash_attn"):  # hundreds of lines on what its own modules should call instead
+        warnings.filterwarnings("ignore", module=rf"{package}\b")
     module = importlib.import_module(_MODULE)
     assert callable(module._flash_attn_fwd) and callable(module._flash_attn_bwd)
     return module

@@ -142,7 +142,8 @@ def _kernels(machine: Machine) -> Answer:
     if is_triton and not machine.has_compiler():
         return "Triton, but no C compiler", False, "apt-get install gcc, or RLBENCH_KERNELS=reference"
     name = "Triton" if is_triton else "PyTorch references"
-    return f"{name} on {device}", True, ""
+    attention = f"; attention: {machine.attention()}" if device == "cuda" else ""
+    return f"{name} on {device}{attention}", True, ""
 
 
 def _vllm(machine: Machine) -> Answer:

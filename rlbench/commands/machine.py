@@ -105,6 +105,12 @@ class Machine:
 
         return use_triton(self.load("torch").device(self.facts.device))
 
+    def attention(self) -> str:
+        """What the trainer's attention runs as, in words."""
+        from rlbench_kernels.packed_attention import describe_backend
+
+        return describe_backend(self.load("torch").device(self.facts.device))
+
     def has_compiler(self) -> bool:
         """Triton builds its launchers with it."""
         return bool(os.environ.get("CC")) or any(shutil.which(name) for name in ("cc", "gcc", "clang"))

@@ -69,6 +69,9 @@ class Planted(Machine):
     def uses_triton(self):
         return self.facts.device == "cuda"
 
+    def attention(self):
+        return "torch's flash attention (the package flash-attn-4 is not installed)"
+
     def has_compiler(self):
         return True
 
