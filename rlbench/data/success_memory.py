@@ -85,8 +85,8 @@ class SuccessMemory:
         )
 
     def _is_all_fail(self, group: RolloutGroup) -> bool:
-        values = [self._value(rollout) for rollout in group.rollouts]
-        return all(value is not None and value != 1.0 for value in values)
+        values = [self._value(rollout) for rollout in group.rollouts if rollout.reward is not None]
+        return len(values) == len(group.rollouts) and all(value is not None and value != 1.0 for value in values)
 
     def _value(self, rollout: Rollout) -> float | None:
         part = rollout.components.get(self._config.component)
