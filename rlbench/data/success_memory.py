@@ -5,10 +5,10 @@ are those of the policy that sampled it. Its logprobs make the importance weight
 truncates or masks as those of any other token. It takes the place of a fresh completion in the advantages and in the
 update only: metrics of rollouts, the curriculum and the files of a step's rollouts hold what was sampled in the step.
 
-Source: RLEP, Zhang et al. 2025, arXiv:2507.07451 (verified successes mixed with fresh rollouts); RePO, Li et al. 2025,
-arXiv:2506.09340 (the newest first, advantages over both together); the correction to the behaviour policy as in ExGRPO,
-Zhan et al. 2025, arXiv:2510.02245. LUFFY, Yan et al. 2025, arXiv:2504.14945, shapes weights of answers whose logprobs
-are not known; here they are.
+Source: AR3PO, Zhang et al. 2025, arXiv:2509.25808 (right answers of earlier steps where a group has none); ExGRPO, Zhan
+et al. 2025, arXiv:2510.02245 (advantages over replayed and fresh together, ratio to the policy that sampled). RePO, Li
+et al. 2025, arXiv:2506.09340, replays other answers too. LUFFY, Yan et al. 2025, arXiv:2504.14945, shapes weights of
+answers whose logprobs are not known; here they are.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SuccessMemory:
         )
 
     def _is_all_fail(self, group: RolloutGroup) -> bool:
-        values = [self._value(rollout) for rollout in group.rollouts]
-        return all(value is not None and value != 1.0 for value in values)
+        values = [self._value(rollout) for rollout in group.rollouts if rollout.reward is not None]
+        return len(values) == len(group.rollouts) and all(value is not None and value != 1.0 for value in values)
 
     def _value(self, rollout: Rollout) -> float | None:
         part = rollout.components.get(self._config.component)

@@ -150,6 +150,7 @@ def _rollout(row: Mapping[str, Any], names: Sequence[str]) -> Rollout:
         sample_index=row["sample_index"],
         components={name: _component(row, name) for name in names if row[f"component_{name}_status"] is not None},
         reward=row["reward"],
+        replay_age=row.get("replay_age"),
     )
 
 

@@ -1,5 +1,6 @@
 """On-policy distillation against the exact reverse KL: all completions of a tiny vocabulary, weighed by the student."""
 
+import warnings
 from itertools import product
 
 import pytest
@@ -9,6 +10,11 @@ from rlbench.algorithms import POLICY_LOSSES
 from rlbench.algorithms.advantages import GroupReturns
 from rlbench.algorithms.distillation import teacher
 from rlbench.algorithms.loss_inputs import LossInputs
+from rlbench.engine.vllm_process import clean_start
+
+with warnings.catch_warnings(), clean_start():  # TRL imports vLLM where it is installed
+    warnings.simplefilter("ignore")
+    from trl.experimental.gkd import GKDTrainer
 
 V, LENGTH = 3, 3
 
@@ -85,3 +91,30 @@ def test_the_expected_gradient_is_that_of_the_exact_reverse_kl(gamma, has_fixed_
 
     assert exact.abs().max() > 0.05
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_in_expectation_value_and_gradient_are_those_of_gkd_trainer():
+    """TRL computes the reverse KL (beta=1) from all logits; ours is its expectation over the student's tokens."""
+    torch.manual_seed(0)
+    student = torch.randn(4, V, dtype=torch.float64, requires_grad=True)  # of one sequence with given states
+    other = torch.randn(4, V, dtype=torch.float64)
+    theirs = GKDTrainer.generalized_jsd_loss(student[None], other[None], beta=1.0, reduction="sum") / len(student)
+
+    log_p, log_q = student.log_softmax(-1), other.log_softmax(-1)
+    gaps = (log_p - log_q).detach()
+    found = teacher([group(gaps[:, [token]].tolist()) for token in range(V)], gamma=0.0)
+    advantages = torch.tensor([[tokens[0] for tokens in one] for one in found]).T  # [states, V]
+    ours = (log_p.detach().exp() * -advantages * log_p).sum() / len(student)
+
+    assert (log_p.detach().exp() * gaps).sum().item() / len(student) == pytest.approx(theirs.item())
+    expected = torch.autograd.grad(theirs, student)[0]
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(torch.autograd.grad(ours, student)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_advantages_follow_a_permutation_within_a_group():
+    gaps = [[0.5, -1.0], [2.0], [0.1, 0.2, 0.3]]
+
+    straight, permuted = (teacher([group(part)], gamma=0.7)[0] for part in (gaps, [gaps[2], gaps[0], gaps[1]]))
+
+    assert permuted == [straight[2], straight[0], straight[1]]

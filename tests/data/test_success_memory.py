@@ -92,6 +92,15 @@ def test_other_groups_stay(values):
     assert mixed(one, fresh, 1) == fresh
 
 
+def test_a_group_in_which_another_reward_broke_stays_so_that_the_failure_is_counted():
+    one = memory()
+    one.observe([group(0, 1.0)], policy_version=1)
+    fresh = group(0, 0.0, 0.0, version=1)
+    fresh = replace(fresh, rollouts=(fresh.rollouts[0], replace(fresh.rollouts[1], reward=None)))
+
+    assert mixed(one, fresh, 1) == fresh
+
+
 def test_successes_of_other_prompts_are_not_taken():
     one = memory()
     one.observe([group(0, 1.0)], policy_version=1)

@@ -60,6 +60,21 @@ def test_a_step_of_it_runs(name, rows, model, tmp_path, monkeypatch):
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", [name for name in group_choices("preference") if name != "none"])
+def test_a_step_with_every_choice_of_preference_losses_runs(name, rows, model, tmp_path, monkeypatch):
+    for key in ("PYTHONPATH", "HF_HUB_OFFLINE", "WANDB_MODE"):
+        monkeypatch.setenv(key, ENVIRONMENT[key])
+    options = [f"preference={name}", "training.num_steps=2", "evaluation.num_prompts=2", "preference.pairs_per_step=4"]
+    config = to_run_config(
+        compose("+exp=dpo_gsm8k", *options, f"model.path={model}", *SMALL, f"data.path={rows}", *COLUMNS)
+    )
+
+    assert run_training(config, [], tmp_path, is_in_chain=True) == 0
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["loss/preference"] for step in steps if step["phase"] == "train"]
+    assert len(losses) == 2 and losses[0] != losses[1]
+
+
 @pytest.mark.parametrize(("name", "file"), RUN_ELSEWHERE.items())
 def test_the_others_have_tests_of_their_own(name, file):
     assert f"+exp={name}" in (ROOT / "tests" / "loops" / file).read_text()

@@ -2,12 +2,13 @@
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
 from rlbench.records import RewardComponent
 from rlbench.tracking.errors import TrackingError
-from rlbench.tracking.rollout_store import read_rollouts, rollouts_path, write_rollouts
+from rlbench.tracking.rollout_store import read_groups, read_rollouts, rollouts_path, write_rollouts
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -40,6 +41,7 @@ def test_rollouts_round_trip(tmp_path, rollout, group):
         "adapter_fingerprint": "9f2c",
         "reward": None,
         "advantage": None,
+        "replay_age": None,
         "columns": {"answer": "4", "n": [1, 2]},
         "component_accuracy": 1.0,
         "component_accuracy_status": "value",
@@ -52,6 +54,16 @@ def test_rollouts_round_trip(tmp_path, rollout, group):
     }
     assert (rows[1]["reward"], rows[1]["advantage"]) == (1.0, 0.7)
     assert rows[1]["component_judge_status"] is None and rows[1]["component_judge_details"] is None
+
+
+def test_replayed_rollouts_have_a_file_of_their_own_and_their_age(tmp_path, rollout, group):
+    old = replace(rollout(), replay_age=4)
+
+    path = write_rollouts(tmp_path, 12, [group(old)], {}, phase="replayed")
+
+    assert path == rollouts_path(tmp_path, 12, "replayed") == tmp_path / "rollouts" / "replayed-step-000012.parquet"
+    assert read_groups(path)[0].rollouts[0].replay_age == read_rollouts(path)[0]["replay_age"] == 4
+    assert not list((tmp_path / "rollouts").glob("step-*"))
 
 
 def test_columns_have_the_promised_types(tmp_path, rollout, group):
