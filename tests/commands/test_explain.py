@@ -226,3 +226,9 @@ def test_settings_that_do_not_compose_are_one_sentence_on_the_command_line(argum
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr, done.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_it_derives_does_not_wait_for_peft():
+    code = "import sys, rlbench.models.memory; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False).returncode == 0
