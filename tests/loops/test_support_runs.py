@@ -10,9 +10,13 @@ from tests.loops.conftest import run
 
 NUM_STEPS = 4
 SETTINGS = [
-    f"training.num_steps={NUM_STEPS}", "checkpoint.every_steps=2", "algorithm.num_updates=2", "hydra.run.dir=run",
+    f"training.num_steps={NUM_STEPS}",
+    "checkpoint.every_steps=1",
+    f"checkpoint.keep_last={NUM_STEPS}",
+    "algorithm.num_updates=2",
     "algorithm.importance=truncate",
-]  # fmt: skip
+    "hydra.run.dir=run",
+]
 
 
 def trained(overrides, folder, *options):
@@ -42,7 +46,8 @@ def test_engine_and_trainer_agree_on_the_logprobs_that_were_drawn_with(truncated
 
 def test_a_resumed_run_ends_with_the_same_adapter(truncated, tiny_overrides, tmp_path):
     shutil.copytree(truncated, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{NUM_STEPS:06d}")
+    for step in range(3, NUM_STEPS + 1):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
 
     options = ["algorithm.support=sampler", "sampling.top_p=0.7", "resume=run"]
     again = trained(tiny_overrides, tmp_path, *options)
