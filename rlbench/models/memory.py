@@ -10,8 +10,7 @@ from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.schema import AUTO, RunConfig
-from rlbench.models.patch import PATCHED_FAMILIES
-from rlbench.models.recompute import FULL, MLP, NONE
+from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 
 GIB = 2**30
 _NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from rlbench.models.attention import AttentionContext
+from rlbench.models.names import PATCHED_FAMILIES
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import (
     Adapters,
@@ -38,7 +39,6 @@ from rlbench_kernels import (
 _ADAPTER = "default"
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [1, T, d]
 Run = Callable[..., Any]  # (function, the same in the backward pass, *arguments) -> the function's result
-PATCHED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def patch_model(model: nn.Module, family: str) -> Counter[str]:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlbench.models.names import FULL, MLP, NONE
 from rlbench.models.offload import HostMemory
 from rlbench.models.patch import KernelLayer, KernelModule, combined, run_once
-
-NONE, MLP, FULL = "none", "mlp", "full"  # training.recompute
 
 
 def set_recompute(tree: nn.Module, mode: str, num_layers: int | None = None, *, offload: bool = False) -> int:

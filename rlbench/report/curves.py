@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,6 +85,12 @@ def charts_of(run: RunRecord) -> tuple[list[Chart], list[str]]:
 _PLAIN: list[tuple[str, str, dict[str, str], bool, bool]] = [
     ("Completions cut at the limit", "share", {"completion/truncated_frac": "cut"}, True, True),
     ("Groups without signal", "share", {"groups/no_signal_frac": "equal rewards"}, True, True),
+    ("Curriculum", "share of prompts",
+     {"curriculum/measured_frac": "sampled so far", "curriculum/expected_signal_frac": "drawn, expected to teach"},
+     True, True),
+    ("Replayed successes", "share of groups", {"replay/groups_frac": "with a replayed completion"}, True, True),
+    ("Age of replayed successes", "policy versions", {"replay/age_mean": "mean", "replay/age_max": "oldest"},
+     False, True),
     ("Verifier failures", "share of rollouts",
      {"reward/error_frac": "broke", "reward/timeout_frac": "timed out", "rollouts/invalid_frac": "no reward"},
      True, True),
@@ -130,17 +137,25 @@ def _components(run: RunRecord) -> Chart:
 
 def _accuracy(run: RunRecord) -> Chart:
     rows = run.evaluations
-    low, high = column(rows, "eval/accuracy_low"), column(rows, "eval/accuracy_high")
+    passes = sorted({key for row in rows for key in row if re.fullmatch(r"eval/pass_at_\d+", key)})
+    held_out = {"eval/accuracy": "held out, greedy", "eval/sampled_accuracy": "held out, sampled"}
+    held_out |= {key: f"held out, pass@{key.rpartition('_')[2]}" for key in passes}
+    found = [_with_interval(rows, key, label) for key, label in held_out.items()]
     return Chart(
         title="Accuracy",
         unit="share right",
         is_share=True,
-        note="Held out: greedy answers, bars are 95% intervals." if rows else "",
+        note="Held out: bars are 95% intervals." if rows else "",
         curves=[
             curve(run.train, "accuracy/train", "training prompts, sampled"),
-            curve(rows, "eval/accuracy", "held out", low=low, high=high, is_points=True),
+            *(points for points in found if has_values(points)),
         ],
     )
+
+
+def _with_interval(rows: Sequence[Row], key: str, label: str) -> Curve:
+    """Points of evaluations, with their bars."""
+    return curve(rows, key, label, low=column(rows, f"{key}_low"), high=column(rows, f"{key}_high"), is_points=True)
 
 
 def _length(run: RunRecord) -> Chart:
