@@ -71,6 +71,11 @@ class SamplingParams:
         is_truncated = self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
         return not (is_truncated or self.has_penalties or self.is_guided)
 
+    @property
+    def is_only_truncated(self) -> bool:
+        """Whether top_p, top_k or min_p and nothing else changes that softmax."""
+        return not (self.is_plain or self.has_penalties or self.is_guided)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:

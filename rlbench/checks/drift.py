@@ -1,7 +1,8 @@
 """How far the trainer's policy is from the one that sampled, on every batch, and what is to be done about it.
 
-Compared are the trainer's logprobs before the batch's first update with the engine's at the same temperature, without
-truncation and penalties on either side (`Completion.engine_logprobs`): like with like.
+Compared are the trainer's logprobs before the batch's first update with the engine's at the same temperature, like with
+like: without truncation and penalties on either side (`Completion.engine_logprobs`), or with algorithm.support=sampler
+truncated on both (`Completion.sampling_logprobs`).
 
 Shapes: N loss positions of the batch.
 """
@@ -42,7 +43,12 @@ class Decision:
 
 
 def measure_batch(
-    microbatches: Sequence[Microbatch], logprobs: Sequence[Tensor], *, max_ratio: float, is_replayed: bool = False
+    microbatches: Sequence[Microbatch],
+    logprobs: Sequence[Tensor],
+    *,
+    max_ratio: float,
+    is_replayed: bool = False,
+    is_truncated: bool = False,
 ) -> Drift | None:
     """`measure_drift` over all microbatches of a step; None if no token of the kind is trained on.
 
@@ -51,6 +57,7 @@ def measure_batch(
         logprobs: the trainer's, float32 [N] of each microbatch, before the first update.
         max_ratio: importance ratios are truncated here.
         is_replayed: of completions that earlier policies sampled, whose gap is no drift; else of all others.
+        is_truncated: the trainer's logprobs are restricted to the sampler's support.
     """
 
     if not microbatches:
@@ -62,9 +69,8 @@ def measure_batch(
     mask = joined("loss_mask") & torch.cat([_is_replayed(microbatch) == is_replayed for microbatch in microbatches])
     if not bool(mask.any()):
         return None
-    return measure_drift(
-        torch.cat(list(logprobs))[mask], joined("engine_logprobs")[mask], joined("positions")[mask], max_ratio=max_ratio
-    )
+    of_engine = joined("sampling_logprobs" if is_truncated else "engine_logprobs")[mask]
+    return measure_drift(torch.cat(list(logprobs))[mask], of_engine, joined("positions")[mask], max_ratio=max_ratio)
 
 
 def _is_replayed(microbatch: Microbatch) -> Tensor:

@@ -192,7 +192,7 @@ class PolicyIdentity:
 
     def _truncated_gap(self, microbatch: Microbatch, completions: Sequence[Completion]) -> Gap | None:
         sampling = self._sampling
-        if sampling.is_plain or sampling.has_penalties or sampling.is_guided:
+        if not sampling.is_only_truncated:
             return None
         reported = _flat(completion.sampling_logprobs for completion in completions)
         return gap(reported, truncated_logprobs(self._policy, microbatch, sampling).cpu())

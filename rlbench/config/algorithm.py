@@ -14,6 +14,7 @@ from rlbench.config.checks import check_choice, check_range
 from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
 from rlbench.config.replay import ReplayConfig, check_replay
+from rlbench.config.support import SUPPORTS
 from rlbench.config.teacher import TeacherConfig
 
 NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
@@ -144,6 +145,7 @@ class AlgorithmConfig:
     reference_refresh_steps: int = 0  # the reference moves to the policy every so many steps; 0: it stays the base
     reference_refresh_frac: float | None = None  # how far it moves: 1 copies the policy, less is a moving average
 
+    support: str = "full"  # full | sampler: logprobs over all tokens, or over those that top_p, top_k and min_p leave
     importance: str | None = None  # off | truncate | mask: correction from the engine's to the trainer's policy
     importance_level: str | None = None  # token | sequence | geometric
     importance_low: float | None = None  # smallest weight that is kept
@@ -173,6 +175,7 @@ class AlgorithmConfig:
         check_choice("algorithm.normalization", self.normalization, NORMALIZATIONS)
         check_choice("algorithm.kl", self.kl, ["k1", "k2", "k3", "k3_unbiased"])
         check_choice("algorithm.kl_in", self.kl_in, ["loss", "reward"])
+        check_choice("algorithm.support", self.support, SUPPORTS)
         self._check_ranges()
         if self.pairs.is_on:
             check_unread_with_pairs(self)

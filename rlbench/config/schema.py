@@ -15,6 +15,7 @@ from rlbench.config.checks import check_choice, check_pattern, check_range, near
 from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
+from rlbench.config.support import check_support
 from rlbench.config.watchdog import WatchdogConfig
 
 AUTO = "auto"
@@ -395,6 +396,7 @@ class RunConfig:
                 f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "
                 "evaluations during training, e.g. evaluation.every_steps=10"
             )
+        check_support(self.algorithm, self.sampling)
         self._check_reward_deadlines()
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
         if buffer > limit:

@@ -71,6 +71,7 @@ METRICS: dict[str, MetricSpec] = {
     "loss/clip_frac": _share("loss tokens whose gradient the clip removed"),
     "kl/reference": MetricSpec("KL to the reference policy", "nats/token", "neither", ".4f"),
     "kl/teacher": MetricSpec("KL to the teacher", "nats/token", "lower", ".4f"),
+    "support/outside_mass_mean": _share("probability outside of what truncated sampling kept"),
     "drift/ess_frac": _share("effective sample size of the importance ratios", "higher"),
     "drift/level": MetricSpec("drift: 0 ok, 1 warn, 2 correct, 3 stop", "", "lower", ".0f"),
     "identity/adapter_effect_mean": MetricSpec("effect of the adapter on logprobs", "nats", "neither", ".4f"),

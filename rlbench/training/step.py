@@ -16,8 +16,10 @@ from rlbench.algorithms.reduce import BatchTotals, token_weights
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.policy import Policy
+from rlbench.records import SamplingParams
 from rlbench.training.microbatch_budget import MicrobatchBudget, as_before, fitted
 from rlbench.training.objective import Objective
+from rlbench.training.support import sampler_support, support_floor
 from rlbench.training.token_choice import choose_tokens
 from rlbench_kernels import linear_logprobs, linear_token_loss
 
@@ -43,6 +45,7 @@ def train_step(
     columns: Sequence[Columns] | None = None,
     entropy_coef: float | None = None,
     budget: MicrobatchBudget | None = None,
+    sampler: SamplingParams | None = None,
 ) -> StepResult:
     """Make one update from packed microbatches.
 
@@ -59,13 +62,15 @@ def train_step(
         columns: from `fixed_columns`, for each microbatch; None: made here.
         entropy_coef: None: `config.entropy_coef`.
         budget: a forward or backward pass that finds no memory is made again in smaller microbatches; None: an error.
+        sampler: with algorithm.support=sampler how the completions were drawn, at `temperature`, only truncated; None:
+            logprobs are those of the full softmax.
 
     Raises:
         RunMemoryError: not even one sample a microbatch fits.
     """
     totals = totals or count_totals(microbatches)
     if columns is None:
-        columns = fixed_columns(policy, microbatches, config, temperature=temperature, seed=0)
+        columns = fixed_columns(policy, microbatches, config, temperature=temperature, seed=0, sampler=sampler)
     top = [part["is_top_entropy"] & mb.loss_mask if "is_top_entropy" in part else mb.loss_mask
            for mb, part in zip(microbatches, columns, strict=True)]  # fmt: skip
     objective = Objective(
@@ -82,7 +87,8 @@ def train_step(
         all_logprobs: list[Tensor] = []
         for microbatch, fixed in zip(packed, fixed_of, strict=True):
             weights = _weights(microbatch, config, totals, len(packed))
-            shares, logprobs = _backward(policy, microbatch, {**fixed, "weights": weights}, objective, temperature)
+            own = {**fixed, "weights": weights}
+            shares, logprobs = _backward(policy, microbatch, own, objective, temperature, sampler)
             all_logprobs.append(logprobs)
             add_shares(sums, shares)
         return sums, as_before(all_logprobs, packed, microbatches)
@@ -147,28 +153,35 @@ def _weights(microbatch: Microbatch, config: AlgorithmConfig, totals: BatchTotal
 
 
 def _backward(
-    policy: Policy, microbatch: Microbatch, fixed: Columns, objective: Objective, temperature: float
+    policy: Policy,
+    microbatch: Microbatch,
+    fixed: Columns,
+    objective: Objective,
+    temperature: float,
+    sampler: SamplingParams | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Accumulate the microbatch's gradient; returns its share of the step's metrics and its logprobs [N]."""
     columns = {
         "advantages": microbatch.advantages,
         "loss_mask": microbatch.loss_mask,
-        "sampling_logprobs": microbatch.engine_logprobs,  # like with like: without truncation and penalties
+        # like with like: without truncation and penalties, or with the truncation that the trainer's have too
+        "sampling_logprobs": microbatch.sampling_logprobs if sampler else microbatch.engine_logprobs,
         "sequence_ids": microbatch.sequence_ids,
         **fixed,
     }
-    hidden = policy.hidden(microbatch)
+    hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
+    support = sampler_support(hidden, weight, targets, sampler, columns.get("support_floor")) if sampler else None
 
     def loss_of(logprobs: Tensor, entropy: Tensor, part: Columns) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(logprobs, entropy, part, microbatch.num_sequences)
 
     if objective.config.needs_sequences:
-        logprobs, entropy = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+        logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature=temperature, support=support)
         loss, metrics = loss_of(logprobs, entropy if objective.entropy_coef else entropy.detach(), columns)
         metrics = {name: value.detach() for name, value in metrics.items()}
     else:
         loss, metrics, logprobs = linear_token_loss(
-            hidden, policy.head_weight, microbatch.targets, loss_of, columns, temperature=temperature
+            hidden, weight, targets, loss_of, columns, temperature=temperature, support=support
         )
     loss.backward()
     return metrics | {"loss/total": loss.detach()}, logprobs.detach()
@@ -182,16 +195,18 @@ def fixed_columns(
     temperature: float,
     seed: int,
     reference: Policy | None = None,
+    sampler: SamplingParams | None = None,
 ) -> list[dict[str, Tensor]]:
     """Columns that stay the same over the updates of a batch, for each microbatch, made before the first.
 
     `ref_logprobs` with a KL penalty in the loss. `old_logprobs` where the policy will have moved, or where tokens are
     chosen by statistics of the whole batch (`is_top_entropy`, `is_selected`); with one update they are the forward's
-    own logprobs, and no extra forward is made.
+    own logprobs, and no extra forward is made. With them `support_floor` where there is a sampler.
 
     Args:
         seed: of the random choice that some losses make.
         reference: as in `reference_logprobs`.
+        sampler: as in `train_step`.
     """
     columns: list[dict[str, Tensor]] = [{} for _ in microbatches]
     if config.has_kl_loss:
@@ -200,7 +215,10 @@ def fixed_columns(
     if config.needs_old_forward:
         entropies = []
         for microbatch, part in zip(microbatches, columns, strict=True):
-            part["old_logprobs"], entropy = policy_logprobs(policy, microbatch, temperature)
+            if sampler:
+                part["support_floor"], part["old_logprobs"], entropy = _restricted(policy, microbatch, sampler)
+            else:
+                part["old_logprobs"], entropy = policy_logprobs(policy, microbatch, temperature)
             entropies.append(entropy)
         choose_tokens(microbatches, columns, entropies, config, seed=seed)
     return columns
@@ -211,6 +229,15 @@ def policy_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) 
     """Logprobs and entropies of the present policy, without gradient: float32 [N] each."""
     hidden = policy.hidden(microbatch)
     return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+
+
+@torch.no_grad()
+def _restricted(policy: Policy, microbatch: Microbatch, sampler: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """`support_floor` of the present policy, its logprobs and entropies among the tokens inside: float32 [N] each."""
+    hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
+    floor = support_floor(hidden, weight, targets, sampler)
+    support = sampler_support(hidden, weight, targets, sampler, floor)
+    return floor, *linear_logprobs(hidden, weight, targets, temperature=sampler.temperature, support=support)
 
 
 def reference_logprobs(

@@ -13,7 +13,7 @@ from rlbench.algorithms.reduce import BatchTotals
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch, pack
 from rlbench.models.policy import Policy
-from rlbench.records import TrainingSample
+from rlbench.records import SamplingParams, TrainingSample
 from rlbench.training.microbatch_budget import MicrobatchBudget
 from rlbench.training.step import fixed_columns, train_step
 
@@ -81,6 +81,7 @@ def update_policy(
     seed: int,
     reference: Policy | None = None,
     budget: MicrobatchBudget | None = None,
+    sampler: SamplingParams | None = None,
 ) -> UpdateResult:
     """Make `config.num_updates` optimizer steps from a batch; update i takes minibatch i modulo their number.
 
@@ -94,9 +95,9 @@ def update_policy(
         entropy_control: read before each step, told the entropy after it.
         seed: of the random choice that some losses make.
         reference: as in `reference_logprobs`.
-        budget: as in `train_step`.
+        budget, sampler: as in `train_step`.
     """
-    columns = _columns(policy, minibatches, config, temperature, seed, reference)
+    columns = _columns(policy, minibatches, config, temperature, seed, reference, sampler)
     before: dict[int, list[Tensor]] = {}  # by minibatch
     steps: list[dict[str, float]] = []
     is_finite, num_applied = True, 0
@@ -115,6 +116,7 @@ def update_policy(
             columns=columns[part],
             entropy_coef=entropy_control.applied,
             budget=budget,
+            sampler=sampler,
         )
         # without them no step came before this one
         own = zip(columns[part], result.logprobs, strict=True)
@@ -143,10 +145,12 @@ def _columns(
     temperature: float,
     seed: int,
     reference: Policy | None,
+    sampler: SamplingParams | None,
 ) -> list[list[dict[str, torch.Tensor]]]:
     """`fixed_columns` of the whole batch, for each minibatch: choices of tokens are made over all of it."""
     flat = [microbatch for minibatch in minibatches for microbatch in minibatch.microbatches]
-    columns = iter(fixed_columns(policy, flat, config, temperature=temperature, seed=seed, reference=reference))
+    options = {"temperature": temperature, "seed": seed, "reference": reference, "sampler": sampler}
+    columns = iter(fixed_columns(policy, flat, config, **options))
     return [[next(columns) for _ in minibatch.microbatches] for minibatch in minibatches]
 
 

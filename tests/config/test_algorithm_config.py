@@ -4,6 +4,8 @@ import pytest
 
 from rlbench.config.algorithm import ADVANTAGES, LOSSES, AlgorithmConfig
 from rlbench.config.derive import HardwareFacts, derive
+from rlbench.config.pairs import PairsConfig
+from rlbench.config.replay import ReplayConfig
 from rlbench.config.schema import RunConfig, SamplingConfig
 
 FACTS = HardwareFacts(
@@ -76,6 +78,35 @@ def test_what_would_be_ignored_is_an_error(name):
 
     with pytest.raises(ValueError, match=message):
         AlgorithmConfig(**options)
+
+
+SUPPORT_ERRORS = {
+    "penalties": ({}, {"presence_penalty": 0.5}, r"sampling.presence_penalty is 0.5, but .*; expected 0.0, or"),
+    "repetition": ({}, {"repetition_penalty": 1.2}, r"sampling.repetition_penalty is 1.2, but .*; expected 1.0, or"),
+    "a guide": ({}, {"guided_choice": ["a"]}, "sampling.guided_choice is set, but algorithm.support=sampler"),
+    "a reference": (
+        {"kl_coef": 0.1},
+        {},
+        r"algorithm.kl_coef is 0.1, but .* the reference would keep .*; expected 0, or",
+    ),
+    "a teacher": ({"advantage": "teacher"}, {}, "algorithm.advantage is teacher, but .* the teacher would keep"),
+    "older policies": ({"replay": ReplayConfig(is_on=True)}, {}, "algorithm.replay.is_on is true, but .*; expected no"),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORT_ERRORS)
+def test_the_samplers_support_refuses_what_has_another(name):
+    algorithm, sampling, message = SUPPORT_ERRORS[name]
+
+    RunConfig(algorithm=AlgorithmConfig(**algorithm), sampling=SamplingConfig(**sampling))
+    RunConfig(algorithm=AlgorithmConfig(support="sampler"), sampling=SamplingConfig(top_p=0.9))
+    with pytest.raises(ValueError, match=message):
+        RunConfig(algorithm=AlgorithmConfig(support="sampler", **algorithm), sampling=SamplingConfig(**sampling))
+
+
+def test_pairs_do_not_read_a_support():
+    with pytest.raises(ValueError, match="algorithm.support is sampler, but with algorithm.pairs.choice=all"):
+        AlgorithmConfig(support="sampler", pairs=PairsConfig(choice="all"))
 
 
 def test_a_slope_longer_than_the_completion():
