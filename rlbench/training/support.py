@@ -6,7 +6,7 @@ shift of the logits moves it; a token that an update carries across it does leav
 inside.
 
 Shapes: N loss positions of one microbatch, D hidden, V vocabulary.
-Source: "Keep Sampling Mask", DeepSeek-V3.2, arXiv:2512.02556, section 3.1, where the set itself is kept.
+Source: "Keep Sampling Mask", DeepSeek-V3.2, arXiv:2512.02556, where the set itself is kept.
 """
 
 from __future__ import annotations
