@@ -174,3 +174,16 @@ def test_the_mass_outside_is_what_truncation_took():
 
     assert outside_mass(pack([sample], tokens_per_microbatch=9, device="cpu")) == pytest.approx(0.1)
     assert outside_mass(pack([plain], tokens_per_microbatch=9, device="cpu")) == 0
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_importance_weights_of_the_policy_that_sampled_are_one(tiny_base, truncation):
+    sampling = SamplingParams(max_tokens=LENGTH, temperature=0.7, **truncation)
+    policy = make_policy(tiny_base)
+    samples = drawn(tiny_base, policy, sampling)
+
+    (weighted,), result = update(policy, samples, sampling, importance="truncate")
+    (plain,), _ = update(make_policy(tiny_base), samples, sampling, importance="off")
+
+    assert result.metrics["importance/weight_mean"] == pytest.approx(1, abs=1e-4)
+    assert_same(weighted, plain, rtol=1e-3)
