@@ -35,7 +35,7 @@ from inspect import getsource
 from pathlib import Path
 from typing import Any
 
-from bench_step import ALPHA, LINEARS, PACKAGES, RANK, matmul_tflops
+from bench_step import ALPHA, LINEARS, PACKAGES, RANK, matmul_tflops, rows_of_process
 from random_models import num_weights, random_model, text_of
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 16, 16, 200
@@ -300,24 +300,13 @@ def floors(case: str) -> list[dict[str, Any]]:
 def run_case(case: str, impl: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Its rows; a last one with the error if it did not finish."""
     command = [sys.executable, __file__, "--worker", case, impl, "--steps", str(options.steps), *options.more]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with tempfile.TemporaryFile("w+") as errors:
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=options.timeout_s, check=False,
-                env=environment,
-            )  # fmt: skip
-            output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired as expired:
-            output, failure = (expired.stdout or b"").decode(), f"not done after {options.timeout_s:.0f} s"
-        errors.seek(0)
-        lines = errors.read().strip().splitlines()
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    rows, failure, lines = rows_of_process(command, options.timeout_s, PYTHONPATH=path)
     print(
         f"{case} {impl}: " + ", ".join(f"{row['metric']} {row['value']:.4g} {row['unit']}" for row in rows), flush=True
     )
     if failure:
-        print(f"did not finish ({failure}):\n" + "\n".join([*output.splitlines()[-12:], *lines[-25:]]), flush=True)
+        print(f"did not finish ({failure}):\n" + "\n".join(lines[-25:]), flush=True)
         last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]
         rows.append({"case": case.replace(":", ", "), "impl": impl, "error": f"{failure}; {last}"})
     return rows

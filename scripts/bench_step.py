@@ -414,14 +414,15 @@ def profile(step: Step) -> None:
     print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60), file=sys.stderr)
 
 
-def run_case(case: str, impl: str, timeout_s: float, *options: str) -> list[dict[str, Any]]:
-    """Its rows; a last one with the error if it did not finish."""
-    command = [sys.executable, __file__, "--worker", case, impl, *options]
+def rows_of_process(
+    command: list[str], timeout_s: float, **environment: str
+) -> tuple[list[dict[str, Any]], str, list[str]]:
+    """The ROW lines that a worker printed, why it did not finish (or ""), and the lines of its stderr."""
     with tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=timeout_s, check=False,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
             )  # fmt: skip
             output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
         except subprocess.TimeoutExpired as expired:
@@ -429,6 +430,13 @@ def run_case(case: str, impl: str, timeout_s: float, *options: str) -> list[dict
         errors.seek(0)
         lines = errors.read().strip().splitlines()
     rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    return rows, failure, lines
+
+
+def run_case(case: str, impl: str, timeout_s: float, *options: str) -> list[dict[str, Any]]:
+    """Its rows; a last one with the error if it did not finish."""
+    command = [sys.executable, __file__, "--worker", case, impl, *options]
+    rows, failure, lines = rows_of_process(command, timeout_s)
     shown = {row["metric"]: row["value"] for row in rows}
     print(f"{case} {impl}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()), flush=True)
     for line in lines:

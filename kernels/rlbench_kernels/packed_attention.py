@@ -159,7 +159,7 @@ def describe_backend(device: torch.device) -> str:
         return f"{asked}, as RLBENCH_ATTENTION says"
     if problem := flash_attention_4.problem(device):
         return f"torch's flash attention ({problem})"
-    return f"FlashAttention 4 where a sequence has {_LONG_SEQUENCE} tokens or more, else torch's flash attention"
+    return f"FlashAttention 4 for sequences of {_LONG_SEQUENCE} tokens in large batches, else torch's flash attention"
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
