@@ -35,7 +35,8 @@ from inspect import getsource
 from pathlib import Path
 from typing import Any
 
-from bench_step import ALPHA, LINEARS, PACKAGES, RANK, matmul_tflops, rows_of_process
+from bench_step import ALPHA, LINEARS, RANK
+from bench_workers import matmul_tflops, rows_of_process, write_result
 from random_models import num_weights, random_model, text_of
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 16, 16, 200
@@ -342,27 +343,10 @@ def main() -> None:
         rows += json.loads(found.stdout.splitlines()[-1])
         for impl in options.impls.split(","):
             rows += run_case(case, impl, options)
-            write(options, rows)
-
-
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {}
-    for package in (*PACKAGES, "vllm"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    result = {
-        "command": f"python scripts/bench_grpo.py --cases {options.cases} --impls {options.impls} "
-        f"--steps {options.steps}",
-        "device": torch.cuda.get_device_name(), "versions": versions, "commit": options.commit, "rows": rows,
-    }  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+            command = (
+                f"python scripts/bench_grpo.py --cases {options.cases} --impls {options.impls} --steps {options.steps}"
+            )
+            write_result(options.output, rows, f"{command} --steps {options.steps}", options.commit)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench_workers import matmul_tflops, rows_of_process, write_result
 from random_models import num_weights, random_model
 
 RANK, ALPHA = 16, 32
@@ -44,10 +45,6 @@ IMPLS = (
     "rlbench:auto@8192,rlbench:full@8192,rlbench:full@4096,rlbench:mlp+offload@8192,unsloth:unsloth,unsloth:off,"
     "trl:on,trl:off"
 )
-PACKAGES = (
-    "torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo",
-    "flash-attn-4",
-)  # fmt: skip
 WARM_UP, MAX_WARM_UP_S, TIMED, MAX_TIMED_S = 3, 30.0, 8, 20.0
 PROMPT_TOKENS, NUM_PROMPTS = 200, 16
 GROUP_SIZES = {"grpo": 8, "ppo": 8, "dpo": 2}
@@ -336,20 +333,6 @@ def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]
 STEPS = {"rlbench": rlbench_step, "unsloth": unsloth_step, "trl": trl_step}
 
 
-def matmul_tflops() -> float:
-    import torch
-
-    left, right = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    times = []
-    for _ in range(12):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(left, right)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * 8192**3 / statistics.median(times[2:]) / 1e12
-
-
 def run_worker(case: str, impl: str, *, is_memory_only: bool) -> None:
     kind, shape, quantization = case.split(":")
     name, option = impl.split(":")
@@ -414,25 +397,6 @@ def profile(step: Step) -> None:
     print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60), file=sys.stderr)
 
 
-def rows_of_process(
-    command: list[str], timeout_s: float, **environment: str
-) -> tuple[list[dict[str, Any]], str, list[str]]:
-    """The ROW lines that a worker printed, why it did not finish (or ""), and the lines of its stderr."""
-    with tempfile.TemporaryFile("w+") as errors:
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=timeout_s, check=False,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-            )  # fmt: skip
-            output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired as expired:
-            output, failure = (expired.stdout or b"").decode(), f"not done after {timeout_s:.0f} s"
-        errors.seek(0)
-        lines = errors.read().strip().splitlines()
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    return rows, failure, lines
-
-
 def run_case(case: str, impl: str, timeout_s: float, *options: str) -> list[dict[str, Any]]:
     """Its rows; a last one with the error if it did not finish."""
     command = [sys.executable, __file__, "--worker", case, impl, *options]
@@ -477,27 +441,8 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "--make", f"{shape}:{quantization}"], check=True)
         for impl in arguments.impls.split(","):
             rows += run_case(case, impl, arguments.timeout_s, *(["--memory"] if arguments.memory else []))
-            write(arguments, rows)
-
-
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    result = {
-        "command": f"python scripts/bench_step.py --cases {arguments.cases} --impls {arguments.impls}"
-        + " --memory" * arguments.memory,
-        "device": torch.cuda.get_device_name(), "versions": versions, "commit": arguments.commit, "rows": rows,
-    }  # fmt: skip
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            command = f"python scripts/bench_step.py --cases {arguments.cases} --impls {arguments.impls}"
+            write_result(arguments.output, rows, command + " --memory" * arguments.memory, arguments.commit)
 
 
 if __name__ == "__main__":
