@@ -22,7 +22,7 @@ from rlbench.engine.interface import engine_call
 from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
-from rlbench.records import Completion, Prompt, RolloutGroup, SamplingParams
+from rlbench.records import Completion, Prompt, RolloutGroup
 from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
 from rlbench.rollouts.credit import Credit, credit, has_signal
 from rlbench.rollouts.pairs import has_pair, pair_up
@@ -33,7 +33,7 @@ from rlbench.training.checkpoint import Beside
 from rlbench.training.optim import learning_rate, set_lr
 from rlbench.training.pair_update import PairOptions, make_pair_batches, update_on_pairs
 from rlbench.training.reference_kl import reference_kl, refresh_reference
-from rlbench.training.support import outside_mass
+from rlbench.training.support import outside_mass, support_sampler
 from rlbench.training.update import Minibatch, UpdateResult, make_minibatches, update_policy
 from rlbench.training.value_step import CriticResult, state_values, update_critic
 from rlbench.weight_sync import sync
@@ -301,7 +301,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 seed=sampling_seed(config.seed, step, "token choice", 0),
                 reference=parts.reference,
                 budget=self.budget,
-                sampler=self._support_sampler(),
+                sampler=support_sampler(training_sampling(self.inputs), config.algorithm),
             )
         shown = result.metrics if of_critic.is_finite else of_critic.shown
         self._count_updates(result.num_applied, result.is_finite and of_critic.is_finite, shown, credited.samples)
@@ -342,9 +342,10 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     ) -> dict[str, float | None]:
         """Metrics of the policy's updates; the drift is judged."""
         max_ratio = self.inputs.config.checks.drift_max_ratio
-        is_truncated = self._support_sampler() is not None
+        sampling = training_sampling(self.inputs)
+        is_truncated = support_sampler(sampling, self.inputs.config.algorithm) is not None
         drift = measure_batch(result.microbatches, result.logprobs, max_ratio=max_ratio, is_truncated=is_truncated)
-        has_outside = training_sampling(self.inputs).is_only_truncated and drift is not None
+        has_outside = sampling.is_only_truncated and drift is not None
         return (
             {"optim/lr": lr, "optim/is_skipped": float(not result.num_applied)}
             | {"optim/num_updates": float(result.num_applied)}
@@ -354,12 +355,6 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             | ({"support/outside_mass_mean": outside_mass(result.microbatches)} if has_outside else {})
             | self._sizes(microbatches)
         )
-
-    def _support_sampler(self) -> SamplingParams | None:
-        """How completions are drawn, where the update's logprobs are restricted to what could be drawn."""
-        sampling = training_sampling(self.inputs)
-        is_restricted = self.inputs.config.algorithm.support == "sampler" and sampling.is_only_truncated
-        return sampling if is_restricted else None
 
     def _replay_ratios(self, result: UpdateResult) -> dict[str, float]:
         """How far the policy has moved from those that sampled what was replayed; nothing if nothing was."""

@@ -86,8 +86,7 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
     room = SAFE_SHARE * limit_bytes
     max_microbatch = _largest_microbatch(probes, above, room)
     waves = -(-(config.algorithm.prompts_per_step or 1) * (config.algorithm.group_size or 1) // probes.num_rows)
-    passes = config.algorithm.num_updates / config.algorithm.num_minibatches
-    update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches) * passes
+    update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches)
     return MemoryPlan(
         memory_gib=_parts(probes, above, generation_peak, update_peak, cache_slope * tokens),
         peak_gib=max(generation_peak, update_peak) / GIB,

@@ -132,15 +132,13 @@ def _update_s(
     microbatch = minibatches[0].microbatches[0]
     seconds: list[float] = []
     while not seconds or (len(seconds) < 2 and seconds[0] < _REPEAT_BELOW_S):
-        with _timed(seconds):
-            work_on(parts, config, microbatch)
+        seconds.append(work_on(parts, inputs, microbatch).of_batch(config.algorithm))
     num_tokens = len(microbatch.token_ids)
     in_batch = sum(len(mb.token_ids) for minibatch in minibatches for mb in minibatch.microbatches)
     trained_share = 1.0 if config.algorithm.needs_every_sample or numbers.no_signal is None else (
         1.0 - numbers.no_signal.value
     )  # fmt: skip
-    passes = config.algorithm.num_updates / config.algorithm.num_minibatches
-    return min(seconds) * in_batch / num_tokens * passes * trained_share, num_tokens
+    return min(seconds) * in_batch / num_tokens * trained_share, num_tokens
 
 
 def _stand_in(group: RolloutGroup, index: int, group_size: int) -> TrainingSample:

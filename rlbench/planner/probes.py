@@ -36,7 +36,7 @@ class Probe:
     """
 
     size: int  # tokens: packed ones of an update, generated ones of a row
-    seconds: float
+    seconds: float  # of an update: what a batch's updates make of it
     peak_bytes: int  # of the whole process on its device
 
 
@@ -159,14 +159,12 @@ def _generate(
 
 
 def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample]) -> Probe:
-    config = inputs.config
-    microbatches = _pack(inputs, parts, samples)[:1]
+    microbatch = _pack(inputs, parts, samples)[0]
     memory.settle()
-    start = time.monotonic()
     with watch(memory) as peak:
-        work_on(parts, config, microbatches[0])
-    seconds = time.monotonic() - start
-    return Probe(size=len(microbatches[0].token_ids), seconds=seconds, peak_bytes=peak.num_bytes)
+        found = work_on(parts, inputs, microbatch)
+    seconds = found.of_batch(inputs.config.algorithm)
+    return Probe(size=len(microbatch.token_ids), seconds=seconds, peak_bytes=peak.num_bytes)
 
 
 def head_bytes(parts: BaseParts, memory: DeviceMemory, num_rows: int) -> int:

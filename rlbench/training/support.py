@@ -16,9 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.records import SamplingParams
 from rlbench_kernels import linear_logprobs, support_thresholds
+
+
+def support_sampler(sampling: SamplingParams, config: AlgorithmConfig) -> SamplingParams | None:
+    """How completions are drawn, where an update's logprobs are restricted to what could be drawn; else None."""
+    return sampling if config.support == "sampler" and sampling.is_only_truncated else None
 
 
 @torch.no_grad()

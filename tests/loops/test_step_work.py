@@ -7,6 +7,7 @@ from rlbench.config.compose import to_run_config
 from rlbench.data.packing import pack
 from rlbench.planner.probes import largest_prompts, largest_step
 from rlbench.planner.step_work import adapter_bytes, work_on
+from rlbench.training import step
 from tests.architecture.test_layout import compose
 
 CASES = {  # forwards of the policy's modules, the critic's, the teacher's
@@ -54,9 +55,32 @@ def test_every_forward_of_a_step_is_made(make_parts, tiny_folder, monkeypatch, o
         count(parts.teacher, "hidden", "teacher")
     (microbatch,) = pack(largest_step(inputs), tokens_per_microbatch=10_000, device="cpu")
 
-    work_on(parts, inputs.config, microbatch)
+    work_on(parts, inputs, microbatch)
 
     assert tuple(num_forwards.values()) == CASES[options]
+
+
+def test_forwards_before_the_updates_count_once(make_parts):
+    inputs, parts = make_parts("algorithm=ppo", "algorithm.num_updates=6", "algorithm.num_minibatches=2")
+    (microbatch,) = pack(largest_step(inputs), tokens_per_microbatch=10_000, device="cpu")
+
+    found = work_on(parts, inputs, microbatch)
+
+    assert found.before_s > 0 and found.update_s > 0
+    assert found.of_batch(inputs.config.algorithm) == pytest.approx(found.before_s + 3 * found.update_s)
+
+
+@pytest.mark.parametrize("support", ["full", "sampler"])
+def test_what_the_sampler_could_have_drawn_is_computed_where_the_run_does(make_parts, monkeypatch, support):
+    inputs, parts = make_parts(f"algorithm.support={support}", "sampling.top_p=0.9", "algorithm.num_updates=2")
+    (microbatch,) = pack(largest_step(inputs), tokens_per_microbatch=10_000, device="cpu")
+    calls = []
+    original = step.sampler_support
+    monkeypatch.setattr(step, "sampler_support", lambda *arguments: (calls.append(1), original(*arguments))[1])
+
+    work_on(parts, inputs, microbatch)
+
+    assert len(calls) == (2 if support == "sampler" else 0)  # of the old policy, and in the update
 
 
 def test_a_critic_is_trained_memory_too(make_parts):
