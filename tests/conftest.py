@@ -8,8 +8,9 @@ from tests.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """Models are tiny, and two files of tests run at a time: more threads would wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def tiny_overrides(tiny_folder, tmp_path_factory) -> list[str]:
     return [
         "name=tiny",
         f"model.path={tiny_folder}",
+        "hardware.num_threads=1",  # the model is tiny
         "model.dtype=float32",
         f"data.path={data}",
         "data.system_prompt=null",

@@ -15,6 +15,7 @@ def overrides(name: str, tiny_folder, folder) -> list[str]:
         f"data.path={write(folder / 'rows.jsonl', ROWS[name])}",
         "data.system_prompt=null",
         f"model.path={tiny_folder}",
+        "hardware.num_threads=1",  # the model is tiny
         "model.dtype=float32",
         "sampling.max_tokens=12",
     ]

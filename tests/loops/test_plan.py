@@ -29,7 +29,8 @@ def test_a_plan_of_a_run_on_given_rows_is_near_what_the_run_takes(experiment, ti
     rows = [{"question": f"{a}+{b}", "answer": "1+" * (9 + a) + str(a + b)} for a in range(8) for b in range(5)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
-        f"+exp={experiment}", f"model.path={tiny_folder}", "model.dtype=float32", "tracking.wandb=disabled",
+        f"+exp={experiment}", f"model.path={tiny_folder}", "model.dtype=float32", "hardware.num_threads=1",
+        "tracking.wandb=disabled",
         f"data.path={tmp_path}/rows.jsonl", "data.system_prompt=null", "data.examples=[]",
         "data.prompt_column=question", "data.answer_column=answer", "training.tokens_per_microbatch=200",
         "training.num_steps=2",

@@ -21,7 +21,8 @@ def overrides(tiny_folder, tmp_path_factory) -> list[str]:
     rows = [{"prompt": f"{a}+{b}=", "chosen": f"a{a}b{b}a", "rejected": f"b{b}a{a}b"} for a, b in sums]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", "data=file", f"data.path={file}",
+        "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", "hardware.num_threads=1",
+        "data=file", f"data.path={file}",
         "preference.pairs_per_step=8", "training.tokens_per_microbatch=60", f"training.num_steps={NUM_STEPS}",
         "evaluation.num_prompts=20", "evaluation.every_steps=4", "optim.lr=0.005",
     ]  # fmt: skip

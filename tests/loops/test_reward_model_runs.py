@@ -31,7 +31,8 @@ def overrides(tiny_folder, tmp_path_factory) -> list[str]:
         rows.append({"prompt": prompt, "chosen": "".join(many), "rejected": "".join(few)})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", "data=file", f"data.path={file}",
+        "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", "hardware.num_threads=1",
+        "data=file", f"data.path={file}",
         "reward_model.pairs_per_step=8", "training.tokens_per_microbatch=100", f"training.num_steps={NUM_STEPS}",
         "evaluation.num_prompts=40", "evaluation.every_steps=20", "optim.lr=0.005", "reward_model.centering_coef=0.01",
     ]  # fmt: skip

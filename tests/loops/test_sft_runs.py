@@ -26,7 +26,8 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def overrides(rows, tiny_folder) -> list[str]:
     return [
-        "+exp=sft_gsm8k", "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", f"data.path={rows}",
+        "+exp=sft_gsm8k", "name=tiny", f"model.path={tiny_folder}", "model.dtype=float32", "hardware.num_threads=1",
+        f"data.path={rows}",
         "data.system_prompt=null", "data.examples=[]", "sft.rows_per_step=8", "training.tokens_per_microbatch=80",
         f"training.num_steps={NUM_STEPS}", "evaluation.num_prompts=8", "evaluation.every_steps=4", "optim.lr=0.02",
     ]  # fmt: skip
