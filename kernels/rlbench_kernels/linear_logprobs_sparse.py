@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlbench_kernels.linear_logprobs_head import Head
+from rlbench_kernels.linear_logprobs_head import Head, accumulation_dtype
 
 
 class SparseStats(NamedTuple):
@@ -91,9 +91,10 @@ class SparseWriter:
             rows: of the chunk.
             out: [n, D].
         """
+        ones = torch.ones(len(out), dtype=accumulation_dtype(out.dtype), device=out.device)
         weights = self._options.row_weights
-        weights = torch.ones(len(out), device=out.device) if weights is None else weights.detach()[rows]
-        self._write(softmax, head, targets, weights, torch.where(weights != 0, 1.0, torch.nan), out)
+        weights = ones if weights is None else weights.detach()[rows].to(ones)
+        self._write(softmax, head, targets, weights, ones.masked_fill(weights == 0, torch.nan), out)
 
     def write_scaled(
         self, softmax: ChunkSoftmax, head: Head, targets: Tensor, grad_logprobs: Tensor | None,
@@ -128,7 +129,7 @@ class SparseWriter:
             probs, target_weight = softmax.other_probs(rows)
             is_active = weights[rows].isfinite() & (weights[rows] != 0) & target_weight.isfinite()  # [m]
             probs.masked_fill_(~is_active[:, None], 0.0)
-            shares = torch.where(is_active, weights[rows] / block.temperature, 0.0).to(probs.dtype)
+            shares = torch.where(is_active, weights[rows] / block.temperature, 0.0)
             mean_row = self._mean_row(probs, block.weight, shares, is_active)  # [m, D]: sum over v of P_v W_v
             grad = block.weight[targets[rows]].to(probs.dtype).mul_(target_weight[:, None]).sub_(mean_row)
             factor = (factors[rows] / block.temperature)[:, None]
@@ -191,7 +192,9 @@ def check_sparse(
         raise ValueError(f"sparse: SparseGradient expected, got {type(sparse).__name__}")
     weights = sparse.row_weights
     if weights is not None and not may_have_weights:
-        raise ValueError("row_weights of the sparse gradient: none expected, they are the loss's own gradients; got some")
+        raise ValueError(
+            "row_weights of the sparse gradient: None expected, the loss's own gradients take their place; got a tensor"
+        )
     if weights is not None and (weights.shape != (num_rows,) or not weights.is_floating_point()):
         raise ValueError(
             f"row_weights of the sparse gradient: floating [{num_rows}] expected, got {weights.dtype} "
