@@ -195,10 +195,13 @@ def check_sparse(
         raise ValueError(
             "row_weights of the sparse gradient: None expected, the loss's own gradients take their place; got a tensor"
         )
-    if weights is not None and (weights.shape != (num_rows,) or not weights.is_floating_point()):
+    device = head.weight.device
+    if weights is not None and (
+        weights.shape != (num_rows,) or not weights.is_floating_point() or weights.device != device
+    ):
         raise ValueError(
-            f"row_weights of the sparse gradient: floating [{num_rows}] expected, got {weights.dtype} "
-            f"{[*weights.shape]}"
+            f"row_weights of the sparse gradient: floating [{num_rows}] on {device} expected, got {weights.dtype} "
+            f"{[*weights.shape]} on {weights.device}"
         )
     return sparse
 

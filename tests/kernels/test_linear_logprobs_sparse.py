@@ -256,7 +256,8 @@ def test_no_tensor_holds_all_logits(monkeypatch):
      ({"grad": "sparse", "lora": Lora(torch.ones(2, 5), torch.ones(13, 2), 1.0)}, "frozen head, got a LoRA pair"),
      ({"grad": "sparse", "bias": torch.ones(13).requires_grad_()}, "frozen head, got weight or bias"),
      ({"grad": "sparse", "support": torch.zeros(7)}, "does not take a support"),
-     ({"grad": "sparse", "sparse": SparseGradient(row_weights=torch.ones(3))}, r"floating \[7\] expected"),
+     ({"grad": "sparse", "sparse": SparseGradient(row_weights=torch.ones(3))}, r"floating \[7\] on cpu"),
+     ({"grad": "sparse", "sparse": SparseGradient(row_weights=torch.ones(7, device="meta"))}, "on meta"),
      ({"grad": "sparse", "sparse": SparseGradient(row_weights=torch.ones(7).long())}, "got torch.int64")],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_named(change, message):

@@ -1,5 +1,7 @@
 """`grad="sparse"` behind the Triton kernels: on the GPU, and for small sizes under Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ ROWS = 8  # of a chunk, and so of a block, in the fixtures
 def test_values_keep_their_bits_and_sums_are_unbiased(name, tiles, request):
     request.getfixturevalue(tiles)
     hidden, weight, targets = to_device(*inputs(n=11, d=24, v=300, dtype=torch.float32))
-    chosen = {
+    chosen: dict[str, Any] = {
         k: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for k, x in options(name, 11, 300, torch.float32).items()
     }
     if "softcap" in chosen:
