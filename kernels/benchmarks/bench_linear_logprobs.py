@@ -3,8 +3,9 @@
 usage: python kernels/benchmarks/bench_linear_logprobs.py --out kernels/benchmarks/results/linear_logprobs_DEVICE.json
 `forward_backward` ends in a clipped surrogate's gradient to hidden; Liger has a mean cross-entropy only.
 `*_support` restrict the softmax to given thresholds of top_p = 0.95, `rlbench_top_p` computes them in every call;
-`*_lora` have a rank-16 LoRA pair on the head and its gradients.
-Logits are flat (random weights), llm (Zipf candidates, 1 to 2 nats) or sharp (0.1 nats). Errors to float64: 256 rows.
+`*_lora` have a rank-16 LoRA pair on the head and its gradients; `rlbench_sparse` is approximate: `sparse/*` is what it
+keeps and leaves out. Logits are flat (random weights), llm (Zipf candidates, 1 to 2 nats) or sharp (0.1 nats).
+Errors to float64: 256 rows, and the sums of their gradients over 128 rows each.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ CASES = [f"{name} N={rows} llm" for name in SHAPES for rows in (8192, 16384)] + 
     "Llama-3.1-8B N=8192 flat", "Llama-3.1-8B N=8192 sharp",
 ]  # fmt: skip
 PROVIDERS = (
-    "two_matmuls", "rlbench", "rlbench_logprobs", "rlbench_support", "rlbench_top_p", "rlbench_lora", "unsloth_zoo",
-    "trl", "liger", "cce", "compile", "compile_support", "compile_lora", "float32",
+    "two_matmuls", "rlbench", "rlbench_logprobs", "rlbench_sparse", "rlbench_support", "rlbench_top_p", "rlbench_lora",
+    "unsloth_zoo", "trl", "liger", "cce", "compile", "compile_support", "compile_lora", "float32",
 )  # fmt: skip
 TOP_P, RANK = 0.95, 16
 os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
@@ -89,7 +90,9 @@ def prepare(provider: str, case: str) -> Prepared:
     found = step()
     if isinstance(found, Tensor):
         values = errors(inputs, found, provider)
-        assert max(value for value, _ in values.values()) < 0.05, f"wrong: {values}"
+        assert max(values["error/logprobs"][0], values["error/hidden_gradient"][0]) < 0.05, f"wrong: {values}"
+        if provider.endswith("sparse"):
+            values |= sparse_stats(inputs)
     step()
     inputs.hidden.grad = None
     values["extra_memory"] = extra_memory(train)
@@ -110,10 +113,22 @@ def errors(inputs: Inputs, logprobs: Tensor, provider: str) -> dict[str, tuple[f
     exact = torch.log_softmax(logits, -1).gather(1, inputs.targets[rows, None])[:, 0]
     surrogate(exact, inputs.advantages[:256]).backward()
     assert hidden.grad is not None and inputs.hidden.grad is not None
+    gradient = inputs.hidden.grad[rows].double()
+    sums = [grad.unflatten(0, (-1, 128)).sum(1) for grad in (gradient, hidden.grad)]  # [2, D]
     return {
-        "error/logprobs": relative_error(logprobs[:256], exact.detach()),
-        "error/hidden_gradient": relative_error(inputs.hidden.grad[:256], hidden.grad),
+        "error/logprobs": relative_error(logprobs[rows], exact.detach()),
+        "error/hidden_gradient": relative_error(gradient, hidden.grad),
+        "error/sum_of_128_rows": relative_error(*sums),
     }
+
+
+def sparse_stats(inputs: Inputs) -> dict[str, tuple[float, str]]:
+    from rlbench_kernels import SparseGradient, linear_logprobs
+
+    sparse = SparseGradient()
+    linear_logprobs(inputs.hidden, inputs.weight, inputs.targets, grad="sparse", sparse=sparse)
+    assert sparse.stats is not None
+    return {f"sparse/{name}": (float(value), "fraction") for name, value in sparse.stats._asdict().items()}
 
 
 def two_matmuls(inputs: Inputs) -> tuple[Callable, Callable]:
@@ -160,6 +175,10 @@ def rlbench(inputs: Inputs, options: Callable[[], dict] = dict) -> tuple[Callabl
         return logprobs
 
     return train, lambda: linear_logprobs(hidden, weight, targets, **options())
+
+
+def rlbench_sparse(inputs: Inputs) -> tuple[Callable, Callable]:
+    return rlbench(inputs, lambda: {"grad": "sparse"})
 
 
 def rlbench_support(inputs: Inputs) -> tuple[Callable, Callable]:
@@ -276,8 +295,8 @@ def float32(inputs: Inputs) -> Callable[[Tensor], Tensor]:
 
 
 CALLS = {
-    "two_matmuls": two_matmuls, "rlbench": rlbench, "rlbench_support": rlbench_support,
-    "rlbench_top_p": rlbench_top_p, "rlbench_lora": rlbench_lora, "liger": liger,
+    "two_matmuls": two_matmuls, "rlbench": rlbench, "rlbench_sparse": rlbench_sparse,
+    "rlbench_support": rlbench_support, "rlbench_top_p": rlbench_top_p, "rlbench_lora": rlbench_lora, "liger": liger,
 }  # fmt: skip
 LOGPROBS = {
     "rlbench_logprobs": rlbench_logprobs, "trl": trl, "unsloth_zoo": unsloth_zoo, "cce": cce, "compile": compiled,

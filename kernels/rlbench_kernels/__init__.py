@@ -2,6 +2,7 @@
 
 from rlbench_kernels.gated_activation import geglu, swiglu
 from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
+from rlbench_kernels.linear_logprobs_sparse import SparseGradient, SparseStats
 from rlbench_kernels.linear_logprobs_support import support_thresholds
 from rlbench_kernels.logprobs import logprobs
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
@@ -16,6 +17,8 @@ __all__ = [
     "Lora",
     "Nf4Weight",
     "SharedPromptLayout",
+    "SparseGradient",
+    "SparseStats",
     "add_rms_norm",
     "apply_rope",
     "dequantize_nf4",

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlbench_kernels.launch import use_triton
 from rlbench_kernels.linear_logprobs_head import Head, accumulation_dtype, check_head
 from rlbench_kernels.linear_logprobs_reference import ReferenceSoftmax, reference_gradients
+from rlbench_kernels.linear_logprobs_sparse import SparseGradient, SparseWriter, check_sparse, refuse_entropy_gradient
 from rlbench_kernels.lora_linear import Lora
 
 TokenLoss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -30,6 +31,8 @@ def linear_logprobs(
     bias: Tensor | None = None,
     support: Tensor | None = None,
     lora: Lora | None = None,
+    grad: str = "dense",
+    sparse: SparseGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logprobs[i] = log_softmax(s[i])[targets[i]] and the entropy of softmax(s[i]), s = cap(hidden W^T + bias) / T.
 
@@ -52,17 +55,21 @@ def linear_logprobs(
             -inf keeps every token. `support_thresholds` computes it for top_p, top_k and min_p. It gets no gradient.
         lora: adds scaling (hidden A^T) B^T to hidden W^T, A [R, D] and B [V, R] of any floating dtype, or None. W is
             neither copied nor changed, and may be frozen.
+        grad: "dense", or "sparse": an approximate gradient to hidden in `linear_logprobs_sparse`'s way, for a frozen
+            head without LoRA and support, and not through the entropy. The results keep their bits.
+        sparse: options of the sparse gradient, which receive its statistics, or None for its defaults.
 
     Returns:
         logprobs [N] and entropy [N] in nats; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or ranges that do not fit.
+        ValueError: shapes, dtypes or ranges that do not fit; what a sparse gradient does not support.
     """
     head = Head(weight, bias, temperature, softcap, support, lora)
     _check(hidden, head, targets)
+    sparse = check_sparse(grad, sparse, head, len(hidden), may_have_weights=True)
     a, b = (None, None) if lora is None else lora[:2]
-    return _LinearLogprobs.apply(hidden, weight, bias, a, b, targets, head, torch.is_grad_enabled())  # type: ignore
+    return _LinearLogprobs.apply(hidden, weight, bias, a, b, targets, head, sparse, torch.is_grad_enabled())  # type: ignore
 
 
 def linear_token_loss(
@@ -77,6 +84,8 @@ def linear_token_loss(
     bias: Tensor | None = None,
     support: Tensor | None = None,
     lora: Lora | None = None,
+    grad: str = "dense",
+    sparse: SparseGradient | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """A sum of per-token losses with gradient to `hidden`, in two matmuls where the head is frozen.
 
@@ -85,6 +94,8 @@ def linear_token_loss(
 
     Args:
         hidden, weight, targets, temperature, softcap, bias, support, lora: as in `linear_logprobs`.
+        grad, sparse: as in `linear_logprobs`. The gradients that the loss gives to the logprobs are the weights of the
+            sparse gradient's rows.
         token_loss: any PyTorch function (logprobs [n], entropy [n], columns of [n]) -> (loss [], metrics of []).
             Both logprobs and entropy carry gradient. It is called once a chunk, never with n = 0; losses and metrics
             of the chunks are summed, metrics whose name ends in `_max` combined by their maximum. It must mask before
@@ -102,6 +113,7 @@ def linear_token_loss(
     for name, column in columns.items():
         if len(column) != len(hidden):
             raise ValueError(f"column {name!r} has {len(column)} rows, expected {len(hidden)}")
+    sparse = check_sparse(grad, sparse, head, len(hidden), may_have_weights=False)
     is_recorded = torch.is_grad_enabled()
     is_head_trained = lora is not None or weight.requires_grad or (bias is not None and bias.requires_grad)
     if is_recorded and is_head_trained and len(hidden):
@@ -110,7 +122,9 @@ def linear_token_loss(
         )
         loss, metrics = token_loss(logprobs, entropy, columns)
         return loss, {name: value.detach() for name, value in metrics.items()}, logprobs.detach()
-    loss, logprobs, names, *values = _LinearTokenLoss.apply(hidden, head, targets, token_loss, columns, is_recorded)  # type: ignore
+    loss, logprobs, names, *values = _LinearTokenLoss.apply(  # type: ignore
+        hidden, head, targets, token_loss, columns, sparse, is_recorded
+    )
     return loss, dict(zip(names, values, strict=True)), logprobs
 
 
@@ -118,19 +132,26 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
-        targets: Tensor, head: Head, is_recorded: bool,
+        targets: Tensor, head: Head, sparse: SparseGradient | None, is_recorded: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs_hidden, *needs_head = ctx.needs_input_grad[:5]
         with_direction = is_recorded and needs_hidden and not any(needs_head) and head.lora is None
         logprobs, entropy = _new_results(hidden)
         direction = torch.empty_like(hidden) if with_direction else None  # d logprob / d hidden
-        softmax = _softmax(hidden, head)
+        softmax, writer = _softmax(hidden, head), _writer(sparse, direction)
         for rows in softmax.chunks:
             logprobs[rows], entropy[rows] = softmax.forward(
-                hidden[rows], targets[rows], rows, with_gradient=with_direction
+                hidden[rows], targets[rows], rows, with_gradient=with_direction and writer is None
             )
-            if direction is not None:
+            if direction is None:
+                continue
+            if writer is not None:
+                writer.write(softmax, head.rows(rows), targets[rows], rows, direction[rows])
+            else:
                 softmax.hidden_gradient(torch.ones_like(logprobs[rows]), None, direction[rows])
+        if writer is not None:
+            writer.finish()
+        ctx.is_sparse = sparse is not None
         ctx.head = replace(head, weight=weight.detach(), bias=None, lora=None)
         ctx.scaling = 1.0 if head.lora is None else head.lora.scaling
         ctx.save_for_backward(hidden, weight, bias, a, b, targets, direction)
@@ -142,36 +163,46 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, a, b, targets, direction = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
+        if ctx.is_sparse and grad_entropy is not None:
+            refuse_entropy_gradient()
         if direction is not None and grad_entropy is None:
             assert grad_logprobs is not None
-            return _scale_rows(direction, grad_logprobs), *(None,) * 7
+            return _scale_rows(direction, grad_logprobs), *(None,) * 8
         head = replace(ctx.head, weight=weight, bias=bias, lora=None if a is None else Lora(a, b, ctx.scaling))
         gradients = _gradients(hidden, head, targets, grad_logprobs, grad_entropy, ctx.needs_input_grad[:5])
-        return *gradients, *(None,) * 3
+        return *gradients, *(None,) * 4
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Head, targets: Tensor, token_loss: TokenLoss,
-        columns: Mapping[str, Tensor], is_recorded: bool,
+        columns: Mapping[str, Tensor], sparse: SparseGradient | None, is_recorded: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         with_gradient = is_recorded and ctx.needs_input_grad[0]
         logprobs, _ = _new_results(hidden)
         loss = logprobs.new_zeros(())
         metrics: dict[str, Tensor] = {}
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        softmax = _softmax(hidden, head)
+        softmax, writer = _softmax(hidden, head), _writer(sparse, grad_hidden)
         for rows in softmax.chunks:
-            part, entropy = softmax.forward(hidden[rows], targets[rows], rows, with_gradient=with_gradient)
+            part, entropy = softmax.forward(
+                hidden[rows], targets[rows], rows, with_gradient=with_gradient and writer is None
+            )
             logprobs[rows] = part
             chunk_columns = {name: column[rows] for name, column in columns.items()}
             value, chunk_metrics, grads = _evaluate(token_loss, part, entropy, chunk_columns, with_gradient)
             loss += value
             _merge(metrics, chunk_metrics)
-            if grad_hidden is not None:
+            if grad_hidden is None:
+                continue
+            if writer is not None:
+                writer.write_scaled(softmax, head.rows(rows), targets[rows], *grads, grad_hidden[rows])
+            else:
                 softmax.hidden_gradient(*grads, grad_hidden[rows])
+        if writer is not None:
+            writer.finish()
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(logprobs, *metrics.values())
         return loss, logprobs, tuple(metrics), *metrics.values()
@@ -179,7 +210,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), *(None,) * 5
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), *(None,) * 6
 
 
 def _evaluate(
@@ -219,6 +250,11 @@ def _softmax(hidden: Tensor, head: Head) -> Any:
     from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
 
     return FusedSoftmax(hidden, head) if can_fuse(hidden, head) else TritonSoftmax(hidden, head)
+
+
+def _writer(sparse: SparseGradient | None, gradient: Tensor | None) -> SparseWriter | None:
+    """None where the gradient is dense, or where there is none."""
+    return None if sparse is None or gradient is None else SparseWriter(sparse, gradient.device)
 
 
 def _gradients(hidden: Tensor, head: Head, *args: Any) -> tuple[Tensor | None, ...]:

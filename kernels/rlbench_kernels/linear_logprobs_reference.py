@@ -76,10 +76,8 @@ class ReferenceSoftmax:
             return
         assert grad_logprobs is not None
         weights = grad_logprobs / self._head.temperature  # [n]
-        mean_row = self._other_probs(n) @ self._head.weight  # [n, D]: sum over v != target of p_v slope_v W_v
-        target_weight = -torch.expm1(self._logprobs)  # 1 - p_target
-        if self._slope is not None:
-            target_weight = target_weight * self._slope.gather(1, self._targets[:, None])[:, 0]
+        probs, target_weight = self.other_probs(slice(n))
+        mean_row = self._narrow_copy(probs) @ self._head.weight  # [n, D]: sum over v != target of p_v slope_v W_v
         grad = self._head.weight[self._targets].to(target_weight.dtype).mul_(target_weight[:, None]).sub_(mean_row)
         out.copy_(torch.where(weights[:, None] != 0, grad.mul_(weights[:, None]), 0.0))
 
@@ -101,12 +99,17 @@ class ReferenceSoftmax:
             grad.mul_(self._slope)
         return _divide_rows_(grad, self._head.temperature)
 
-    def _other_probs(self, n: int) -> Tensor:
-        """Probabilities [n, V] times the softcap's slope, 0 at the target, in the input dtype."""
-        probs = self._probs[:n].scatter_(1, self._targets[:, None], 0.0)
+    def other_probs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """p slope [m, V] of rows of the chunk, 0 at the target, and (1 - p) slope [m] of the target.
+
+        Overwrites their probabilities; slope is the softcap's.
+        """
+        targets, target_weight = self._targets[rows, None], -torch.expm1(self._logprobs[rows])
+        probs = self._probs[: len(self._targets)][rows].scatter_(1, targets, 0.0)
         if self._slope is not None:
-            probs.mul_(self._slope)
-        return self._narrow_copy(probs)
+            target_weight = target_weight * self._slope[rows].gather(1, targets)[:, 0]
+            probs.mul_(self._slope[rows])
+        return probs, target_weight
 
     def _narrow_copy(self, values: Tensor) -> Tensor:
         return values if self._narrow is self._scores else self._narrow[: len(values)].copy_(values)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlbench_kernels.linear_logprobs_head import Gradients, Head
+from rlbench_kernels.linear_logprobs_reference import to_scores
 
 _MAX_ROWS = 4096
 _MAX_TILE = 8192  # 4096 rows of float32: 128 MiB; the fastest of 4096 to 16384 on an H100 (D=4096, V=128256)
@@ -195,7 +196,7 @@ class TritonSoftmax:
 
     def forward(self, hidden: Tensor, targets: Tensor, rows: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """logprobs [n] and entropy [n], float32."""
-        self._hidden, self._targets = hidden, targets.contiguous()
+        self._hidden, self._targets, self._rows = hidden, targets.contiguous(), rows
         self._inverse, self._support = self._row_inputs(rows, len(hidden))
         self._low = None if self._lora is None else hidden @ self._lora[0].T  # [n, R]
         self._state = torch.empty((4, len(hidden)), dtype=torch.float32, device=hidden.device)
@@ -207,7 +208,8 @@ class TritonSoftmax:
         entropy = total.log() - (weighted + torch.where(e > 0, e * gap, e)) / total
         self._log_total, self._entropy = reference + total.log(), entropy
         # the target stays out of the sum: exact also where its probability is nearly 1
-        return torch.where(others == 0, others, -torch.logaddexp(others.log() - gap, torch.zeros_like(gap))), entropy
+        self._logprobs = torch.where(others == 0, others, -torch.logaddexp(others.log() - gap, torch.zeros_like(gap)))
+        return self._logprobs, entropy
 
     def _fold(self, with_gradient: bool) -> None:
         """Fill state [4, n] = (reference, sum e, sum e (score - reference), target score), and the accumulator."""
@@ -238,6 +240,19 @@ class TritonSoftmax:
                 grad_logprobs.contiguous(), n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
                 HAS_CAP=self.head.softcap is not None,
             )  # fmt: skip
+
+    def other_probs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """As `ReferenceSoftmax.other_probs`, from logits computed again. Without LoRA or support."""
+        hidden, targets = self._hidden[rows], self._targets[rows, None]
+        scores = hidden.new_empty((len(hidden), len(self.head.weight)), dtype=torch.float32)
+        multiply(hidden, self.head.weight.T, scores)
+        slope = to_scores(scores, self.head.rows(self._rows).rows(rows))
+        probs = scores.sub_(self._log_total[rows, None]).exp_().scatter_(1, targets, 0.0)
+        target_weight = -torch.expm1(self._logprobs[rows])
+        if slope is not None:
+            target_weight = target_weight * slope.gather(1, targets)[:, 0]
+            probs.mul_(slope)
+        return probs, target_weight
 
     def add_gradients(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, to: Gradients) -> None:
         """Write the hidden gradient, add the others. After `forward`."""
