@@ -343,9 +343,7 @@ def main() -> None:
         rows += json.loads(found.stdout.splitlines()[-1])
         for impl in options.impls.split(","):
             rows += run_case(case, impl, options)
-            command = (
-                f"python scripts/bench_grpo.py --cases {options.cases} --impls {options.impls} --steps {options.steps}"
-            )
+            command = f"python scripts/bench_grpo.py --cases {options.cases} --impls {options.impls}"
             write_result(options.output, rows, f"{command} --steps {options.steps}", options.commit)
 
 

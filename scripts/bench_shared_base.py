@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_workers import rows_of_process, write_result
 from random_models import SHAPES
 
 CASES = (
@@ -293,25 +293,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in arguments.cases.split(","):
         rows += run_case(case, arguments)
-        write(arguments, rows)
+        command = f"python scripts/bench_shared_base.py --cases {arguments.cases}"
+        write_result(arguments.output, rows, command, arguments.commit)
 
 
 def run_case(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Its rows; a last one with the error if it did not finish."""
     command = [sys.executable, __file__, "--worker", case, "--smollm2", arguments.smollm2]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with tempfile.TemporaryFile("w+") as errors:
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=arguments.timeout_s, check=False,
-                env=environment,
-            )  # fmt: skip
-            output, failure = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired as expired:
-            output, failure = (expired.stdout or b"").decode(), f"not done after {arguments.timeout_s:.0f} s"
-        errors.seek(0)
-        lines = errors.read().strip().splitlines()
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    rows, failure, lines = rows_of_process(command, arguments.timeout_s, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for row in rows:
         print(f"{row['impl']}: {row['case']}: {row['metric']}: {row['value']:.4g} {row['unit']}", flush=True)
     if failure:
@@ -320,22 +309,6 @@ def run_case(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]
         rows.append({"case": f"{name}, {quantization}", "impl": impl, "error": f"{failure}; {last}"})
     return rows
-
-
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from importlib.metadata import version
-
-    import torch
-
-    result = {
-        "command": f"python scripts/bench_shared_base.py --cases {arguments.cases}",
-        "device": torch.cuda.get_device_name(),
-        "versions": {name: version(name) for name in ("torch", "vllm", "transformers", "bitsandbytes")},
-        "commit": arguments.commit,
-        "rows": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
