@@ -127,7 +127,7 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
         rows["test"] = load_rows(config.data, "test", row_problem)
 
     from rlbench.models.device import hardware_facts
-    from rlbench.models.memory import derive_recompute
+    from rlbench.models.memory import derive_dequantize, derive_recompute
 
     facts = hardware_facts(config.hardware.profile)
     derived = derive(config, facts)
@@ -135,6 +135,7 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
     from transformers import AutoTokenizer
 
     derived += derive_recompute(config, facts, _text_config(model))
+    derived += derive_dequantize(config, facts, _text_config(model))
     tokenizer = AutoTokenizer.from_pretrained(str(model.folder), local_files_only=True)
     return BaseInputs(
         config=config,
@@ -321,6 +322,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
             device=device,
             dtype=config.model.dtype,
             quantization=config.model.quantization,
+            dequantize=bool(config.engine.dequantize),
             max_model_len=longest_sequence(inputs),
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=config.lora.rank,

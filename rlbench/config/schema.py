@@ -209,6 +209,8 @@ class EngineConfig:
     max_num_seqs: int | None = None  # most sequences decoded together
     kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
     share: bool | None = None  # one copy of the base for engine and trainer
+    # vllm on a GPU, NF4 base: its linear layers also in 16 bits while it generates; faster, given back while training
+    dequantize: bool | None = None
     deterministic: bool = False  # vllm on a GPU: kernels whose results do not depend on the batch; slower
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ class VllmEngine:
         dtype: str,
         device: str = "cpu",
         quantization: str = "none",
+        dequantize: bool = False,
         max_model_len: int,
         max_num_seqs: int,
         lora_rank: int,
@@ -87,6 +88,7 @@ class VllmEngine:
             model_path: folder with config.json and safetensors.
             device: "cpu" or "cuda".
             quantization: "none", or "nf4": linear layers but the head are quantised while they are loaded.
+            dequantize: of an NF4 base on a GPU, hold the linear layers in `dtype` too while awake.
             dtype: of weights, activations and LoRA buffers: "float32" (CPU only), "bfloat16" or "float16".
             max_model_len: most tokens of prompt and completion together; at most the model's own context.
             max_num_seqs: most sequences decoded together; more samples are run in waves.
@@ -126,6 +128,7 @@ class VllmEngine:
                 "cudagraph_capture_sizes": _graph_sizes(max_num_seqs),
                 "cudagraph_specialize_lora": False,  # all but the checks' batches have the adapter
             }
+            options["additional_config"] = {"rlbench_dequantize": dequantize}
         if quantization == "nf4":
             options["quantization"] = "bitsandbytes"
         with clean_start():
@@ -271,17 +274,17 @@ class VllmEngine:
         self.policy_version = version
 
     def sleep(self) -> None:
-        """See `Engine.sleep`: KV memory goes back to the system; weights and adapter stay."""
+        """See `Engine.sleep`: KV memory and dense copies go back to the system; weights and adapter stay."""
         if not self._is_asleep:
             self._drop_prefixes()
             self._call("rlbench_release_kv_cache")
             self._is_asleep = True
 
     def released_bytes(self) -> int:
-        """See `Engine.released_bytes`: on a GPU keys and values are unmapped, their tensors stay."""
+        """See `Engine.released_bytes`: on a GPU what sleep gives back is unmapped, its tensors stay."""
         if not self._is_asleep or self._platform == "cpu":
             return 0
-        return self._call("rlbench_kv_cache_bytes")
+        return self._call("rlbench_released_bytes")
 
     def wake(self) -> None:
         """See `Engine.wake`. A canary is sampled: the base must give the tokens that it gave at the start.

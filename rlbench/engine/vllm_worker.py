@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
@@ -187,6 +187,17 @@ def _adapter_slots(manager: Any) -> dict[str, AdapterSlot]:
         for part, part_name in enumerate(manager.packed_modules.get(name, [name])):
             slots[part_name] = AdapterSlot(layer, part)
     return slots
+
+
+def nf4_layers(model: nn.Module) -> dict[nn.Module, EngineWeight]:
+    """Every linear layer of vLLM's model whose weight bitsandbytes quantised."""
+    found = {}
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        parts = _nf4_parts(weight)
+        if weight is not None and parts:
+            found[layer] = EngineWeight(weight.data, parts)
+    return found
 
 
 def _nf4_parts(parameter: Any) -> tuple[tuple[Tensor, Any], ...]:

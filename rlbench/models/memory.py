@@ -1,4 +1,4 @@
-"""How much device memory a step's activations take, and which layers are recomputed so that they fit.
+"""How much device memory a step takes: which layers are recomputed, and whether generation has room for a dense base.
 
 Shapes: T packed tokens, D hidden, H query heads, K key-value heads, d head dimension, I intermediate.
 """
@@ -103,6 +103,37 @@ def derive_recompute(config: RunConfig, facts: HardwareFacts, text_config: Any) 
         training.recompute_layers = number
         found.append(Derivation(key="training.recompute_layers", value=number, reason=reason))
     return found
+
+
+def derive_dequantize(config: RunConfig, facts: HardwareFacts, text_config: Any) -> list[Derivation]:
+    """Fill engine.dequantize in place where it is left open.
+
+    Args:
+        text_config: of the model, from transformers; read for an NF4 base alone.
+
+    Raises:
+        ValueError: it is true where there is nothing to dequantise.
+    """
+    engine = config.engine
+    if config.stage != "rl":
+        return []
+    is_quantized = engine.kind == "vllm" and config.model.quantization == "nf4"
+    if engine.dequantize and not is_quantized:
+        raise ValueError(
+            f"engine.dequantize is true, which needs engine=vllm and model.quantization=nf4; found "
+            f"engine={engine.kind}, model.quantization={config.model.quantization}"
+        )
+    if engine.dequantize is not None:
+        return []
+    engine.dequantize, reason = False, "there is no NF4 base in vLLM"
+    if is_quantized:
+        shape, item = LayerShape.from_config(text_config), 4 if config.model.dtype == "float32" else 2
+        dense = shape.num_layers * shape.linear_weights * item / GIB
+        others = base_bytes(shape, text_config, item, is_nf4=True) / GIB + (engine.kv_cache_gib or 0.0)
+        left = 0.95 * facts.memory_gib - others - _RESERVE_GIB - _VLLM_GIB
+        engine.dequantize = dense <= left
+        reason = f"takes {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
+    return [Derivation(key="engine.dequantize", value=engine.dequantize, reason=reason)]
 
 
 def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[str, int, str]:
