@@ -51,9 +51,15 @@ GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, wh
     ("llama-3.1-8b", "nf4", "DPO, rows of 1,000, no offload"): ["+exp=dpo_gsm8k", *_LARGE],
     ("qwen2.5-1.5b", "none", "SFT, rows of 6,000"): ["+exp=sft_gsm8k", "sft.rows_per_step=8", *_COLUMNS, *_LONG],
     ("qwen2.5-1.5b", "none", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_LARGE],
-    ("llama-3.1-8b", "nf4", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_SMALL],
+    ("llama-3.1-8b", "nf4", "GRPO, completions of 512"): [
+        "+exp=grpo_gsm8k",
+        "engine.dequantize=true",
+        "sampling.max_tokens=512",
+        *_SMALL,
+    ],
     ("llama-3.1-8b", "nf4", "PPO, completions of 512"): [
         "+exp=ppo_gsm8k",
+        "engine.dequantize=false",
         "algorithm.critic.warmup_steps=0",
         "sampling.max_tokens=512",
         *_SMALL,
