@@ -162,7 +162,9 @@ def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, m
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_rows(folder, shape, NUM_PROMPTS * steps)
-        found = run_rlbench(random_model(shape, quantization), rows, folder, quantization, steps, more)[1:]
+        found = run_rlbench(random_model(shape, quantization), rows, folder, quantization, steps, more)
+    report("step 1", found[0]["time/step_s"], "s")
+    found = found[1:]
     phases = ("generation", "rewards", "identity", "update", "weight_sync", "recording")
     report("step", statistics.median(line["time/step_s"] for line in found), "s")
     for phase in phases:
@@ -193,9 +195,15 @@ def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make
     ends: list[float] = []
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **named: Any) -> None:
+            if not ends:
+                ends.append(time.perf_counter())
+
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
             torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            report(f"step {len(ends) - 1}, of them generation", generated[-1], "s")  # a time limit may end it
+            report(f"step {len(ends) - 1}", ends[-1] - ends[-2], "s")
 
     with tempfile.TemporaryDirectory() as name:
         rows = write_rows(Path(name), shape, NUM_PROMPTS * steps).read_text().splitlines()
@@ -203,7 +211,7 @@ def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make
         trainer = make(shape, quantization, data, steps, name)
         trainer.add_callback(Clock())
         trainer.train()
-    report("step", statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)), "s")
+    report("step", statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)), "s")
     report("generation", statistics.median(generated[1:]), "s")
     report("engine and trainer, allocated", torch.cuda.max_memory_allocated() / 2**20, "MiB")
 

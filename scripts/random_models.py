@@ -58,7 +58,7 @@ def random_model(shape: str, quantization: str) -> str:
     if quantization == "nf4":
         config.quantization_config = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
         }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, tensors)

@@ -48,6 +48,7 @@ class SharedBaseWorker(AdapterWorker, Worker):
         return copies + sum(cache.nbytes for cache in self.model_runner.kv_caches)
 
     def rlbench_take_kv_cache(self) -> None:
+        torch.cuda.empty_cache()  # what training freed and torch kept must not lie beside keys and values
         get_mem_allocator_instance().wake_up()
         for cache in self.model_runner.kv_caches:
             cache.zero_()

@@ -80,7 +80,7 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
     # A longer completion costs its keys and values; everything else of a decoding step keeps its size.
     last = probes.generation[-1]
     cache_slope = probes.kv_bytes_per_token * probes.num_rows
-    generation_peak = last.peak_bytes + cache_slope * max(0, tokens - last.size)
+    generation_peak = max(last.peak_bytes + cache_slope * max(0, tokens - last.size), probes.scoring_bytes)
     above, seconds = _update_lines(probes)
     update_peak = probes.warm_bytes + above.at(probes.microbatch_tokens)
     room = SAFE_SHARE * limit_bytes

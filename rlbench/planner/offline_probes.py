@@ -15,7 +15,7 @@ from rlbench.loops.offline import OfflineLoop
 from rlbench.loops.stopping import StopRequest
 from rlbench.loops.watchdog import Watchdog
 from rlbench.models.base import storage_bytes
-from rlbench.planner.probes import SHARES, Probe, Probes, head_bytes, is_safe
+from rlbench.planner.probes import SHARES, Probe, Probes, head_bytes, is_safe, with_origin
 from rlbench.planner.step_work import adapter_bytes
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.device_memory import DeviceMemory, watch
@@ -62,11 +62,9 @@ def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Pro
     loop.work_on(subsets[0])  # warm-up; makes the optimizer's state
     memory.settle()
     warm = memory.held()
-    update = [_probe(loop, memory, subset) for subset in subsets]
-    if is_safe(update, warm, largest, memory.limit()):
+    update = with_origin([_probe(loop, memory, subset) for subset in subsets], warm)
+    if largest > update[-1].size and is_safe(update, warm, largest, memory.limit()):
         update.append(_probe(loop, memory, rows))
-    if len({probe.size for probe in update}) < 2:  # rows of one length, one a microbatch: a line from nothing
-        update.insert(0, Probe(size=0, seconds=0.0, peak_bytes=warm))
     return Probes(
         idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),

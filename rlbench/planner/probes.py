@@ -55,6 +55,7 @@ class Probes:
     head_bytes: int  # peak of the logits workspace
     num_rows: int  # sequences decoded together
     engine_cache_bytes: int = 0  # of fixed size, held while the engine is awake
+    scoring_bytes: int = 0  # peak while the engine scores what the identity check compares
 
 
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
@@ -71,6 +72,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     rows = min(len(step), config.engine.max_num_seqs or len(step))
     _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
     generation = [_generate(inputs, parts, memory, step[:rows], length) for length in _GENERATED]
+    scoring = _score(inputs, parts, memory, step)
     awake = memory.held()
     parts.engine.sleep()
     cache = awake - memory.held()
@@ -78,8 +80,8 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     _update(inputs, parts, memory, step[: sizes[0]])  # warm-up; makes the optimizer's state
     memory.settle()
     warm = memory.held()
-    update = [_update(inputs, parts, memory, step[:count]) for count in sizes]
-    if is_safe(update, warm, microbatch_tokens, memory.limit()):
+    update = with_origin([_update(inputs, parts, memory, step[:count]) for count in sizes], warm)
+    if microbatch_tokens > update[-1].size and is_safe(update, warm, microbatch_tokens, memory.limit()):
         largest = max(full, key=lambda mb: len(mb.token_ids))
         update.append(_update(inputs, parts, memory, largest.samples))
     return Probes(
@@ -96,13 +98,19 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         head_bytes=head_bytes(parts, memory, sum(len(s.token_ids) for s in step) // len(full)),
         num_rows=rows,
         engine_cache_bytes=cache,
+        scoring_bytes=scoring,
     )
+
+
+def with_origin(update: list[Probe], warm: int) -> list[Probe]:
+    """With one size alone, a few long samples, the line begins at nothing: above what more tokens will take."""
+    if len({probe.size for probe in update}) > 1:
+        return update
+    return [Probe(size=0, seconds=0.0, peak_bytes=warm), *update]
 
 
 def is_safe(update: Sequence[Probe], warm: int, num_tokens: int, limit: int) -> bool:
     """Whether the line through the small sizes says that an update of `num_tokens` fits, with room to spare."""
-    if len({probe.size for probe in update}) < 2:
-        return False
     above = fit([p.size for p in update], [max(0, p.peak_bytes - warm) for p in update])
     return warm + above.at(num_tokens) <= SAFE_SHARE**2 * limit
 
@@ -156,6 +164,20 @@ def _generate(
     with watch(memory) as peak:
         parts.engine.generate([sample.prompt_token_ids for sample in samples], sampling, seeds)
     return Probe(size=length, seconds=time.monotonic() - start, peak_bytes=peak.num_bytes)
+
+
+def _score(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample]) -> int:
+    """Peak of the engine's part of an identity check."""
+    left = inputs.config.checks.identity_tokens or 1
+    chosen: list[TrainingSample] = []
+    for sample in samples:
+        left -= len(sample.prompt_token_ids) + len(sample.token_ids)
+        if chosen and left < 0:
+            break
+        chosen.append(sample)
+    with watch(memory) as peak:
+        parts.engine.score([sample.prompt_token_ids for sample in chosen], [sample.token_ids for sample in chosen])
+    return peak.num_bytes
 
 
 def _update(inputs: Inputs, parts: Parts, memory: DeviceMemory, samples: Sequence[TrainingSample]) -> Probe:

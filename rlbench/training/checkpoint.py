@@ -192,16 +192,17 @@ def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | Non
         prefix = f"{name}|"
         values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if values:
+            is_fused = bool(optimizer.defaults.get("fused"))
             optimizer.state[parameter] = {
-                key: _state_value(key, value, parameter.device) for key, value in values.items()
+                key: _state_value(key, value, parameter.device, is_fused=is_fused) for key, value in values.items()
             }
 
 
-def _state_value(key: str, value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
-    """torch keeps the step as a tensor on the host, bitsandbytes as a plain number."""
-    if key == "step":
-        return value if value.is_floating_point() else int(value)
-    return value.to(device)
+def _state_value(key: str, value: torch.Tensor, device: torch.device, *, is_fused: bool) -> torch.Tensor | int:
+    """torch keeps the step as a tensor, on the host unless it is fused; bitsandbytes as a plain number."""
+    if key == "step" and not value.is_floating_point():
+        return int(value)
+    return value if key == "step" and not is_fused else value.to(device)
 
 
 def _optimizer_tensors(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

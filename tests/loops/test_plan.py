@@ -24,6 +24,16 @@ def test_a_plan_measures_prints_and_leaves_the_numbers(tiny_overrides, tmp_path)
     assert not (tmp_path / "plan" / "metrics.jsonl").exists()
 
 
+def test_a_microbatch_that_holds_one_sample_gives_one_size_and_still_a_plan(tiny_overrides, tmp_path):
+    sizes = ["sampling.max_tokens=16", "training.tokens_per_microbatch=40"]
+    done = run("plan", *tiny_overrides, *sizes, "training.num_steps=1", "hydra.run.dir=plan", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    probes = json.loads((tmp_path / "plan" / "plan.json").read_text())["probes"]
+    assert len({p["size"] for p in probes["update"]} - {0}) == 1
+    assert probes["update"][0] == {"size": 0, "seconds": 0.0, "peak_bytes": probes["warm_bytes"]}
+
+
 @pytest.mark.parametrize("experiment", ["sft_gsm8k", "kto_gsm8k", "reward_model_gsm8k"])
 def test_a_plan_of_a_run_on_given_rows_is_near_what_the_run_takes(experiment, tiny_folder, tmp_path):
     rows = [{"question": f"{a}+{b}", "answer": "1+" * (9 + a) + str(a + b)} for a in range(8) for b in range(5)]

@@ -35,6 +35,13 @@ def test_the_update_is_extrapolated_to_the_runs_microbatch():
     assert made().update_peak_gib == approx(1 + 1 + 1) and made().peak_gib == approx(3)
 
 
+def test_scoring_for_the_identity_check_may_be_the_highest_moment_while_the_engine_is_awake():
+    plan = made(scoring_bytes=4 * GIB)
+
+    assert plan.generation_peak_gib == approx(4) and plan.peak_gib == approx(4)
+    assert sum(plan.memory_gib.values()) == approx(plan.peak_gib)
+
+
 def test_the_parts_add_up_to_the_peak():
     for plan in (made(), made(warm_bytes=0, update=[Probe(size=s, seconds=1, peak_bytes=s) for s in (1, 2)])):
         assert sum(plan.memory_gib.values()) == approx(plan.peak_gib)
