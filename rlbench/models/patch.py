@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from rlbench.models.attention import AttentionContext
+from rlbench.models.attention import AttentionContext, layer_scoring
 from rlbench.models.names import PATCHED_FAMILIES
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import (
@@ -107,7 +107,6 @@ class KernelAttention(KernelModule):
     o_proj: nn.Module
     head_dim: int
     layer_idx: int
-    scaling: float
     qkv_cast: Adapters | None = None  # see `rlbench.models.adapter_casts`
     o_cast: Adapters | None = None
 
@@ -130,7 +129,7 @@ class KernelAttention(KernelModule):
 
     def attend(self, context: AttentionContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """-> [1, T, H, d]."""
-        return context.attend(self.layer_idx, query, key, value, self.scaling)
+        return context.attend(self.layer_idx, query, key, value, layer_scoring(self))
 
     def mix(self, attended: Tensor) -> Tensor:
         """[1, T, H, d] -> [1, T, D]."""
