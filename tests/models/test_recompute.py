@@ -29,7 +29,7 @@ def assert_same(policy, expected):
         assert torch.equal(grad, expected[1][key]), key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["mlp", "full"])
 @pytest.mark.parametrize("num_layers", [1, None])
 def test_gradients_are_the_same_bits(name, mode, num_layers):
@@ -199,7 +199,7 @@ class CopiesOnTheCpu:
                 self.pending[i] = None
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["mlp", "full"])
 def test_what_waits_in_host_memory_comes_back(name, mode, monkeypatch):
     monkeypatch.setattr("rlbench.models.offload._LEAST_BYTES", 1)
