@@ -112,6 +112,11 @@ def storage_bytes(*models: nn.Module) -> int:
     return sum(storages.values())
 
 
+def output_softcap(model: PreTrainedModel) -> float | None:
+    """What the logits are capped at, softcap tanh(logit / softcap); None: they are not (all families but Gemma 2)."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
 def output_weight(model: PreTrainedModel) -> Tensor:
     """Weight [V, D] of the language-model head."""
     head = model.get_output_embeddings()
