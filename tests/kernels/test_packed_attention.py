@@ -203,7 +203,7 @@ def test_long_sequences_take_flash_attention_4_where_it_is_installed(
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("backend", ["flash4", "flash"])
 def test_flash_attention_matches_float64(dim, kv_heads, backend, monkeypatch):
