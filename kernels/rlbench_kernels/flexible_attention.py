@@ -1,7 +1,7 @@
 """Packed attention with a sliding window and capped scores, or neither, by torch's FlexAttention.
 
-Which tokens a token sees is decided by positions and by what it belongs to, not by its place in the packed row. A first
-call compiles; blocks of the row in which no token sees another are left out.
+Which tokens a token sees is decided by positions and by what it belongs to, not by its place in the packed row. First
+calls compile; blocks of the row in which no token sees another are left out.
 
 Shapes: T packed tokens, Hq query heads, Hk key heads, d features of a head.
 Source: Dong et al. 2024, arXiv:2412.05496.
@@ -14,10 +14,17 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rlbench_kernels.masked_attention import cap_scores
+
+_BLOCK = 128
+_STRIP = 8 * _BLOCK
+# a cap that is no constant does not compile; beyond the limit, 8 by default, the scores of all pairs would be in memory
+_COMPILATION = {"specialize_float": True, "recompile_limit": 64}
 
 
 def block_mask(groups: Sequence[tuple[int, Sequence[int]]], window: int | None, device: torch.device) -> BlockMask:
@@ -29,8 +36,36 @@ def block_mask(groups: Sequence[tuple[int, Sequence[int]]], window: int | None, 
         is_near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return is_near & ((sequence[query] == sequence[key]) | (owner[query] == shown[key]))
 
-    size = len(sequence)
-    return create_block_mask(is_visible, None, None, size, size, device=str(device), _compile=device.type == "cuda")
+    some, every = _blocks(is_visible, len(sequence), device)
+    return BlockMask.from_kv_blocks(
+        *_lists(some & ~every),
+        *_lists(every),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=is_visible,
+        seq_lengths=(len(sequence), len(sequence)),
+    )
+
+
+def _blocks(is_visible: Callable[..., Tensor], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bool [n, n] for blocks of 128 queries and keys: whether some pair is visible, and whether every one is.
+
+    A strip of queries at a time: all pairs of a long row would not fit.
+    """
+    rows, none = torch.arange(size, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    short = -size % _BLOCK
+    counts = []
+    for start in range(0, size, _STRIP):
+        seen = is_visible(none, none, rows[start : start + _STRIP, None], rows[None])
+        seen = F.pad(seen, (0, short, 0, -len(seen) % _BLOCK))
+        counts.append(seen.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK)).sum((1, 3)))
+    found = torch.cat(counts)
+    return found > 0, found == _BLOCK**2
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [1, 1, n] and indices [1, 1, n, n], those that are True first: int32."""
+    indices = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1).int()[None, None], indices.int()[None, None]
 
 
 def row_columns(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,7 +100,8 @@ def flexible_attention(
     """
     heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
     cap = None if softcap is None else _cap(softcap)
-    out = _function(q.device.type)(*heads, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    with torch._dynamo.config.patch(_COMPILATION):
+        out = _function(q.device.type)(*heads, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
@@ -81,5 +117,9 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
 
 @cache
 def _function(device_type: str) -> Callable[..., Any]:
-    """Compiled on a GPU; elsewhere as it is, with the scores in memory: for tests."""
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    """Compiled on a GPU; elsewhere as it is, with the scores in memory: for tests.
+
+    A second length compiles once more, for all lengths from then on; with and without gradient each, and for layers
+    with and without a window.
+    """
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from rlbench_kernels import flash_attention_2, flash_attention_4
 from rlbench_kernels.flexible_attention import flexible_attention
@@ -88,6 +89,24 @@ def test_the_blocks_of_flex_attention_see_the_same_keys(window, softcap):
 
     exact = plain_attention(*leaves, groups, 0.25, window, softcap)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 200])
+@pytest.mark.parametrize(
+    "groups", [[(5, [2])], [(300, [600, 9, 128]), (1, [200, 0, 1]), (300, [])], [(128, [128, 128])]]
+)
+def test_blocks_are_those_that_torch_finds(groups, window):
+    mask = SharedPromptLayout.from_lengths(groups, "cpu").block_mask(window)
+
+    expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+    for kind in ("", "full_"):
+        counts, indices = (getattr(mask, f"{kind}kv_{part}")[0, 0] for part in ("num_blocks", "indices"))
+        others = getattr(expected, f"{kind}kv_indices")[0, 0]
+        assert all(torch.equal(a[:n], b[:n]) for n, a, b in zip(counts, indices, others, strict=True))
 
 
 def flash_by_the_book(q, k, v, q_starts, k_starts, *_, is_causal, scale, window):
