@@ -238,10 +238,9 @@ def reference_attention(
         if window is not None:
             position = rows - layout.sequence_starts[sequence - 1] + (rows >= middle) * (middle - start)
             is_visible &= position[:, None] - position[None, :] < window
-        heads = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
-        repeat = q.shape[1] // k.shape[1]
-        heads[1:] = [x.repeat_interleave(repeat, dim=1) for x in heads[1:]]
-        found = masked_attention(*heads, additive(is_visible, q.dtype), scale=scale, softcap=softcap)
+        query, *others = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
+        key, value = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in others)
+        found = masked_attention(query, key, value, additive(is_visible, q.dtype), scale=scale, softcap=softcap)
         parts.append(found[0].transpose(0, 1))
     return torch.cat(parts)
 

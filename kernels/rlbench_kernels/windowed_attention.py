@@ -98,9 +98,9 @@ class _WindowedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, *state = ctx.saved_tensors
-        rows = ctx.keys.rows
+        rows, (q_starts, k_starts, max_q, max_k) = ctx.keys.rows, ctx.bounds
         grad_q, *grads = flash_attention_2.gradients(
-            grad.contiguous(), q, k[rows], v[rows], out, lse, *ctx.bounds, state, **ctx.options
+            grad.contiguous(), q, k[rows], v[rows], out, lse, q_starts, k_starts, max_q, max_k, state, **ctx.options
         )
         sums = [_sum_rows(part, rows, like) for part, like in zip(grads, (k, v), strict=True)]
         return grad_q, *sums, None, None, None, None, None
