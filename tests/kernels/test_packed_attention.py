@@ -1,5 +1,6 @@
 """Packed attention with shared prompts against one plain attention a sequence, values and gradients."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from rlbench_kernels import flash_attention_2, flash_attention_4
 from rlbench_kernels.flexible_attention import flexible_attention
 from rlbench_kernels.packed_attention import (
     SharedPromptLayout,
+    describe_backend,
     join_parts,
     packed_attention,
     packed_attention_backend,
@@ -176,6 +178,23 @@ def test_only_backends_that_compute_a_feature_are_chosen(asked, features, expect
         return
     with pytest.raises(ValueError, match=f"RLBENCH_ATTENTION={asked} cannot run: .*{expected}"):
         packed_attention_backend(q, 16384, **features)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({}, "FlashAttention 4 for sequences of 1024 tokens in large batches, else torch's flash attention"),
+        ({"window": 512}, ".* torch's flash attention; with windows of 512 tokens torch's flash attention"),
+        (
+            {"window": 4096, "softcap": 50.0},
+            r"torch's FlexAttention \(scores are capped at 50.0\); its first calls compile",
+        ),
+    ],
+)
+def test_a_run_is_told_what_its_attention_is(features, expected, monkeypatch):
+    monkeypatch.setattr(flash_attention_4, "problem", lambda device: "")
+
+    assert re.fullmatch(expected, describe_backend(torch.device("cuda"), **features))
 
 
 @gpu
