@@ -18,6 +18,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "gemma-2-2b": {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+        "sliding_window": 4096, "tie_word_embeddings": True,
+    },
+    "gemma-3-1b": {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+        "sliding_window": 512, "tie_word_embeddings": True,
+    },
     "llama-3.1-8b": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
@@ -81,7 +91,8 @@ def _tensors(model: Any, *, is_nf4: bool) -> Any:
     linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            yield name, torch.ones(parameter.shape, dtype=torch.bfloat16)
+            fill = torch.zeros if model.config.model_type.startswith("gemma") else torch.ones  # Gemma adds 1
+            yield name, fill(parameter.shape, dtype=torch.bfloat16)
             continue
         values = (torch.randn(parameter.shape, device="cuda") * 0.02).bfloat16()
         if is_nf4 and name in linears and name != "lm_head.weight":

@@ -9,7 +9,9 @@ lse = logaddexp(lse_A, lse_B) and out = exp(lse_A - lse) out_A + exp(lse_B - lse
 the forward pass only out and lse; given the joined ones, A and B yield each their part of the gradients.
 
 Backends: "flash4", the package flash-attn-4 where it is installed and sequences are long enough to pay for its slower
-launch; "flash", torch's own; "reference", anywhere. RLBENCH_ATTENTION names one; the default is auto.
+launch; "flash", torch's own; "flex", torch's FlexAttention; "reference", anywhere. RLBENCH_ATTENTION names one; the
+default is auto. A sliding window is computed by all but flash4 (`windowed_attention`), capped scores by flex
+(`flexible_attention`) and the reference.
 
 Shapes: T packed tokens, C completion tokens, P prompt tokens, Hq query heads, Hk key heads, d features of a head.
 Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; joining parts, Milakov and Gimelshein, arXiv:1805.02867.
@@ -20,19 +22,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlbench_kernels import flash_attention_4
+from rlbench_kernels import flash_attention_2, flash_attention_4
 from rlbench_kernels.launch import use_triton
+from rlbench_kernels.masked_attention import additive, masked_attention
+from rlbench_kernels.windowed_attention import WindowedKeys, windowed_attention
 
-BACKENDS = ("auto", "flash4", "flash", "reference")
+BACKENDS = ("auto", "flash4", "flash", "flex", "reference")
 _MAX_HEAD_DIM = 256
 _LONG_SEQUENCE = 1024
 _MANY_NUMBERS = 2**24  # in q: below, its slower launch is not hidden by the device's work
@@ -56,6 +59,8 @@ class SharedPromptLayout:
     max_sequence: int
     max_completions: int  # tokens of all completions of one group
     max_prompt: int
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # lengths of each prompt and of its completions that share it
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)  # for each window, by backend
 
     @classmethod
     def from_lengths(
@@ -92,42 +97,81 @@ class SharedPromptLayout:
             max_sequence=max(lengths),
             max_completions=max(of_completions),
             max_prompt=max(prompts),
+            groups=tuple((prompt, tuple(completions)) for prompt, completions in groups),
         )
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_rows) + len(self.completion_rows)
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest prompt with its longest completion."""
+        return max(prompt + max(completions, default=0) for prompt, completions in self.groups)
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over the keys that each row may see.
+    def windowed_keys(self, window: int) -> WindowedKeys:
+        key = "flash", window
+        if key not in self._made:
+            self._made[key] = WindowedKeys.from_groups(self.groups, window, self.prompt_rows.device)
+        return self._made[key]
+
+    def block_mask(self, window: int | None) -> Any:
+        from rlbench_kernels.flexible_attention import block_mask
+
+        key = "flex", window
+        if key not in self._made:
+            self._made[key] = block_mask(self.groups, window, self.prompt_rows.device)
+        return self._made[key]
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float, window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(cap(scale q k^T)) v over the keys that each row may see, cap(z) = softcap tanh(z / softcap).
 
     Args:
         q: [T, Hq, d].
         k, v: [T, Hk, d], Hq a multiple of Hk; rotary embeddings already applied.
         layout: see `SharedPromptLayout`; a group's completions are positioned right after its prompt.
         scale: of the scores, usually d ** -0.5.
+        window: a token sees itself and the window - 1 positions before it; None: all before it.
+        softcap: > 0, or None.
 
     Returns:
         [T, Hq, d] in q's dtype, differentiable to q, k and v. On CUDA in 16 bits gradients differ in the last bit
         from run to run unless `torch.use_deterministic_algorithms(True)` is set.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a window or a softcap that is not above 0.
     """
-    _check(q, k, v, layout)
-    backend = packed_attention_backend(q, layout.max_sequence)
+    _check(q, k, v, layout, window, softcap)
+    if window is not None and window >= layout.max_context:
+        window = None
+    backend = packed_attention_backend(q, layout.max_sequence, window=window, softcap=softcap)
     if backend == "reference":
-        return reference_attention(q, k, v, layout, scale=scale)
+        return reference_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap)
+    if backend == "flex":
+        from rlbench_kernels.flexible_attention import flexible_attention
+
+        return flexible_attention(q, k, v, layout.block_mask(window), scale=scale, softcap=softcap)
+    if window is not None:
+        keys = layout.windowed_keys(window)
+        return windowed_attention(
+            q, k, v, layout.sequence_starts, layout.max_sequence, keys, scale=scale, window=window
+        )  # fmt: skip
     return _FlashAttention.apply(q, k, v, layout, scale, backend)  # pyright: ignore[reportReturnType]
 
 
-def packed_attention_backend(q: Tensor, max_sequence: int) -> str:
-    """ "flash4", "flash" or "reference": what `packed_attention` runs for queries like `q` [T, Hq, d].
+def packed_attention_backend(
+    q: Tensor, max_sequence: int, *, window: int | None = None, softcap: float | None = None
+) -> str:
+    """ "flash4", "flash", "flex" or "reference": what `packed_attention` runs for queries like `q` [T, Hq, d].
 
     Args:
         q: only its device, dtype and shape are looked at.
         max_sequence: tokens of the longest prompt or completion.
+        window, softcap: as in `packed_attention`.
 
     Raises:
         ValueError: RLBENCH_ATTENTION is unknown or names what cannot run for `q`.
@@ -135,34 +179,54 @@ def packed_attention_backend(q: Tensor, max_sequence: int) -> str:
     asked = os.environ.get("RLBENCH_ATTENTION", "auto")
     if asked not in BACKENDS:
         raise ValueError(f"RLBENCH_ATTENTION={asked!r}: expected one of {', '.join(BACKENDS)}")
-    is_flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    is_flash = is_flash and q.shape[2] % 8 == 0 and q.shape[2] <= _MAX_HEAD_DIM
-    problem = (
-        flash_attention_4.problem(q.device) if is_flash else f"{q.dtype} on {q.device.type}, heads of {q.shape[2]}"
-    )
-    if (asked == "flash4" and problem) or (asked == "flash" and not is_flash):
+    problems = {name: _problem(name, q, window, softcap) for name in ("flash4", "flash", "flex")}
+    if problem := problems.get(asked):
         raise ValueError(f"RLBENCH_ATTENTION={asked} cannot run: {problem}; expected auto or reference")
     if asked != "auto":
         return asked
-    if not is_flash:
-        return "reference"
     is_long = max_sequence >= _LONG_SEQUENCE and q.shape[0] * q.shape[1] * q.shape[2] >= _MANY_NUMBERS
-    return "flash4" if is_long and not problem else "flash"
+    order = ["flash4"] * is_long + ["flash"] + ["flex"] * (softcap is not None)
+    return next((name for name in order if not problems[name]), "reference")
 
 
-def describe_backend(device: torch.device) -> str:
-    """One line for people: what `packed_attention` runs on `device` in 16 bits."""
+def _problem(backend: str, q: Tensor, window: int | None, softcap: float | None) -> str:
+    """Why one of the three for CUDA cannot run; empty where it can."""
+    is_fit = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if not (is_fit and q.shape[2] % 8 == 0 and q.shape[2] <= _MAX_HEAD_DIM):
+        return f"{q.dtype} on {q.device.type}, heads of {q.shape[2]}"
+    if backend == "flex":
+        return ""
+    if softcap is not None:
+        return f"the model caps attention scores at {softcap}, which {backend} does not compute"
+    if backend == "flash":
+        return ""
+    if window is not None:
+        return f"the model has a sliding window of {window} tokens, which flash4 is not used for"
+    return flash_attention_4.problem(q.device)
+
+
+def describe_backend(device: torch.device, *, window: int | None = None, softcap: float | None = None) -> str:
+    """One line for people: what `packed_attention` runs on `device` in 16 bits, for a model with these features."""
     if device.type != "cuda":
         return f"the reference in PyTorch: no kernels for {device.type}"
     asked = os.environ.get("RLBENCH_ATTENTION", "auto")
     if asked != "auto":
         return f"{asked}, as RLBENCH_ATTENTION says"
+    if softcap is not None:
+        return f"torch's FlexAttention (scores are capped at {softcap}); its first calls compile"
+    windowed = "" if window is None else f"; with windows of {window} tokens torch's flash attention"
     if problem := flash_attention_4.problem(device):
         return f"torch's flash attention ({problem})"
-    return f"FlashAttention 4 for sequences of {_LONG_SEQUENCE} tokens in large batches, else torch's flash attention"
+    return (
+        f"FlashAttention 4 for sequences of {_LONG_SEQUENCE} tokens in large batches, else torch's flash attention"
+        f"{windowed}"
+    )
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, *, scale: float, window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """As `packed_attention` by one masked attention a group: the meaning of the op."""
     starts = layout.part_starts.tolist()
     parts = []
@@ -170,11 +234,14 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLay
         rows = torch.arange(start, stop, device=q.device)
         sequence = torch.bucketize(rows, layout.sequence_starts, right=True)
         is_visible = (sequence[:, None] == sequence[None, :]) | (rows < middle)[None, :]
-        mask = is_visible & (rows[None, :] <= rows[:, None])
-        heads = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
-        repeat = q.shape[1] // k.shape[1]
-        heads[1:] = [x.repeat_interleave(repeat, dim=1) for x in heads[1:]]
-        parts.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)[0].transpose(0, 1))
+        is_visible &= rows[None, :] <= rows[:, None]
+        if window is not None:
+            position = rows - layout.sequence_starts[sequence - 1] + (rows >= middle) * (middle - start)
+            is_visible &= position[:, None] - position[None, :] < window
+        query, *others = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
+        key, value = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in others)
+        found = masked_attention(query, key, value, additive(is_visible, q.dtype), scale=scale, softcap=softcap)
+        parts.append(found[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -183,7 +250,7 @@ class _FlashAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float, backend: str
     ) -> Tensor:
-        flash = flash_attention_4.forward if backend == "flash4" else _flash
+        flash = (flash_attention_4 if backend == "flash4" else flash_attention_2).forward
         out, lse, *state = flash(q, k, v, *_within(layout), is_causal=True, scale=scale)
         state_of_prompts: list[Tensor] = []
         if len(layout.completion_rows):
@@ -201,7 +268,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, *states = ctx.saved_tensors
         layout, scale, grad = ctx.layout, ctx.scale, grad.contiguous()
-        gradients = flash_attention_4.gradients if ctx.backend == "flash4" else _flash_gradients
+        gradients = (flash_attention_4 if ctx.backend == "flash4" else flash_attention_2).gradients
         grads = gradients(grad, q, k, v, out, lse, *_within(layout), states[:2], is_causal=True, scale=scale)
         prompts = layout.prompt_rows
         if len(layout.completion_rows):
@@ -245,30 +312,14 @@ def _to_prompts(layout: SharedPromptLayout) -> tuple[Tensor, Tensor, int, int]:
     return layout.part_starts, layout.key_starts, max(layout.max_completions, layout.max_prompt), layout.max_prompt
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int, *, is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [.., Hq, d], lse float32 [Hq, ..], and two tensors of random state that the backward op asks for."""
-    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, q_starts, k_starts, max_q, max_k, 0.0, is_causal, False, scale=scale
-    )
-    return out, lse, state, unused
-
-
-def _flash_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_starts: Tensor, k_starts: Tensor,
-    max_q: int, max_k: int, state: Sequence[Tensor], *, is_causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, 0.0, is_causal, *state, scale=scale
-    )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, window: int | None, softcap: float | None
+) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
         raise ValueError(f"q [T, Hq, d], k and v [T, Hk, d] expected, got {[*q.shape]}, {[*k.shape]} and {[*v.shape]}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if layout.num_tokens != len(q):
         raise ValueError(f"the layout has {layout.num_tokens} tokens, q has {len(q)}")
+    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"window and softcap: above 0 expected, got {window} and {softcap}")

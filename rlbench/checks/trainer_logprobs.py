@@ -46,7 +46,8 @@ def trainer_logprobs(
     else:
         with policy.reference():
             hidden = policy.hidden(microbatch)
-    return [linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=t)[0] for t in temperatures]
+    weight, targets = policy.head_weight, microbatch.targets
+    return [linear_logprobs(hidden, weight, targets, temperature=t, softcap=policy.softcap)[0] for t in temperatures]
 
 
 @torch.no_grad()
@@ -56,8 +57,9 @@ def truncated_logprobs(policy: Policy, microbatch: Microbatch, sampling: Samplin
     The counterpart of an engine's `sampling_logprobs` where sampling is only truncated. A target that the policy's own
     truncation leaves out counts as inside.
     """
-    hidden, weight, temperature = policy.hidden(microbatch), policy.head_weight, sampling.temperature
+    hidden, weight = policy.hidden(microbatch), policy.head_weight
+    options = {"temperature": sampling.temperature, "softcap": policy.softcap}
     support = support_thresholds(
-        hidden, weight, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p
+        hidden, weight, **options, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p
     )
-    return linear_logprobs(hidden, weight, microbatch.targets, temperature=temperature, support=support)[0]
+    return linear_logprobs(hidden, weight, microbatch.targets, **options, support=support)[0]

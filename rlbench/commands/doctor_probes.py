@@ -9,6 +9,7 @@ from typing import Any
 
 from rlbench.commands.machine import Machine
 from rlbench.config.vllm_version import TESTED_VERSIONS
+from rlbench.models.names import PATCHED_FAMILIES
 
 _MEMORY_GIB = {"cpu": 4.0, "gpu": 14.0}  # 3.5 measured (scripts/results/plan_cpu.json); the gpu profile is for 16
 _DISK_GIB = 2.0  # three checkpoints of a rank-16 adapter on 1.5B with its moments: 0.7; rollouts, report, caches
@@ -142,8 +143,9 @@ def _kernels(machine: Machine) -> Answer:
     if is_triton and not machine.has_compiler():
         return "Triton, but no C compiler", False, "apt-get install gcc, or RLBENCH_KERNELS=reference"
     name = "Triton" if is_triton else "PyTorch references"
+    families = f", for {', '.join(PATCHED_FAMILIES)}" if is_triton else ""
     attention = f"; attention: {machine.attention()}" if device == "cuda" else ""
-    return f"{name} on {device}{attention}", True, ""
+    return f"{name} on {device}{families}{attention}", True, ""
 
 
 def _vllm(machine: Machine) -> Answer:

@@ -75,9 +75,11 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
     if parts.policy.patched:
         console.note(f"the trainer computes through Triton kernels: {parts.policy.patched}")
     if inputs.config.hardware.profile == "gpu":
+        from rlbench.models.attention import scoring_features
         from rlbench_kernels.packed_attention import describe_backend
 
-        console.note(f"the trainer's attention: {describe_backend(parts.policy.device)}")
+        features = scoring_features(parts.base.config.get_text_config())
+        console.note(f"the trainer's attention: {describe_backend(parts.policy.device, **features)}")
     from rlbench.loops.stopping import StopRequest
     from rlbench.loops.watchdog import Watchdog
 

@@ -80,14 +80,25 @@ class PaddedLayout:
         """[B, P + C]: packed rows that a completion may attend to, its group's prompt first."""
         return torch.cat([self.prompt_rows[self.group_of_completion], self.completion_rows], dim=1)
 
-    def completion_mask(self) -> Tensor:
-        """bool [B, C, P + C]: True where completion token c of completion b attends."""
+    def completion_mask(self, window: int | None = None) -> Tensor:
+        """bool [B, C, P + C]: True where completion token c of completion b attends.
+
+        Args:
+            window: to itself and the window - 1 positions before it; None: to all before it.
+        """
         num_completions, longest = self.completion_rows.shape
         device = self.completion_rows.device
         prompt_slots = torch.arange(self.prompt_rows.shape[1], device=device)
         in_prompt = prompt_slots < self.prompt_lengths[self.group_of_completion, None]  # [B, P]
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()  # [C, C]
-        return torch.cat([in_prompt[:, None, :].expand(-1, longest, -1), causal.expand(num_completions, -1, -1)], dim=2)
+        is_seen = torch.cat([in_prompt[:, None].expand(-1, longest, -1), causal.expand(num_completions, -1, -1)], dim=2)
+        if window is None:
+            return is_seen
+        slots = torch.arange(longest, device=device)
+        prompt_ends = self.prompt_lengths[self.group_of_completion, None]  # [B, 1]
+        key_positions = torch.cat([prompt_slots.expand(num_completions, -1), prompt_ends + slots], dim=1)  # [B, P + C]
+        distance = (prompt_ends + slots)[:, :, None] - key_positions[:, None, :]
+        return is_seen & (distance < window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlbench.engine.adapter_linear import AdapterLinear, AdapterSlots, Slot
-from rlbench.models.attention import AttentionContext, use_rlbench_attention
+from rlbench.models.attention import AttentionContext, layer_scoring, use_rlbench_attention
 from rlbench.models.base import share_base
 
 _PLAIN_LLAMA = ("llama", "mistral", "qwen2")
@@ -81,7 +81,7 @@ class LlamaDecoder:
         self._final_norm = model.norm.weight.data
         self._eps = model.norm.variance_epsilon
         self._head_dim = model.layers[0].self_attn.head_dim
-        self._scaling = model.layers[0].self_attn.scaling
+        self._scorings = [layer_scoring(layer.self_attn) for layer in model.layers]
         slots: list[Slot] = []
 
         def fused(parent: nn.Module, path: str, *names: str) -> AdapterLinear:
@@ -124,7 +124,7 @@ class LlamaDecoder:
         qk = qk * cos + qk.roll(self._head_dim // 2, dims=-1) * sin
         value = qkv[..., num_qk:].unflatten(-1, (-1, self._head_dim))  # [B, L, K, d]
         query, key, value = (t.transpose(1, 2) for t in (qk[:, :, :num_heads], qk[:, :, num_heads:], value))
-        attended = context.attend(index, query, key, value, self._scaling)  # [B, L, H, d]
+        attended = context.attend(index, query, key, value, self._scorings[index])  # [B, L, H, d]
         return layer.output(attended.flatten(2))
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from rlbench.engine.kv_cache import CacheShape, DecodeCache, PromptCache
 from rlbench.engine.penalties import Penalties
 from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
 from rlbench.engine.stop_strings import StopStrings
-from rlbench.models.base import output_weight
+from rlbench.models.base import output_softcap, output_weight
 from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
+from rlbench_kernels.masked_attention import cap_scores
 
 _COMPACT_WHEN_FINISHED = 1 / 8  # of the rows; moving [60, 64, 3, 128, 64] bf16 together costs about 1/10 of a step
 _SCORE_TOKENS = 4096  # packed tokens per scoring forward
@@ -50,6 +51,7 @@ class HfEngine:
         self._tokenizer = tokenizer
         self._decoder = make_decoder(base)
         self._head = output_weight(base)
+        self._softcap = output_softcap(base)
         self._max_num_seqs = max_num_seqs
         config = base.config.get_text_config()
         self._context = int(config.max_position_embeddings)
@@ -143,7 +145,7 @@ class HfEngine:
         cache, hidden = self._prefill(distinct)
         last_rows = cache.lengths.cumsum(0) - 1  # [G]
         groups = torch.tensor([group_index[p] for p in prompts], device=self._head.device)
-        logits = F.linear(hidden[last_rows], self._head)[groups]  # [B, V]
+        logits = self._logits(hidden[last_rows])[groups]  # [B, V]
         own = DecodeCache(self._cache_shape, cache, groups, max(1, sampling.max_tokens - 1))
         rows = _Rows.start(prompts, seeds, sampling, self._tokenizer)
         positions = cache.lengths[groups]  # [B] position of the token drawn next
@@ -165,7 +167,12 @@ class HfEngine:
             own.advance()
             hidden = self._decoder.hidden(tokens[:, None], positions[:, None], own)[:, 0]
             positions = positions + 1
-            logits = F.linear(hidden, self._head)
+            logits = self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], float32 where they are capped, else in the head's dtype."""
+        logits = F.linear(hidden, self._head)
+        return logits if self._softcap is None else cap_scores(logits.float(), self._softcap)
 
     def _completion(self, rows: _Rows, sample: int, seed: int) -> Completion:
         return Completion(
@@ -188,7 +195,7 @@ class HfEngine:
         end = 0
         for prompt, completion, sequence in zip(prompts, completions, sequences, strict=True):
             rows = hidden[end + len(prompt) - 1 : end + len(sequence)]  # [N, D]
-            logits = F.linear(rows, self._head).float()
+            logits = self._logits(rows).float()
             targets = torch.tensor(list(completion), device=logits.device)
             scores.append((logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
             end += len(sequence)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rlbench.models.attention import heads_as_rows
+from rlbench.models.attention import Scoring, causal_window, heads_as_rows
+from rlbench_kernels.masked_attention import additive, cap_scores, masked_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +38,18 @@ class PromptCache:
         slots = torch.arange(max(lengths), device=shape.device)
         self.is_token = slots < self.lengths[:, None]  # [G, P]
 
-    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Prefill: [1, H, T, d], [1, K, T, d] x 2 -> [1, T, H, d], T the prompts' tokens one after the other."""
         query, key, value = (self._pad(x[0].transpose(0, 1)) for x in (query, key, value))  # [G, H or K, P, d]
         self.keys[layer_index] = key
         self.values[layer_index] = value
         repeat = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        longest = query.shape[2]
+        window, mask = scoring.within(longest).window, None
+        if window is not None:
+            mask = additive(causal_window(longest, window, query.device), query.dtype)
+        output = masked_attention(query, key, value, mask, scale=scoring.scaling, softcap=scoring.softcap)
         return output.transpose(1, 2)[self.is_token].unsqueeze(0)
 
     def _pad(self, packed: Tensor) -> Tensor:
@@ -80,19 +84,21 @@ class DecodeCache:
         self._group_of_row = self._group_of_row[rows]
         self._index_rows()
 
-    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Decode: [B, H, 1, d], [B, K, 1, d] x 2 -> [B, 1, H, d]."""
         filled = self._num_filled
         self._keys[layer_index, :, :, filled - 1] = key[:, :, 0]
         self._values[layer_index, :, :, filled - 1] = value[:, :, 0]
-        own_keys = self._keys[layer_index, :, :, :filled]  # [B, K, S, d]
-        own_values = self._values[layer_index, :, :, :filled]
-        rows = heads_as_rows(query * scaling, key.shape[1])  # [B, K, H/K, d]
+        first = 0 if scoring.window is None else max(0, filled - scoring.window)
+        own_keys = self._keys[layer_index, :, :, first:filled]  # [B, K, S, d]
+        own_values = self._values[layer_index, :, :, first:filled]
+        rows = heads_as_rows(query * scoring.scaling, key.shape[1])  # [B, K, H/K, d]
 
         prompt_keys, prompt_values = self._prompts.keys[layer_index], self._prompts.values[layer_index]
         by_prompt = self._gather_rows(rows)  # [G, K, R * H/K, d]
-        prompt_scores = by_prompt @ prompt_keys.transpose(-1, -2) + self._prompt_mask  # [G, K, R * H/K, P]
-        own_scores = rows @ own_keys.transpose(-1, -2)  # [B, K, H/K, S]
+        prompt_scores = cap_scores(by_prompt @ prompt_keys.transpose(-1, -2), scoring.softcap)  # [G, K, R * H/K, P]
+        prompt_scores = prompt_scores + self._mask_of_prompts(scoring.window)
+        own_scores = cap_scores(rows @ own_keys.transpose(-1, -2), scoring.softcap)  # [B, K, H/K, S]
 
         num_prompt_slots = prompt_keys.shape[2]
         scores = torch.cat([self._scatter_rows(prompt_scores), own_scores], dim=-1)
@@ -101,6 +107,15 @@ class DecodeCache:
         from_prompt = self._gather_rows(probs[..., :num_prompt_slots]) @ prompt_values
         output = from_own + self._scatter_rows(from_prompt)  # [B, K, H/K, d]
         return output.reshape(query.shape[0], 1, query.shape[1], -1)
+
+    def _mask_of_prompts(self, window: int | None) -> Tensor:
+        """[G, 1, 1, P]: 0 for tokens that the rows' present tokens attend to, -inf elsewhere."""
+        if window is None:
+            return self._prompt_mask
+        is_token = self._prompts.is_token
+        first_seen = self._prompts.lengths + self._num_filled - window  # [G]
+        is_near = torch.arange(is_token.shape[1], device=is_token.device) >= first_seen[:, None]
+        return additive(is_token & is_near, self._keys.dtype)[:, None, None, :]
 
     def _index_rows(self) -> None:
         """Index tensors between rows [B] and the rectangle [G, R] of each prompt's rows."""
@@ -112,8 +127,7 @@ class DecodeCache:
         self._slot_of_row = groups * self._num_columns + place  # [B]
         self._row_of_slot = torch.zeros(num_prompts * self._num_columns, dtype=torch.int64, device=groups.device)
         self._row_of_slot[self._slot_of_row] = torch.arange(len(groups), device=groups.device)
-        mask = torch.zeros(self._prompts.is_token.shape, dtype=self._keys.dtype, device=groups.device)
-        self._prompt_mask = mask.masked_fill_(~self._prompts.is_token, float("-inf"))[:, None, None, :]
+        self._prompt_mask = additive(self._prompts.is_token, self._keys.dtype)[:, None, None, :]
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """[B, K, H/K, n] -> [G, K, R * H/K, n]; empty places repeat row 0 and are never read back."""

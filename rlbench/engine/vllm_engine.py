@@ -435,7 +435,10 @@ def _check_model(model_path: str, platform: str, max_model_len: int) -> None:
     """One sentence for what vLLM would say in fifty lines, or only at the first step."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path, local_files_only=True).get_text_config()
+    from rlbench.models.base import check_text_model
+
+    config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    check_text_model(config, model_path)
     context = config.max_position_embeddings
     if max_model_len > context:
         raise ValueError(f"engine: max_model_len {max_model_len} exceeds the model's context of {context}")

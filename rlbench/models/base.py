@@ -36,14 +36,16 @@ def load_base(
         check_bitsandbytes()
         options = {"quantization_config": _nf4_config(dtype), "device_map": {"": device}}
     try:
-        found = getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        check_text_model(config, path)
+        found = getattr(config, "quantization_config", None)
         _check_quantization(path, found, quantization)
         if found is not None:
             options.pop("quantization_config")  # the checkpoint's own holds
         with no_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        if str(error).startswith("model.quantization"):
+        if str(error).startswith(("model.quantization", "model.path")):
             raise
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
     if quantization == "nf4":
@@ -62,6 +64,23 @@ def check_bitsandbytes() -> None:
         raise ValueError(
             "model.quantization is nf4, which needs the package bitsandbytes where no engine quantises; expected it "
             "installed (pip install bitsandbytes), or model.quantization=none"
+        )
+
+
+def check_text_model(config: Any, path: str) -> None:
+    """
+    Args:
+        config: of a transformers model.
+        path: its folder, for the message.
+
+    Raises:
+        ValueError: it sees images, hears or the like too, as Gemma 3 from 4B on does as it is published.
+    """
+    if config.get_text_config() is not config:
+        names = ", ".join(config.architectures or [config.model_type])
+        raise ValueError(
+            f"model.path: {path} holds {names}, which reads more than text; expected a checkpoint of its text model "
+            f"alone, as AutoModelForCausalLM.from_config({type(config.get_text_config()).__name__}(..)) saves it"
         )
 
 
@@ -110,6 +129,11 @@ def storage_bytes(*models: nn.Module) -> int:
             storage = parameter.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def output_softcap(model: PreTrainedModel) -> float | None:
+    """What the logits are capped at, softcap tanh(logit / softcap); None: they are not (all families but Gemma 2)."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.schema import AUTO, RunConfig
-from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
+from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FAMILIES, QK_NORM_FAMILIES
 
 GIB = 2**30
 _NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those
@@ -28,6 +28,7 @@ class LayerShape:
     key: int  # K d
     intermediate: int  # I
     has_qk_norm: bool
+    has_post_norms: bool = False  # behind attention and MLP
 
     @property
     def linear_weights(self) -> int:
@@ -48,7 +49,8 @@ class LayerShape:
             query=heads * dim,
             key=(config.num_key_value_heads or heads) * dim,
             intermediate=config.intermediate_size,
-            has_qk_norm="qwen3" in config.model_type,
+            has_qk_norm=any(config.model_type.startswith(family) for family in QK_NORM_FAMILIES),
+            has_post_norms=config.model_type in POST_NORM_FAMILIES,
         )
 
     def kept(self, mode: str) -> int:
@@ -56,10 +58,12 @@ class LayerShape:
         if mode == FULL:
             return self.hidden
         around = 2 * self.hidden + 2 * self.query + 2 * self.key  # both residuals, q, k, v, attention's output
+        post_norm = self.hidden if self.has_post_norms else 0  # its input
         if mode == MLP:
-            return around
+            return around + post_norm
         qk_norm = self.query + self.key if self.has_qk_norm else 0
-        return around + qk_norm + 2 * self.hidden + 2 * self.intermediate  # both norms' outputs, gate and up
+        # both norms' outputs, gate and up
+        return around + qk_norm + 2 * post_norm + 2 * self.hidden + 2 * self.intermediate
 
 
 def kept_bytes(shape: LayerShape, mode: str, num_recomputed: int, num_tokens: int, item_bytes: int) -> int:

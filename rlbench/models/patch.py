@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from rlbench.models.attention import AttentionContext
-from rlbench.models.names import PATCHED_FAMILIES
+from rlbench.models.attention import AttentionContext, layer_scoring
+from rlbench.models.names import PATCHED_FAMILIES, POST_NORM_FAMILIES
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import (
     Adapters,
@@ -37,6 +37,7 @@ from rlbench_kernels import (
 )
 
 _ADAPTER = "default"
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # of transformers -> of `lora_mlp`
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [1, T, d]
 Run = Callable[..., Any]  # (function, the same in the backward pass, *arguments) -> the function's result
 
@@ -75,13 +76,27 @@ class KernelModule:
 class KernelNorm(KernelModule):
     weight: Tensor
     variance_epsilon: float
+    offset: float = 0.0  # added to the weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, offset=self.offset)
+
+
+class GemmaNorm(KernelNorm):
+    eps: float
+    offset = 1.0
+
+    @property
+    def variance_epsilon(self) -> float:  # type: ignore[override]
+        return self.eps
 
 
 def fork(norm: KernelNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    return forked_rms_norm(x, norm.weight, norm.variance_epsilon)
+    return forked_rms_norm(x, norm.weight, norm.variance_epsilon, offset=norm.offset)
+
+
+def add(norm: KernelNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, offset=norm.offset)
 
 
 class KernelMlp(KernelModule):
@@ -97,7 +112,8 @@ class KernelMlp(KernelModule):
         )
         loras = [of_gate, of_up, of_down]
         casts = self.inner_cast if any(loras[:2]) else None, self.down_cast if of_down else None
-        return lora_mlp(x, gate, up, down, loras, values=values, overwrite=True, casts=casts)
+        activation = _ACTIVATIONS[_activation(self)]
+        return lora_mlp(x, gate, up, down, loras, activation, values=values, overwrite=True, casts=casts)
 
 
 class KernelAttention(KernelModule):
@@ -107,7 +123,6 @@ class KernelAttention(KernelModule):
     o_proj: nn.Module
     head_dim: int
     layer_idx: int
-    scaling: float
     qkv_cast: Adapters | None = None  # see `rlbench.models.adapter_casts`
     o_cast: Adapters | None = None
 
@@ -130,7 +145,7 @@ class KernelAttention(KernelModule):
 
     def attend(self, context: AttentionContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """-> [1, T, H, d]."""
-        return context.attend(self.layer_idx, query, key, value, self.scaling)
+        return context.attend(self.layer_idx, query, key, value, layer_scoring(self))
 
     def mix(self, attended: Tensor) -> Tensor:
         """[1, T, H, d] -> [1, T, D]."""
@@ -184,14 +199,12 @@ class KernelLayer(KernelModule):
         self, hidden: Tensor, rotation: Rotation, context: AttentionContext, *, values: bool = True
     ) -> Tensor:  # fmt: skip
         *heads, hidden = self._heads(hidden, rotation)
-        mixed = self.self_attn.mix(self.self_attn.attend(context, *heads))
-        norm = self.post_attention_layernorm
-        normed, residual = add_rms_norm(mixed, hidden, norm.weight, norm.variance_epsilon)
+        normed, residual = add(self._mlp_norm(), self._attend(context, *heads), hidden)
         return residual + self._mlp(normed, values)
 
     def _in_parts(self, hidden: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
         *heads, hidden = self.run(self._heads, partial(self._heads, values=False), hidden, rotation)
-        residual = hidden + self.self_attn.mix(self.self_attn.attend(context, *heads))
+        residual = hidden + self._attend(context, *heads)
         return self.run(self._after_attention, partial(self._after_attention, values=False), residual)
 
     def _heads(self, hidden: Tensor, rotation: Rotation, *, values: bool = True) -> tuple[Tensor, ...]:
@@ -200,12 +213,36 @@ class KernelLayer(KernelModule):
         return *self.self_attn.project(normed, rotation, values=values), hidden
 
     def _after_attention(self, residual: Tensor, *, values: bool = True) -> Tensor:
-        normed, residual = fork(self.post_attention_layernorm, residual)
+        normed, residual = fork(self._mlp_norm(), residual)
         return residual + self._mlp(normed, values)
 
+    def _mlp_norm(self) -> Any:
+        return self.post_attention_layernorm
+
+    def _attend(self, context: AttentionContext, *heads: Tensor) -> Tensor:
+        """What attention adds to the residual stream."""
+        return self.self_attn.mix(self.self_attn.attend(context, *heads))
+
     def _mlp(self, normed: Tensor, values: bool) -> Tensor:
+        """What the MLP adds to it."""
         has_kernel = isinstance(self.mlp, KernelMlp)
         return self.mlp(normed, **({"values": values} if has_kernel else {}))
+
+
+class GemmaLayer(KernelLayer):
+    """Norms before and behind attention and MLP. A norm behind needs its input for the gradient, so `values` stay."""
+
+    pre_feedforward_layernorm: Any
+    post_feedforward_layernorm: Any
+
+    def _mlp_norm(self) -> Any:
+        return self.pre_feedforward_layernorm
+
+    def _attend(self, context: AttentionContext, *heads: Tensor) -> Tensor:
+        return self.post_attention_layernorm(super()._attend(context, *heads))
+
+    def _mlp(self, normed: Tensor, values: bool) -> Tensor:
+        return self.post_feedforward_layernorm(super()._mlp(normed, values=True))
 
 
 def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight, Lora | None, Tensor | None]:
@@ -224,13 +261,25 @@ def _frozen(layer: nn.Module) -> Tensor | Nf4Weight:
     return layer.nf4 if isinstance(layer, Nf4Linear) else layer.weight  # type: ignore[return-value]
 
 
+_PARTS: dict[str, type] = {
+    "RMSNorm": KernelNorm, "MLP": KernelMlp, "Attention": KernelAttention, "DecoderLayer": KernelLayer,
+}  # fmt: skip
+_GEMMA_PARTS = _PARTS | {"RMSNorm": GemmaNorm, "DecoderLayer": GemmaLayer}
+
+
 def _table(family: str) -> dict[type, type]:
     """Kernel class by the transformers class that it replaces."""
     if family not in PATCHED_FAMILIES:
         return {}
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    parts = {"RMSNorm": KernelNorm, "MLP": KernelMlp, "Attention": KernelAttention, "DecoderLayer": KernelLayer}
-    return {getattr(module, PATCHED_FAMILIES[family] + part): kernel for part, kernel in parts.items()}
+    prefix = PATCHED_FAMILIES[family]
+    module = importlib.import_module(f"transformers.models.{prefix.lower()}.modeling_{prefix.lower()}")
+    parts = _GEMMA_PARTS if family in POST_NORM_FAMILIES else _PARTS
+    return {getattr(module, prefix + part): kernel for part, kernel in parts.items()}
+
+
+def _activation(mlp: Any) -> str:
+    config = mlp.config
+    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def _can_replace(module: Any, kernel: type) -> bool:
@@ -238,7 +287,7 @@ def _can_replace(module: Any, kernel: type) -> bool:
     if kernel is not KernelMlp:
         return True
     layers = [module.gate_proj, module.up_proj, module.down_proj]
-    return module.config.hidden_act == "silu" and all(layer.bias is None for layer in layers)
+    return _activation(module) in _ACTIVATIONS and all(layer.bias is None for layer in layers)
 
 
 _CLASSES: dict[tuple[type, type], type] = {}

@@ -21,7 +21,7 @@ from rlbench.data.packing import Microbatch
 from rlbench.models.adapter import Adapter
 from rlbench.models.adapter_casts import cast_together
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
-from rlbench.models.base import output_weight, share_base
+from rlbench.models.base import output_softcap, output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
 from rlbench.models.patch import describe, is_patch_useful, patch_model
 from rlbench.models.recompute import set_recompute
@@ -49,6 +49,7 @@ class Policy:
         if start is not None:
             self.load_adapter(start)
         self.head_weight = output_weight(tree)  # [V, D]
+        self.softcap = output_softcap(tree)  # of the logits
         self.patched = ""  # which modules compute through kernels
         if is_patch_useful(self.device):
             self.patched = describe(patch_model(tree, tree.config.get_text_config().model_type))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlbench.models.names import FULL, MLP, NONE
+from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 from rlbench.models.offload import HostMemory
 from rlbench.models.patch import KernelLayer, KernelModule, combined, run_once
 
@@ -49,8 +49,8 @@ def set_recompute(tree: nn.Module, mode: str, num_layers: int | None = None, *, 
             layer.keeping = keeping
         else:
             raise ValueError(
-                f"training.recompute is {mode}, which needs kernel-backed layers (a GPU, and a Llama, Mistral, Qwen2 "
-                f"or Qwen3 model); found {type(layer).__name__}, expected none or full"
+                f"training.recompute is {mode}, which needs kernel-backed layers (a GPU, and a model of the family "
+                f"{', '.join(PATCHED_FAMILIES)}); found {type(layer).__name__}, expected none or full"
             )
     for layer in layers[len(chosen) :]:
         if isinstance(layer, KernelLayer):

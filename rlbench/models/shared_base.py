@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlbench.models.base import check_text_model
 from rlbench.models.nf4_linear import Nf4Linear
 
-SHARED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SHARED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _FUSED = {
     "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -53,6 +54,7 @@ def bind_base(folder: str, weights: Mapping[str, EngineWeight], *, dtype: torch.
         ValueError: an architecture without a table of names, or weights that do not fit the config.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_text_model(config, folder)
     if config.model_type not in SHARED_FAMILIES:
         raise ValueError(
             f"model.path: the weights of a {config.model_type} model cannot be shared with vLLM yet, expected one of "
@@ -142,9 +144,14 @@ def _misfit(name: str, found: Any, expected: Any) -> str:
 
 
 def _make_buffers(model: PreTrainedModel, config: Any, device: torch.device) -> None:
-    """Rotary frequencies are computed from the config, not stored: make those modules anew on the device."""
+    """Rotary frequencies are computed from the config, not stored: make those modules anew on the device.
+
+    So is the scale of Gemma's embeddings, which is rounded to their dtype where it is used.
+    """
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             rotary: Any = type(module)
             with torch.device(device):
                 model.set_submodule(name, rotary(config.get_text_config()))

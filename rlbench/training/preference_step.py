@@ -258,8 +258,14 @@ def batch_ref_logps(
 def sequence_logps(policy: Policy, microbatch: Microbatch, temperature: float = 1.0) -> Tensor:
     """Sum of each completion's logprobs: float32 [B]."""
     hidden = policy.hidden(microbatch)
-    logprobs, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+    logprobs = _token_logprobs(policy, hidden, microbatch, temperature)
     return sum_by_sequence(logprobs, microbatch.sequence_ids, microbatch.num_sequences)
+
+
+def _token_logprobs(policy: Policy, hidden: Tensor, microbatch: Microbatch, temperature: float) -> Tensor:
+    """Of the targets, from the hidden states [N, D] before them: float32 [N]."""
+    options = {"temperature": temperature, "softcap": policy.softcap}
+    return linear_logprobs(hidden, policy.head_weight, microbatch.targets, **options)[0]
 
 
 def _reference_logps(
@@ -316,13 +322,13 @@ def _completions(
 ) -> tuple[Completions, Tensor]:
     """What the losses read of a microbatch, and its logprobs [N], detached."""
     hidden = policy.hidden(microbatch)  # [N, D]
-    logprobs, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)  # [N]
+    logprobs = _token_logprobs(policy, hidden, microbatch, temperature)  # [N]
     ids, num_sequences = microbatch.sequence_ids, microbatch.num_sequences
     lengths = torch.bincount(ids, minlength=num_sequences)
     log_weights = is_desirable = None
     if config.wpo:
         with torch.no_grad():  # at half the temperature: log p^2 - log sum p^2
-            sharp, _ = linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=0.5 * temperature)
+            sharp = _token_logprobs(policy, hidden, microbatch, 0.5 * temperature)
             log_weights = sum_by_sequence(wpo_log_weights(logprobs, sharp), ids, num_sequences) / lengths
     if config.is_unpaired:
         labels = [batch.labels[sample.group_id] for sample in microbatch.samples]

@@ -79,4 +79,5 @@ def _loss(policy: Policy, microbatch: Microbatch, num_loss_tokens: int) -> tuple
         return nll, {"loss/nll": nll.detach(), "policy/entropy": mean_entropy}
 
     columns = {"loss_mask": microbatch.loss_mask}
-    return linear_token_loss(policy.hidden(microbatch), policy.head_weight, microbatch.targets, token_loss, columns)
+    hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
+    return linear_token_loss(hidden, weight, targets, token_loss, columns, softcap=policy.softcap)

@@ -170,18 +170,21 @@ def _backward(
         **fixed,
     }
     hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
-    support = sampler_support(hidden, weight, targets, sampler, columns.get("support_floor")) if sampler else None
+    softcap, floor = policy.softcap, columns.get("support_floor")
+    support = sampler_support(hidden, weight, targets, sampler, floor, softcap) if sampler else None
 
     def loss_of(logprobs: Tensor, entropy: Tensor, part: Columns) -> tuple[Tensor, dict[str, Tensor]]:
         return objective(logprobs, entropy, part, microbatch.num_sequences)
 
     if objective.config.needs_sequences:
-        logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature=temperature, support=support)
+        logprobs, entropy = linear_logprobs(
+            hidden, weight, targets, temperature=temperature, softcap=softcap, support=support
+        )
         loss, metrics = loss_of(logprobs, entropy if objective.entropy_coef else entropy.detach(), columns)
         metrics = {name: value.detach() for name, value in metrics.items()}
     else:
         loss, metrics, logprobs = linear_token_loss(
-            hidden, weight, targets, loss_of, columns, temperature=temperature, support=support
+            hidden, weight, targets, loss_of, columns, temperature=temperature, softcap=softcap, support=support
         )
     loss.backward()
     return metrics | {"loss/total": loss.detach()}, logprobs.detach()
@@ -227,17 +230,17 @@ def fixed_columns(
 @torch.no_grad()
 def policy_logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies of the present policy, without gradient: float32 [N] each."""
-    hidden = policy.hidden(microbatch)
-    return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)
+    return _logprobs(policy, microbatch, temperature)
 
 
 @torch.no_grad()
 def _restricted(policy: Policy, microbatch: Microbatch, sampler: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """`support_floor` of the present policy, its logprobs and entropies among the tokens inside: float32 [N] each."""
     hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
-    floor = support_floor(hidden, weight, targets, sampler)
-    support = sampler_support(hidden, weight, targets, sampler, floor)
-    return floor, *linear_logprobs(hidden, weight, targets, temperature=sampler.temperature, support=support)
+    floor = support_floor(hidden, weight, targets, sampler, policy.softcap)
+    support = sampler_support(hidden, weight, targets, sampler, floor, policy.softcap)
+    options = {"temperature": sampler.temperature, "softcap": policy.softcap, "support": support}
+    return floor, *linear_logprobs(hidden, weight, targets, **options)
 
 
 def reference_logprobs(
@@ -247,5 +250,9 @@ def reference_logprobs(
     if reference is not None:
         return policy_logprobs(reference, microbatch, temperature)[0]
     with policy.reference():
-        hidden = policy.hidden(microbatch)
-        return linear_logprobs(hidden, policy.head_weight, microbatch.targets, temperature=temperature)[0]
+        return _logprobs(policy, microbatch, temperature)[0]
+
+
+def _logprobs(policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+    hidden, weight, targets = policy.hidden(microbatch), policy.head_weight, microbatch.targets
+    return linear_logprobs(hidden, weight, targets, temperature=temperature, softcap=policy.softcap)

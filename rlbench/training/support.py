@@ -20,6 +20,7 @@ from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.data.packing import Microbatch
 from rlbench.records import SamplingParams
 from rlbench_kernels import linear_logprobs, support_thresholds
+from rlbench_kernels.masked_attention import cap_scores
 
 
 def support_sampler(sampling: SamplingParams, config: AlgorithmConfig) -> SamplingParams | None:
@@ -29,8 +30,9 @@ def support_sampler(sampling: SamplingParams, config: AlgorithmConfig) -> Sampli
 
 @torch.no_grad()
 def sampler_support(
-    hidden: Tensor, weight: Tensor, targets: Tensor, sampler: SamplingParams, floor: Tensor | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, sampler: SamplingParams, floor: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """`support` of `linear_logprobs`: scores below which the sampler could not have drawn a token.
 
     Args:
@@ -39,16 +41,18 @@ def sampler_support(
         targets: int64 [N].
         sampler: its temperature, top_p, top_k and min_p are read.
         floor: of the policy that keeps its set, from `support_floor`; None: the policy's own set.
+        softcap: of the logits, or None.
 
     Returns:
         float32 [N] (float64 for float64 inputs); -inf where every token is inside.
     """
     if floor is not None:
-        return floor + _log_totals(hidden, weight, targets, sampler.temperature)
+        return floor + _log_totals(hidden, weight, targets, sampler.temperature, softcap)
     return support_thresholds(
         hidden,
         weight,
         temperature=sampler.temperature,
+        softcap=softcap,
         top_p=sampler.top_p,
         top_k=sampler.top_k,
         min_p=sampler.min_p,
@@ -56,13 +60,15 @@ def sampler_support(
 
 
 @torch.no_grad()
-def support_floor(hidden: Tensor, weight: Tensor, targets: Tensor, sampler: SamplingParams) -> Tensor:
+def support_floor(
+    hidden: Tensor, weight: Tensor, targets: Tensor, sampler: SamplingParams, softcap: float | None = None
+) -> Tensor:
     """[N]: threshold[i] - log sum_v exp(s[i, v]), s = logits / temperature: the logprob below which tokens are outside.
 
     Arguments as in `sampler_support`.
     """
-    thresholds = sampler_support(hidden, weight, targets, sampler)
-    return thresholds - _log_totals(hidden, weight, targets, sampler.temperature)
+    thresholds = sampler_support(hidden, weight, targets, sampler, None, softcap)
+    return thresholds - _log_totals(hidden, weight, targets, sampler.temperature, softcap)
 
 
 def outside_mass(microbatches: Sequence[Microbatch]) -> float:
@@ -77,8 +83,10 @@ def outside_mass(microbatches: Sequence[Microbatch]) -> float:
     return float(torch.cat(outside).mean())
 
 
-def _log_totals(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def _log_totals(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None
+) -> Tensor:  # fmt: skip
     """log sum_v exp(s[i, v]): [N]."""
-    logprobs, _ = linear_logprobs(hidden, weight, targets, temperature=temperature)
-    scores = (hidden.to(logprobs.dtype) * weight[targets].to(logprobs.dtype)).sum(-1) / temperature
-    return scores - logprobs
+    logprobs, _ = linear_logprobs(hidden, weight, targets, temperature=temperature, softcap=softcap)
+    logits = (hidden.to(logprobs.dtype) * weight[targets].to(logprobs.dtype)).sum(-1)
+    return cap_scores(logits, softcap) / temperature - logprobs

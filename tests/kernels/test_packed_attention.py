@@ -1,17 +1,22 @@
 """Packed attention with shared prompts against one plain attention a sequence, values and gradients."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from rlbench_kernels import flash_attention_4
+from rlbench_kernels import flash_attention_2, flash_attention_4
+from rlbench_kernels.flexible_attention import flexible_attention
 from rlbench_kernels.packed_attention import (
     SharedPromptLayout,
+    describe_backend,
     join_parts,
     packed_attention,
     packed_attention_backend,
 )
+from rlbench_kernels.windowed_attention import windowed_attention
 from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 
 GROUPS = [(5, [2, 0, 7]), (1, [1]), (8, [3, 3, 1, 4]), (3, []), (2, [0])]
@@ -27,7 +32,7 @@ def inputs(groups, heads, kv_heads, dim, dtype=torch.float64, device="cpu"):
     return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def plain_attention(q, k, v, groups, scale):
+def plain_attention(q, k, v, groups, scale, window=None, softcap=None):
     """float64 [T, Hq, d]: each prompt, and each prompt with one completion, by an explicit softmax."""
     q, k, v = q.double(), k.double(), v.double()
     repeat = q.shape[1] // k.shape[1]
@@ -42,18 +47,21 @@ def plain_attention(q, k, v, groups, scale):
         for rows, num_hidden in sequences:
             mine, keys, values = q[rows], *(x[rows].repeat_interleave(repeat, 1) for x in (k, v))
             scores = torch.einsum("qhd,khd->hqk", mine, keys) * scale
-            scores = scores.masked_fill(torch.ones(scores.shape[1:], device=q.device).triu(1).bool(), -torch.inf)
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))
+            is_hidden = (distance < 0) | (distance >= (window or len(rows)))
+            scores = scores.masked_fill(is_hidden.to(q.device), -torch.inf)
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)[num_hidden:])
         start = first
     return torch.cat(parts)
 
 
-def errors(groups, heads, kv_heads, dim, dtype, device="cpu"):
+def errors(groups, heads, kv_heads, dim, dtype, device="cpu", attention=packed_attention, **features):
     """Relative Frobenius errors of the result and the gradients of q, k and v."""
     leaves = inputs(groups, heads, kv_heads, dim, dtype, device)
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    found = packed_attention(*leaves, SharedPromptLayout.from_lengths(groups, device), scale=dim**-0.5)
-    exact = plain_attention(*exact_leaves, groups, dim**-0.5)
+    found = attention(*leaves, SharedPromptLayout.from_lengths(groups, device), scale=dim**-0.5, **features)
+    exact = plain_attention(*exact_leaves, groups, dim**-0.5, **features)
     upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(device)
     grads = torch.autograd.grad(found, leaves, upstream.to(found.dtype))
     exact_grads = torch.autograd.grad(exact, exact_leaves, upstream.to(found.dtype).double())
@@ -64,6 +72,140 @@ def errors(groups, heads, kv_heads, dim, dtype, device="cpu"):
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_the_reference_is_plain_attention(kv_heads):
     assert max(errors(GROUPS, 6, kv_heads, 4, torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 40])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_reference_has_windows_of_positions_and_capped_scores(window, softcap):
+    assert max(errors(GROUPS, 6, 2, 4, torch.float64, window=window, softcap=softcap)) < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 40])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_blocks_of_flex_attention_see_the_same_keys(window, softcap):
+    groups = [*GROUPS, (70, [100, 9])]  # more than a block
+    leaves = [x.detach() for x in inputs(groups, 6, 2, 16, torch.float32)]  # torch has no backward pass of it on a CPU
+    mask = SharedPromptLayout.from_lengths(groups, "cpu").block_mask(window)
+
+    found = flexible_attention(*leaves, mask, scale=0.25, softcap=softcap)
+
+    exact = plain_attention(*leaves, groups, 0.25, window, softcap)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 200])
+@pytest.mark.parametrize(
+    "groups", [[(5, [2])], [(300, [600, 9, 128]), (1, [200, 0, 1]), (300, [])], [(128, [128, 128])]]
+)
+def test_blocks_are_those_that_torch_finds(groups, window):
+    mask = SharedPromptLayout.from_lengths(groups, "cpu").block_mask(window)
+
+    expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+    for kind in ("", "full_"):
+        counts, indices = (getattr(mask, f"{kind}kv_{part}")[0, 0] for part in ("num_blocks", "indices"))
+        others = getattr(expected, f"{kind}kv_indices")[0, 0]
+        assert all(torch.equal(a[:n], b[:n]) for n, a, b in zip(counts, indices, others, strict=True))
+
+
+def flash_by_the_book(q, k, v, q_starts, k_starts, *_, is_causal, scale, window):
+    """What flash attention promises: the last query of a sequence sees its last key and the window - 1 before it."""
+    assert is_causal
+    parts = []
+    for i in range(len(q_starts) - 1):
+        rows, keys = (slice(int(starts[i]), int(starts[i + 1])) for starts in (q_starts, k_starts))
+        mine, theirs, values = q[rows], *(x[keys].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", mine, theirs) * scale
+        place = torch.arange(len(mine))[:, None] + len(theirs) - len(mine) - torch.arange(len(theirs))
+        scores = scores.masked_fill((place < 0) | (place >= window), -torch.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.cat(parts)
+
+
+def gradients_by_the_book(grad, q, k, v, out, lse, *args, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        return torch.autograd.grad(flash_by_the_book(*leaves, *args, **options), leaves, grad)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 9])
+def test_gathered_keys_make_a_window_of_positions(window, monkeypatch):
+    monkeypatch.setattr(flash_attention_2, "forward", lambda *a, **o: (flash_by_the_book(*a, **o), torch.zeros(1)))
+    monkeypatch.setattr(flash_attention_2, "gradients", gradients_by_the_book)
+
+    def windowed(q, k, v, layout, *, scale, window):
+        keys = layout.windowed_keys(window)
+        bounds = layout.sequence_starts, layout.max_sequence
+        return windowed_attention(q, k, v, *bounds, keys, scale=scale, window=window)
+
+    assert max(errors(GROUPS, 6, 2, 4, torch.float64, attention=windowed, window=window)) < 1e-6
+
+
+def test_a_window_over_everything_is_none(monkeypatch):
+    layout = SharedPromptLayout.from_lengths(GROUPS, "cpu")
+    assert layout.max_context == 12
+    monkeypatch.setattr(SharedPromptLayout, "windowed_keys", None)
+    leaves = inputs(GROUPS, 2, 2, 4)
+
+    found = packed_attention(*leaves, layout, scale=1.0, window=12)
+
+    assert torch.equal(found, packed_attention(*leaves, layout, scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "features", "expected"),
+    [
+        ("auto", {"window": 512}, "flash"),
+        ("auto", {"softcap": 50.0}, "flex"),
+        ("auto", {"softcap": 50.0, "window": 512}, "flex"),
+        ("flex", {}, "flex"),
+        ("reference", {"softcap": 50.0}, "reference"),
+        ("flash", {"softcap": 50.0}, "caps attention scores at 50.0, which flash does not compute"),
+        ("flash4", {"softcap": 50.0}, "caps attention scores at 50.0, which flash4 does not compute"),
+        ("flash4", {"window": 512}, "sliding window of 512 tokens, which flash4 is not used for"),
+    ],
+)
+def test_only_backends_that_compute_a_feature_are_chosen(asked, features, expected, monkeypatch):
+    monkeypatch.setattr(flash_attention_4, "problem", lambda device: "")
+    monkeypatch.setenv("RLBENCH_ATTENTION", asked)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(16384, 32, 256), device=torch.device("cuda"))
+
+    if " " not in expected:
+        assert packed_attention_backend(q, 16384, **features) == expected
+        return
+    with pytest.raises(ValueError, match=f"RLBENCH_ATTENTION={asked} cannot run: .*{expected}"):
+        packed_attention_backend(q, 16384, **features)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({}, "FlashAttention 4 for sequences of 1024 tokens in large batches, else torch's flash attention"),
+        ({"window": 512}, ".* torch's flash attention; with windows of 512 tokens torch's flash attention"),
+        (
+            {"window": 4096, "softcap": 50.0},
+            r"torch's FlexAttention \(scores are capped at 50.0\); its first calls compile",
+        ),
+    ],
+)
+def test_a_run_is_told_what_its_attention_is(features, expected, monkeypatch):
+    monkeypatch.setattr(flash_attention_4, "problem", lambda device: "")
+
+    assert re.fullmatch(expected, describe_backend(torch.device("cuda"), **features))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 1, 30, 200])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_windows_and_capped_scores_match_float64(window, softcap, dim):
+    for groups in ([*GROUPS, (200, [300, 17, 1, 129]), (33, [64] * 5)], [(130, []), (1, [0])], [(700, [650, 20])]):
+        found = errors(groups, 8, 4, dim, torch.bfloat16, "cuda", window=window, softcap=softcap)
+        assert max(found) < 1e-2, groups
 
 
 def test_the_reference_runs_on_a_cpu():
@@ -99,7 +241,7 @@ def test_long_sequences_take_flash_attention_4_where_it_is_installed(
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("backend", ["flash4", "flash"])
 def test_flash_attention_matches_float64(dim, kv_heads, backend, monkeypatch):
@@ -179,6 +321,14 @@ def test_what_does_not_fit_is_named(shapes, message):
 
     with pytest.raises(ValueError, match=message):
         packed_attention(*(torch.zeros(s) for s in shapes), layout, scale=1.0)
+
+
+@pytest.mark.parametrize("features", [{"window": 0}, {"softcap": 0.0}])
+def test_a_window_or_softcap_of_nothing_is_refused(features):
+    layout = SharedPromptLayout.from_lengths([(3, [1])], "cpu")
+
+    with pytest.raises(ValueError, match="window and softcap: above 0 expected"):
+        packed_attention(*[torch.zeros(4, 2, 8)] * 3, layout, scale=1.0, **features)
 
 
 def test_an_empty_prompt_is_refused():

@@ -21,7 +21,7 @@ def batch():
     return pack(SAMPLES, tokens_per_microbatch=1000, device="cpu")[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,up_proj", "o_proj,down_proj"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 def test_same_bits(name, targets, recompute):

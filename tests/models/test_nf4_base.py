@@ -16,11 +16,11 @@ from tests.models.test_lora import randomise
 from tests.models.test_packed_attention import SAMPLES
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gemma3_text"])
+def folder(request, tmp_path_factory):
     config = AutoConfig.for_model(
-        "llama", vocab_size=98, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        request.param, vocab_size=98, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("dense")

@@ -5,10 +5,11 @@ import torch
 
 from rlbench.config.schema import LoraConfig
 from rlbench.data.packing import pack
-from rlbench.models.attention import PackedAttention, use_rlbench_attention
+from rlbench.models.attention import PackedAttention, Scoring, use_rlbench_attention
 from rlbench.models.base import share_base
 from rlbench.models.policy import Policy
 from tests.data.test_packing import make_sample
+from tests.models.random_base import random_base
 from tests.models.test_lora import gradients, randomise
 
 SAMPLES = [
@@ -31,6 +32,26 @@ def loss_weights(num_rows: int, dim: int) -> torch.Tensor:
     return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(2))
 
 
+FEATURES = {
+    "gemma2, a window in the first layer, capped scores": (
+        "gemma2",
+        {"layer_types": ["sliding_attention", "full_attention"], "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3, windows in two of three layers": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_hidden_layers": 3},
+    ),
+    "mistral, a window in every layer": ("mistral", {}),
+}
+
+
+@pytest.fixture(params=FEATURES)
+def windowed_base(request):
+    """Windows of 4 positions: shorter than most of `SAMPLES`, longer than some."""
+    family, options = FEATURES[request.param]
+    return random_base(family, sliding_window=4, **options)
+
+
 def plain_hidden(base, policy: Policy) -> torch.Tensor:
     """[N, D] by transformers' own attention, each sample alone, with the policy's adapter."""
     policy._tree.set_attn_implementation("eager")
@@ -44,9 +65,17 @@ def plain_hidden(base, policy: Policy) -> torch.Tensor:
 
 @pytest.mark.parametrize("budget", [1000, 17])
 def test_packed_hidden_states_and_gradients_equal_the_plain_layout(tiny_base, budget):
-    packed, plain = make_policy(tiny_base), make_policy(tiny_base)
+    check_packing(tiny_base, budget)
+
+
+def test_windows_are_of_positions_and_scores_are_capped(windowed_base):
+    check_packing(windowed_base, 1000)
+
+
+def check_packing(base, budget):
+    packed, plain = make_policy(base), make_policy(base)
     batches = pack(SAMPLES, tokens_per_microbatch=budget, device="cpu")
-    expected = plain_hidden(tiny_base, plain)
+    expected = plain_hidden(base, plain)
     weights = loss_weights(*expected.shape)
     (expected * weights).sum().backward()
     order = {int(t): i for i, t in enumerate(t for s in SAMPLES for t in s.token_ids)}
@@ -75,23 +104,36 @@ def test_the_reference_policy_is_the_base_without_the_adapter(tiny_base):
     assert (policy.hidden(batch) - base_hidden).abs().max() > 0.01
 
 
-def test_an_attention_feature_that_is_not_computed_is_refused(tiny_base):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 8}, "llama has sliding_window=8"),
+        ({"attn_logit_softcapping": 50.0}, "llama has attn_logit_softcapping=50.0"),
+        ({"use_bidirectional_attention": True}, "llama has use_bidirectional_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "llama has layers of type linear_attention"),
+    ],
+)
+def test_an_attention_feature_that_is_not_computed_is_refused(change, message, tiny_base):
     tree = share_base(tiny_base)
-    tree.config.sliding_window = 8
+    for name, value in change.items():
+        setattr(tree.config, name, value)
 
-    with pytest.raises(ValueError, match="sliding_window=8, which rlbench's packed attention does not compute"):
+    with pytest.raises(ValueError, match=f"model.path: {message}, which rlbench's attention does not compute"):
         use_rlbench_attention(tree)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flash_attention_on_the_gpu_is_the_padded_attention():
+@pytest.mark.parametrize(
+    "scoring", [Scoring(0.125), Scoring(0.125, 4), Scoring(0.125, None, 2.0), Scoring(0.125, 4, 2.0)]
+)
+def test_flash_attention_on_the_gpu_is_the_padded_attention(scoring):
     (batch,) = pack(SAMPLES, tokens_per_microbatch=1000, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, 4, len(batch.token_ids), 64), *[(1, 2, len(batch.token_ids), 64)] * 2]
     heads = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes]
 
-    exact = PackedAttention(batch.layout, torch.float32).attend(0, *(x.float() for x in heads), 0.125)
-    found = PackedAttention(batch.layout, torch.bfloat16).attend(0, *heads, 0.125)
+    exact = PackedAttention(batch.layout, torch.float32).attend(0, *(x.float() for x in heads), scoring)
+    found = PackedAttention(batch.layout, torch.bfloat16).attend(0, *heads, scoring)
 
     torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlbench.config.schema import LoraConfig
 from rlbench.data.packing import pack
 from rlbench.models.lora import unfuse_lora
 from rlbench.models.patch import KernelModule, patch_model, unpatch_model
 from rlbench.models.policy import Policy
+from tests.models.random_base import random_base
 from tests.models.test_lora import gradients, randomise
 from tests.models.test_packed_attention import SAMPLES
 
@@ -17,23 +17,18 @@ CONFIGS = {
     "llama": {},
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": None},
+    "mistral, a window": {"sliding_window": 4},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 2.0},  # of two layers the first has the window
+    "gemma2, biases": {"sliding_window": 4, "attention_bias": True},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
 def make_policy(name: str, targets: str = "all-linear", **options) -> Policy:
     family = name.split(",")[0]
-    config = AutoConfig.for_model(
-        family, vocab_size=98, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, **CONFIGS[name],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-    with torch.no_grad():
-        for key, parameter in base.named_parameters():
-            if "norm" in key or key.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    base = random_base(family, **CONFIGS[name])
     policy = Policy(base.to(**options), LoraConfig(rank=4, alpha=8, targets=targets), seed=0)
     randomise(policy.model)
     return policy
@@ -58,7 +53,7 @@ def test_the_patched_model_is_pefts(name, targets):
     replaced = patch_model(policy._tree, name.split(",")[0])
     found, grads = hidden_and_gradients(policy)
 
-    assert sum(replaced.values()) >= 2 * 4 + 1 - (2 if "biases" in name else 0)
+    assert sum(replaced.values()) >= 2 * 4 + 1 - (2 if name == "llama, biases" else 0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for key, grad in grads.items():
         error = (grad - expected_grads[key]).norm() / expected_grads[key].norm()
@@ -77,12 +72,13 @@ def test_the_reference_policy_is_the_base_under_the_patch():
     assert not torch.allclose(policy.hidden(batch), expected, atol=1e-2)
 
 
-def test_a_patch_comes_off():
-    policy = make_policy("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+def test_a_patch_comes_off(name):
+    policy = make_policy(name)
     before = [type(module) for module in policy._tree.modules()]
     expected, _ = hidden_and_gradients(policy)
 
-    patch_model(policy._tree, "llama")
+    patch_model(policy._tree, name)
     assert any(isinstance(module, KernelModule) for module in policy._tree.modules())
     unpatch_model(policy._tree)
 
@@ -99,7 +95,7 @@ def test_a_family_without_a_table_stays_as_it_is():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_on_the_gpu_errors_are_those_of_bfloat16(name):
     exact_policy = make_policy(name)
     unpatch_model(exact_policy._tree)

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from rlbench.config.derive import HardwareFacts
-from rlbench.config.schema import RunConfig, TrainingConfig
+from rlbench.config.schema import LoraConfig, RunConfig, TrainingConfig
 from rlbench.data.packing import pack
 from rlbench.models.memory import LayerShape, base_bytes, choose_recompute, derive_recompute, kept_bytes
 from rlbench.models.offload import HostMemory
 from rlbench.models.patch import patch_model, unpatch_model
+from rlbench.models.policy import Policy
 from rlbench.models.recompute import FULL, set_recompute
+from tests.data.test_packing import make_sample
+from tests.models.random_base import random_base
 from tests.models.test_packed_attention import SAMPLES
 from tests.models.test_patch import hidden_and_gradients, make_policy
 
@@ -29,7 +32,7 @@ def assert_same(policy, expected):
         assert torch.equal(grad, expected[1][key]), key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["mlp", "full"])
 @pytest.mark.parametrize("num_layers", [1, None])
 def test_gradients_are_the_same_bits(name, mode, num_layers):
@@ -58,7 +61,7 @@ def test_layers_without_kernels_have_no_parts():
         make_policy("llama").set_recompute(TrainingConfig(recompute="mlp"))
 
 
-def saved_numbers(policy) -> int:
+def saved_numbers(policy, samples=SAMPLES) -> int:
     """Numbers that the forward keeps for the backward pass, each storage once, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     found: dict[int, tuple[int, torch.Tensor]] = {}
@@ -69,7 +72,7 @@ def saved_numbers(policy) -> int:
             found[storage.data_ptr()] = (storage.nbytes() // tensor.element_size(), tensor)
         return tensor
 
-    (batch,) = pack(SAMPLES, tokens_per_microbatch=1000, device="cpu")
+    (batch,) = pack(samples, tokens_per_microbatch=1000, device="cpu")
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         policy.hidden(batch)
     return sum(number for number, _ in found.values())
@@ -83,6 +86,26 @@ def test_less_is_kept():
         kept[mode] = saved_numbers(policy)
 
     assert kept["full"] < 0.5 * kept["mlp"] < 0.5 * 0.8 * kept["none"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_planner_counts_what_a_layer_keeps_more_without_recomputation(family):
+    """Numbers a token of one layer, by differences of tokens and of layers."""
+
+    def saved(mode, num_layers, num_tokens):
+        base = random_base(family, num_hidden_layers=num_layers, layer_types=["full_attention"] * num_layers)
+        policy = Policy(base, LoraConfig(rank=1), seed=0)
+        patch_model(policy._tree, family)
+        policy.set_recompute(TrainingConfig(recompute=mode))
+        return saved_numbers(policy, [make_sample("a", [3], [5] * num_tokens)]), LayerShape.from_config(base.config)
+
+    def of_layer(mode):
+        (a, shape), (b, _), (c, _), (d, _) = (saved(mode, n, tokens) for n in (2, 3) for tokens in (100, 200))
+        return (d - c - b + a) / 100, shape.kept(mode)
+
+    (none, planned_none), (mlp, planned_mlp) = of_layer("none"), of_layer("mlp")
+    assert none - mlp == pytest.approx(planned_none - planned_mlp, abs=24)  # 22 of low-rank products and normalisers
+    assert planned_none - planned_mlp == {"llama": 2 * 64 + 2 * 96, "gemma3_text": 128 + 64 + 3 * 48 + 2 * 96}[family]
 
 
 def test_without_gradient_nothing_is_wrapped(monkeypatch):
@@ -199,7 +222,7 @@ class CopiesOnTheCpu:
                 self.pending[i] = None
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["mlp", "full"])
 def test_what_waits_in_host_memory_comes_back(name, mode, monkeypatch):
     monkeypatch.setattr("rlbench.models.offload._LEAST_BYTES", 1)
@@ -254,9 +277,10 @@ def test_offload_needs_a_gpu_and_recomputation():
 @pytest.mark.parametrize(
     "options", [{"recompute": mode, "offload": offload} for mode in ("mlp", FULL) for offload in (False, True)]
 )
-def test_on_the_gpu_gradients_are_those_without_recomputation(options, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+def test_on_the_gpu_gradients_are_those_without_recomputation(name, options, monkeypatch):
     monkeypatch.setattr("rlbench.models.offload._LEAST_BYTES", 1)
-    policy = make_policy("llama", device="cuda", dtype=torch.bfloat16)
+    policy = make_policy(name, device="cuda", dtype=torch.bfloat16)
     hidden, expected = hidden_and_gradients(policy)
 
     policy.set_recompute(TrainingConfig(**options))

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rlbench.config.schema import LoraConfig
-from rlbench.models.base import share_base
+from rlbench.models.base import load_base, share_base
 from rlbench.models.lora import add_lora
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench.models.shared_base import EngineWeight, bind_base
@@ -26,6 +36,10 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=None, tie_word_embeddings=False),
     "qwen2, biases": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3, norms of q and k": Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=8),
+    "gemma3, two rotations": Gemma3TextConfig(
+        **SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 TOKENS = torch.arange(20)[None] * 4
 
@@ -113,7 +127,7 @@ def dense_twin(original, bound):
     return original
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2, biases"])
+@pytest.mark.parametrize("name", ["llama", "qwen2, biases", "gemma2", "gemma3, two rotations"])
 def test_nf4_computes_with_the_dequantised_weights_and_holds_only_the_engines_bytes(name, tmp_path):
     original = make(CONFIGS[name], tmp_path)
     weights = quantised(as_engine_keeps_it(original), original)
@@ -155,6 +169,15 @@ def test_an_architecture_without_a_table_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"gemma model cannot be shared.*llama, mistral.*engine\.share=false"):
         bind_base(str(tmp_path), {}, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("load", [bind_base, load_base])
+def test_a_model_that_sees_images_is_refused(load, tmp_path):
+    Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    options = {"dtype": torch.float32} | ({"device": "cpu"} if load is load_base else {"weights": {}})
+
+    with pytest.raises(ValueError, match=r"model.path: .* holds Gemma3ForConditionalGeneration, which reads more"):
+        load(str(tmp_path), **options)
 
 
 @pytest.mark.parametrize(
