@@ -13,7 +13,8 @@ from rlbench.config.schema import AUTO, RunConfig
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 
 GIB = 2**30
-_NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those
+# Of one number of a linear layer. nf4: 4 bits, a byte for 64 of them, a float32 for 256 of those. fp8: a float32 a row.
+_QUANTISED_BYTES = {"nf4": 0.516, "fp8": 1.002}
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
 _VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
 
@@ -114,7 +115,7 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
     tokens = config.training.tokens_per_microbatch or 1
     item = 2 if config.model.dtype == "bfloat16" else 4
     is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
-    base = base_bytes(shape, text_config, item, is_nf4=config.model.quantization == "nf4")
+    base = base_bytes(shape, text_config, item, quantization=config.model.quantization)
     reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB + backward_bytes(shape, tokens, item)
     available = int(0.95 * facts.memory_gib * GIB - base - reserved)
     mode, number = choose_recompute(shape, tokens, item, available)
@@ -123,11 +124,11 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
     return mode, number, words
 
 
-def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, is_nf4: bool) -> int:
+def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, quantization: str) -> int:
     """Bytes of the frozen weights."""
     linear = shape.num_layers * shape.linear_weights
     tables = text_config.vocab_size * shape.hidden * (1 if text_config.tie_word_embeddings else 2)
-    return int(linear * (_NF4_BYTES if is_nf4 else item_bytes) + tables * item_bytes)
+    return int(linear * _QUANTISED_BYTES.get(quantization, item_bytes) + tables * item_bytes)
 
 
 def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:

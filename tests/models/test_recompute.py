@@ -161,7 +161,7 @@ def test_the_nf4_base_of_8b_has_the_size_it_has():
     _, _, llama = derived(79.0)
 
     # 6.979 billion weights in 4.127 bits each and two bf16 tables of 128,256 x 4,096
-    assert base_bytes(LLAMA_8B, llama, 2, is_nf4=True) / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
+    assert base_bytes(LLAMA_8B, llama, 2, quantization="nf4") / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
 
 
 class CopiesOnTheCpu:
