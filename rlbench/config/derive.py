@@ -179,11 +179,6 @@ def _check_base(config: RunConfig) -> None:
         raise ValueError(
             "engine.share is true, but vLLM on a CPU repacks the weights; expected engine.share=false or engine=hf"
         )
-    if config.model.quantization == "fp8" and engine.kind == "vllm" and profile == "cpu":
-        raise ValueError(
-            "model.quantization is fp8, which vLLM computes on a GPU only; found engine=vllm, hardware=cpu; expected "
-            "engine=hf"
-        )
     if config.model.quantization == "nf4" and not (engine.kind == "vllm" and engine.share):
         raise ValueError(
             f"model.quantization is {config.model.quantization}, which needs engine=vllm with engine.share=true on a "

@@ -116,7 +116,7 @@ class VllmEngine:
                 "or engine.kind=hf"
             )
         if quantization == "fp8":
-            _check_fp8_device(device)
+            _check_fp8(device, dtype)
         self._platform = device
         slot_rank = _slot_rank(lora_rank)
         _check_model(model_path, device, max_model_len, quantization)
@@ -455,13 +455,17 @@ def _check_model(model_path: str, platform: str, max_model_len: int, quantizatio
             )
 
 
-def _check_fp8_device(device: str) -> None:
-    found = torch.cuda.get_device_capability() if device == "cuda" else None
-    if found is None or found < _FP8_CAPABILITY:
-        name = "a CPU" if found is None else f"a GPU of compute capability {found[0]}.{found[1]}"
+def _check_fp8(device: str, dtype: str) -> None:
+    if dtype == "float32":
         raise ValueError(
-            f"model.quantization is fp8 on {name}, but vLLM multiplies FP8 on GPUs of compute capability 8.9 (Ada, "
-            "Hopper) and later only; expected engine.kind=hf or another model.quantization"
+            "model.dtype is float32, which vLLM does not compute on an FP8 base (model.quantization=fp8); expected "
+            "bfloat16, float16 or engine.kind=hf"
+        )
+    found = torch.cuda.get_device_capability() if device == "cuda" else _FP8_CAPABILITY
+    if found < _FP8_CAPABILITY:
+        raise ValueError(
+            f"model.quantization is fp8 on a GPU of compute capability {found[0]}.{found[1]}, but vLLM multiplies FP8 "
+            "from 8.9 on (Ada, Hopper); expected engine.kind=hf or another model.quantization"
         )
 
 

@@ -109,10 +109,11 @@ def _fp8_rows(name: str, codes: Tensor, scale: EngineWeight | None, rows: slice,
     scales = None if scale is None else scale.tensor
     is_known = codes.dtype == FP8 and codes.ndim == 2 and codes.stride(0) == 1
     if not is_known or scales is None or scales.dtype != torch.float32 or scales.shape != (codes.shape[1], 1):
+        found = f"{codes.dtype} {tuple(codes.shape)} with strides {codes.stride()}"
         raise ValueError(
-            f"model.quantization is fp8, but the engine keeps {name} as {codes.dtype} {tuple(codes.shape)} with scales "
-            f"{None if scales is None else tuple(scales.shape)}, expected float8_e4m3fn [in, out] and one scale a "
-            "column; with engine.share=false the trainer quantises a copy of its own"
+            f"model.quantization is fp8, but the engine keeps {name} as {found} and scales "
+            f"{None if scales is None else tuple(scales.shape)}, expected float8_e4m3fn [in, out] with contiguous "
+            "columns and one scale a column; with engine.share=false the trainer quantises a copy of its own"
         )
     num_columns = linear.in_features
     if codes.shape[0] < num_columns or codes.shape[1] < rows.stop:

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from rlbench.checks.limits import FLOORS, MARGIN, MEASURED, Gap, derive_drift_limits, honest_gap, identity_limit
+from rlbench.checks.limits import (
+    EMULATED,
+    FLOORS,
+    MARGIN,
+    MEASURED,
+    Gap,
+    derive_drift_limits,
+    honest_gap,
+    identity_limit,
+)
 from rlbench.config.schema import ChecksConfig, EngineConfig, HardwareConfig, ModelConfig, RunConfig
 
 NAMES = ("mean", "p99", "max")
@@ -31,6 +40,16 @@ def test_the_table_holds_what_the_committed_measurement_says(key):
     for name in NAMES:
         found = max(row["value"] for row in rows if row["metric"] == name)
         assert getattr(MEASURED[key], name) == pytest.approx(found, rel=0.1)
+
+
+def test_fp8_through_vllm_is_held_to_what_its_twin_shows():
+    rows = json.loads((RESULTS.parent / "fp8_cpu.json").read_text())["rows"]
+    twin = {row["metric"]: row["value"] for row in rows if row["case"] == "trainer does not"}
+    gap, source = honest_gap(*(key := ("vllm", "cuda", "bfloat16", "fp8")))
+
+    assert gap == EMULATED[key] and "emulated on a CPU" in source
+    for name in NAMES:
+        assert getattr(gap, name) == pytest.approx(twin[name], rel=0.1)
 
 
 def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor():

@@ -52,6 +52,7 @@ def test_a_gpu_with_a_tested_vllm_shares_vllms_weights():
         ({}, {"device": "cuda", "problem": ""}, ("vllm", True)),
         ({"kind": "vllm", "share": False}, {"device": "cuda", "problem": ""}, ("vllm", False)),
         ({"kind": "hf"}, {"device": "cuda", "problem": ""}, ("hf", True)),
+        ({"kind": "vllm"}, {"problem": ""}, ("vllm", False)),
     ],
 )
 def test_fp8_goes_with_every_engine_that_computes_it(engine, options, found):
@@ -88,11 +89,6 @@ def test_what_the_user_set_is_not_derived():
             RunConfig(model=ModelConfig(quantization="nf4")),
             {},
             "model.quantization is nf4, which needs engine=vllm with engine.share=true on a GPU; found engine=hf",
-        ),
-        (
-            RunConfig(model=ModelConfig(quantization="fp8"), engine=EngineConfig(kind="vllm")),
-            {"problem": ""},
-            "model.quantization is fp8, which vLLM computes on a GPU only; found engine=vllm, hardware=cpu",
         ),
     ],
 )
