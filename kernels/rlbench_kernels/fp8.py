@@ -66,7 +66,9 @@ def quantize_fp8(tensor: Tensor) -> Fp8Weight:
     if tensor.ndim != 2 or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"a matrix in float32, bfloat16 or float16 expected, got {tensor.dtype} {[*tensor.shape]}")
     values = tensor.detach().float()
-    scale = (values.abs().amax(1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    absmax = values.abs().amax(1, keepdim=True)
+    # by a tensor: on CUDA torch divides by a number as it multiplies by its reciprocal, vLLM does not
+    scale = (absmax / torch.full_like(absmax, LARGEST)).clamp(min=SMALLEST_SCALE)
     return Fp8Weight((values / scale).clamp_(-LARGEST, LARGEST).to(FP8), scale, tensor.dtype)
 
 

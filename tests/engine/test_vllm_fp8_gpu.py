@@ -101,7 +101,7 @@ def test_the_engines_codes_are_those_that_the_trainer_would_have_made(pair):
     for name, layer in layers.items():
         expected = own.get_submodule(name)
         torch.testing.assert_close(layer.scale, expected.scale, rtol=1e-6, atol=0)
-        assert (layer.weight != expected.weight).float().mean() < 1e-4, name  # a midpoint may round the other way
+        assert (layer.weight != expected.weight).float().mean() < 1e-3, name  # a midpoint may round the other way
         assert torch.equal(layer.bias, expected.bias) if layer.bias is not None else expected.bias is None
 
 
@@ -195,4 +195,4 @@ def test_codes_on_the_gpu_are_those_of_the_cpu(shape):
     here, there = quantize_fp8(dense), quantize_fp8(dense.cuda())
 
     torch.testing.assert_close(there.scale.cpu(), here.scale, rtol=1e-6, atol=0)
-    assert (there.codes.view(torch.uint8).cpu() != here.codes.view(torch.uint8)).float().mean() < 1e-4
+    assert (there.codes.view(torch.uint8).cpu() != here.codes.view(torch.uint8)).float().mean() < 1e-3
