@@ -46,9 +46,8 @@ def random_model(shape: str, quantization: str) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = (
-        Path(tempfile.gettempdir()) / "rlbench-random-models" / f"{shape}-{'nf4' if quantization == 'nf4' else 'none'}"
-    )
+    kept = "nf4" if quantization == "nf4" else "none"
+    folder = Path(tempfile.gettempdir()) / "rlbench-random-models" / f"{shape}-{kept}"
     if (folder / "tokenizer.json").is_file():
         return str(folder)
     options = dict(SHAPES[shape])
