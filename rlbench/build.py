@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,6 +314,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
 
     config = inputs.config
     folder, dtype = str(inputs.model.folder), getattr(torch, config.model.dtype)
+    load = partial(load_base, folder, dtype=dtype, device=device, quantization=config.model.quantization)
     if config.engine.kind == "vllm":
         from rlbench.engine.vllm_engine import VllmEngine
         from rlbench.models.shared_base import bind_base
@@ -332,12 +334,12 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
         )
         if config.engine.share:
             return bind_base(folder, engine.base_weights(), dtype=dtype), engine
-        return load_base(folder, dtype=dtype, device=device), engine
+        return load(), engine
     if recorded is not None:
-        return load_base(folder, dtype=dtype, device=device), recorded
+        return load(), recorded
     from rlbench.engine.hf_engine import HfEngine
 
-    base = load_base(folder, dtype=dtype, device=device)
+    base = load()
     return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64, tokenizer=inputs.tokenizer)
 
 

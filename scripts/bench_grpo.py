@@ -299,7 +299,7 @@ def floors(case: str) -> list[dict[str, Any]]:
         target.copy_(source)
         torch.cuda.synchronize()
     bandwidth = 2 * 2**31 / (time.perf_counter() - start)
-    read_s = max(lengths) * weights * (0.52 if quantization == "nf4" else 2) / bandwidth
+    read_s = max(lengths) * weights * {"nf4": 0.52, "fp8": 1}.get(quantization, 2) / bandwidth
     tokens = sum(lengths) + NUM_PROMPTS * PROMPT_TOKENS
     values = {"generation": max(read_s, 2 * weights * tokens / rate), "update": 4 * weights * tokens / rate}
     name = case.replace(":", ", ")

@@ -154,7 +154,7 @@ def measure_vllm(folder: str, name: str, quantization: str, report: Any) -> None
         start = time.perf_counter()
         start_llm: Any = LLM
         llm = start_llm(
-            folder, dtype="bfloat16", **({"quantization": "bitsandbytes"} if quantization == "nf4" else {}),
+            folder, dtype="bfloat16", quantization={"nf4": "bitsandbytes", "fp8": "fp8_per_channel"}.get(quantization),
             max_model_len=1024, max_num_seqs=256, kv_cache_memory_bytes=int(KV_GIB * 2**30), skip_tokenizer_init=True,
             enable_lora=True, max_loras=1, max_lora_rank=RANK, logprobs_mode="processed_logprobs",
         )  # fmt: skip

@@ -75,10 +75,10 @@ def scores(model: Any, sequences: Sequence[tuple[list[int], list[int]]], *, bf16
     return torch.cat(found)
 
 
-def sample(model: Any) -> list[tuple[list[int], list[int]]]:
+def sample(engine: Any) -> list[tuple[list[int], Any]]:
+    """(prompt, completion) of every prompt."""
     from transformers import AutoTokenizer
 
-    from rlbench.engine.hf_engine import HfEngine
     from rlbench.records import SamplingParams
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder())
@@ -88,9 +88,8 @@ def sample(model: Any) -> list[tuple[list[int], list[int]]]:
     chats = [[{"role": "user", "content": text}] for text in texts]
     rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
-    engine = HfEngine(model, max_num_seqs=NUM_PROMPTS)
     completions = engine.generate(prompts, SamplingParams(max_tokens=MAX_TOKENS), list(range(NUM_PROMPTS)))
-    return [(prompt, list(completion.token_ids)) for prompt, completion in zip(prompts, completions, strict=True)]
+    return list(zip(prompts, completions, strict=True))
 
 
 def main() -> None:
@@ -99,10 +98,12 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
+    from rlbench.engine.hf_engine import HfEngine
     from rlbench.models.base import load_base
 
     model = load_base(model_folder(), dtype=torch.float32, device="cpu")
-    sequences = sample(model)
+    drawn = sample(HfEngine(model, max_num_seqs=NUM_PROMPTS))
+    sequences = [(prompt, list(completion.token_ids)) for prompt, completion in drawn]
     exact = scores(model, sequences)
     rows: list[dict[str, Any]] = []
 

@@ -50,12 +50,14 @@ def random_model(shape: str, quantization: str) -> str:
 
     Args:
         shape: a key of `SHAPES`.
-        quantization: none, or nf4: a checkpoint in bitsandbytes' format with double quantisation.
+        quantization: none; nf4: a checkpoint in bitsandbytes' format with double quantisation; fp8: the one of none,
+            which is quantised while it is loaded.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(tempfile.gettempdir()) / "rlbench-random-models" / f"{shape}-{quantization}"
+    kept = "nf4" if quantization == "nf4" else "none"
+    folder = Path(tempfile.gettempdir()) / "rlbench-random-models" / f"{shape}-{kept}"
     if (folder / "tokenizer.json").is_file():
         return str(folder)
     options = dict(SHAPES[shape])

@@ -1,5 +1,6 @@
 """Fused operations; each has a PyTorch reference."""
 
+from rlbench_kernels.fp8 import FP8, Fp8Weight, dequantize_fp8, quantize_fp8
 from rlbench_kernels.gated_activation import geglu, swiglu
 from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
 from rlbench_kernels.linear_logprobs_sparse import SparseGradient, SparseStats
@@ -13,7 +14,9 @@ from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attentio
 from rlbench_kernels.rope import apply_rope
 
 __all__ = [
+    "FP8",
     "Adapters",
+    "Fp8Weight",
     "Lora",
     "Nf4Weight",
     "SharedPromptLayout",
@@ -21,6 +24,7 @@ __all__ = [
     "SparseStats",
     "add_rms_norm",
     "apply_rope",
+    "dequantize_fp8",
     "dequantize_nf4",
     "forked_rms_norm",
     "geglu",
@@ -31,6 +35,7 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "packed_attention",
+    "quantize_fp8",
     "quantize_nf4",
     "rms_norm",
     "support_thresholds",

@@ -1,9 +1,9 @@
-"""Linear layers with LoRA over frozen matrices, dense or NF4: one autograd function a layer, query-key-value or MLP.
+"""Linear layers with LoRA over frozen matrices: one autograd function a layer, query-key-value or MLP.
 
-Gradients go to the input and the adapters alone. An NF4 matrix is made dense once a direction and never kept; saved
-for the backward pass are the input, the MLP's gate and up, and the low-rank products. `values=False` is for a second
-forward pass whose gradients alone are wanted (activation recomputation): what only the results need is left out, and
-they hold anything.
+Gradients go to the input and the adapters alone. A matrix in NF4 or FP8 is made dense once a direction and never kept;
+saved for the backward pass are the input, the MLP's gate and up, and the low-rank products. `values=False` is for a
+second forward pass whose gradients alone are wanted (activation recomputation): what only the results need is left out,
+and they hold anything.
 
 Shapes: N tokens, D in features, O out features, I intermediate features, R LoRA rank.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
@@ -31,7 +31,6 @@ from rlbench_kernels.lora_matmuls import (
     low_gradient,
     project,
 )
-from rlbench_kernels.nf4 import Nf4Weight
 
 
 class Lora(NamedTuple):
@@ -50,7 +49,7 @@ def lora_linear(
 
     Args:
         x: [..., D].
-        base: W [O, D] in x's dtype, or in NF4.
+        base: W [O, D] in x's dtype, or in NF4 or FP8.
         lora_a, lora_b: [R, D] and [O, R], any floating dtype; their gradients have it too.
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
@@ -107,7 +106,8 @@ def lora_mlp(
         gate, up: [I, D]. down: [O, I].
         loras: of gate, up and down; None is a layer without adapter.
         activation: "silu" or "gelu_tanh".
-        form: as in `lora_linear`; on a GPU "auto" takes "extended" where all of gate and up, or down, are NF4.
+        form: as in `lora_linear`; on a GPU "auto" takes "extended" where all of gate and up, or down, are
+            quantised.
         values: False leaves down and the product out; see above.
         overwrite: the backward pass writes its gradients over gate(x) and up(x), which saves N 3 I numbers at its
             peak; it can run once.
@@ -245,8 +245,8 @@ def _projections(
     if form not in (*FORMS, "auto"):
         raise ValueError(f"form {form!r}: expected one of auto, {', '.join(FORMS)}")
     if form == "auto":
-        is_nf4 = all(isinstance(base, Nf4Weight) for base in bases)
-        form = "extended" if is_nf4 and has_room and any(loras) else "accumulate"
+        is_quantised = not any(isinstance(base, Tensor) for base in bases)
+        form = "extended" if is_quantised and has_room and any(loras) else "accumulate"
         form = "two_pass" if bases[0].device.type == "cpu" else form
     scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
     return Projections(tuple(bases), tuple(biases), scalings, form)

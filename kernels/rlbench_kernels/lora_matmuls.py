@@ -6,7 +6,7 @@ stacked A. Three forms of the rest, with the same meaning:
 - "two_pass": y_i = x W_i^T, then y_i += low_i B_i^T, which reads and writes y_i once more;
 - "accumulate": y_i = low_i B_i^T, then y_i += x W_i^T: the second access to y_i lies in the large matmul's epilogue;
 - "extended": one matmul [x | low] [W | s B]^T over all projections, B block-diagonal, in buffers made for it. It
-  copies x, unless x was written into such a buffer, and W, which for an NF4 matrix is its dequantisation.
+  copies x, unless x was written into such a buffer, and W, which for a quantised matrix is its dequantisation.
 
 Backward alike: "extended" is [dy_1 | dy_2 .. | dlow] [W_1; W_2; ..; A].
 
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlbench_kernels.fp8 import Fp8Weight, dequantize_fp8
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4
 
-Base = Tensor | Nf4Weight
+Base = Tensor | Nf4Weight | Fp8Weight
 FORMS = ("two_pass", "accumulate", "extended")
 _ALIGNMENT = 16  # trailing columns: rows of 16-bit buffers stay multiples of 32 bytes; Triton vectorises for 16
 
@@ -233,13 +234,14 @@ def _mm_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dense(base: Base, like: Tensor) -> Tensor:
     """[O_i, D] in the dtype of `like`; a dense base as it is."""
-    if isinstance(base, Nf4Weight):
-        return dequantize_nf4(base, like.new_empty(base.shape))
-    return base
+    if isinstance(base, Tensor):
+        return base
+    return _write_dense(base, like.new_empty(base.shape))
 
 
-def _write_dense(base: Base, out: Tensor) -> None:
+def _write_dense(base: Base, out: Tensor) -> Tensor:
     if isinstance(base, Nf4Weight):
-        dequantize_nf4(base, out)
-    else:
-        out.copy_(base)
+        return dequantize_nf4(base, out)
+    if isinstance(base, Fp8Weight):
+        return dequantize_fp8(base, out)
+    return out.copy_(base)

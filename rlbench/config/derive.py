@@ -179,7 +179,7 @@ def _check_base(config: RunConfig) -> None:
         raise ValueError(
             "engine.share is true, but vLLM on a CPU repacks the weights; expected engine.share=false or engine=hf"
         )
-    if config.model.quantization != "none" and not (engine.kind == "vllm" and engine.share):
+    if config.model.quantization == "nf4" and not (engine.kind == "vllm" and engine.share):
         raise ValueError(
             f"model.quantization is {config.model.quantization}, which needs engine=vllm with engine.share=true on a "
             f"GPU; found engine={engine.kind}, engine.share={str(engine.share).lower()}, hardware={profile}"

@@ -41,12 +41,12 @@ class HardwareConfig:
 class ModelConfig:
     path: str | None = None  # hub id, local folder, or GGUF file
     dtype: str = AUTO  # auto (measured) | bfloat16 | float32
-    quantization: str = "none"  # none | nf4: the base in 4 bits (bitsandbytes), quantised while it is loaded
+    quantization: str = "none"  # none | nf4 (bitsandbytes) | fp8: the base in 4 or 8 bits, quantised while it is loaded
     cache_dir: str = "~/.cache/rlbench"  # where converted GGUF files are kept
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, [AUTO, "bfloat16", "float32"])
-        check_choice("model.quantization", self.quantization, ["none", "nf4"])
+        check_choice("model.quantization", self.quantization, ["none", "nf4", "fp8"])
 
 
 @dataclass

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlbench.models.adapter import Adapter, check_adapter
+from rlbench.models.fp8_linear import Fp8Linear
+from rlbench_kernels import FP8, Fp8Weight, dequantize_fp8
 
 
 class AdapterLinear(nn.Module):
@@ -17,12 +19,15 @@ class AdapterLinear(nn.Module):
 
     Made of one linear layer or of several with the same input (q, k, v): their weights become rows of one matrix, and
     the layers' own parameters become views of it, so nothing is held twice. A stacks the parts' A matrices [sum R, in],
-    B is block-diagonal [sum out, sum R].
+    B is block-diagonal [sum out, sum R]. An FP8 weight is made dense at each call.
     """
 
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.weight = _fuse([part.weight for part in parts])  # [out, in]
+        self.weight = _fuse([part.weight for part in parts])  # [out, in]; FP8: its bytes
+        scales = [part.scale for part in parts if isinstance(part, Fp8Linear)]
+        self._scale = _fuse(scales) if scales else None  # FP8: float32 [out, 1]
+        self.dtype = getattr(parts[0], "compute_dtype", self.weight.dtype)
         biases = [part.bias for part in parts]
         self.bias = None if any(bias is None for bias in biases) else _fuse(biases)
         ends = torch.tensor([part.weight.shape[0] for part in parts]).cumsum(0).tolist()
@@ -41,7 +46,7 @@ class AdapterLinear(nn.Module):
         self._columns = []
         if all(part is None for part in parts):
             return
-        place = {"dtype": self.weight.dtype, "device": self.weight.device}
+        place = {"dtype": self.dtype, "device": self.weight.device}
         self._lora_a = torch.cat([part[0].detach() for part in parts if part is not None]).to(**place, copy=True)
         self._lora_b = torch.zeros(self.weight.shape[0], self._lora_a.shape[0], **place)
         column = 0
@@ -63,12 +68,18 @@ class AdapterLinear(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self._dense_weight(), self.bias)
         if self._lora_a is None or self._lora_b is None or not self.use_adapter:
             return y
         low_rank = F.linear(x.flatten(0, -2), self._lora_a)  # [N, sum R]
         y.view(-1, y.shape[-1]).addmm_(low_rank, self._lora_b.T)
         return y
+
+    def _dense_weight(self) -> Tensor:
+        """[out, in] in the layer's dtype."""
+        if self._scale is None:
+            return self.weight
+        return dequantize_fp8(Fp8Weight(self.weight.view(FP8), self._scale, self.dtype))
 
 
 def _fuse(parameters: Sequence[Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ from rlbench.engine.vllm_requests import (
     sampling_request,
     scores,
 )
+from rlbench.models.base import check_quantization, check_text_model
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import Completion, SamplingParams
 
@@ -50,6 +51,8 @@ _PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"worker_extension_cls": "rlbench.engine.vllm_worker.AdapterWorker"},
     "cuda": {"worker_cls": "rlbench.engine.vllm_gpu_worker.SharedBaseWorker", "enable_cumem_allocator": True},
 }
+_QUANTIZATIONS = {"nf4": "bitsandbytes", "fp8": "fp8_per_channel"}  # vLLM's names; its own "fp8" has one scale a matrix
+_FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8; for others vLLM repacks the weights
 _CANARY_TOKENS = 4  # drawn greedily after each wake-up
 _LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -87,7 +90,8 @@ class VllmEngine:
         Args:
             model_path: folder with config.json and safetensors.
             device: "cpu" or "cuda".
-            quantization: "none", or "nf4": linear layers but the head are quantised while they are loaded.
+            quantization: "none", "nf4" or "fp8": linear layers but the head are quantised while they are loaded, in
+                FP8 with one scale a row; inputs are then rounded to FP8 too, with one scale a token.
             dequantize: of an NF4 base on a GPU, hold the linear layers in `dtype` too while awake.
             dtype: of weights, activations and LoRA buffers: "float32" (CPU only), "bfloat16" or "float16".
             max_model_len: most tokens of prompt and completion together; at most the model's own context.
@@ -101,7 +105,8 @@ class VllmEngine:
             seed: of vLLM's own streams; samples carry their own seeds.
 
         Raises:
-            ValueError: if this vLLM is no tested version, or an argument does not fit the model.
+            ValueError: if this vLLM is no tested version, an argument does not fit the model, or the device does not
+                multiply FP8.
         """
         start = time.perf_counter()
         check_vllm_version(device)
@@ -112,9 +117,11 @@ class VllmEngine:
                 "model.dtype is float32, which vLLM's LoRA kernels on a GPU do not compute; expected bfloat16, float16 "
                 "or engine.kind=hf"
             )
+        if quantization == "fp8":
+            _check_fp8(device, dtype)
         self._platform = device
         slot_rank = _slot_rank(lora_rank)
-        _check_model(model_path, device, max_model_len)
+        _check_model(model_path, device, max_model_len, quantization)
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
@@ -129,8 +136,8 @@ class VllmEngine:
                 "cudagraph_specialize_lora": False,  # all but the checks' batches have the adapter
             }
             options["additional_config"] = {"rlbench_dequantize": dequantize}
-        if quantization == "nf4":
-            options["quantization"] = "bitsandbytes"
+        if quantization != "none":
+            options["quantization"] = _QUANTIZATIONS[quantization]
         with clean_start():
             from vllm import LLM  # pyright: ignore[reportMissingImports]
 
@@ -431,14 +438,14 @@ def _graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({*(size for size in sizes if size < 2 * max_num_seqs), max_num_seqs, 2 * max_num_seqs})
 
 
-def _check_model(model_path: str, platform: str, max_model_len: int) -> None:
+def _check_model(model_path: str, platform: str, max_model_len: int, quantization: str) -> None:
     """One sentence for what vLLM would say in fifty lines, or only at the first step."""
     from transformers import AutoConfig
 
-    from rlbench.models.base import check_text_model
-
     config = AutoConfig.from_pretrained(model_path, local_files_only=True)
     check_text_model(config, model_path)
+    check_quantization(model_path, config, quantization)
+    config = config.get_text_config()
     context = config.max_position_embeddings
     if max_model_len > context:
         raise ValueError(f"engine: max_model_len {max_model_len} exceeds the model's context of {context}")
@@ -450,6 +457,20 @@ def _check_model(model_path: str, platform: str, max_model_len: int) -> None:
                 f"engine.kind=vllm: attention heads of size {head_dim}, vLLM on a CPU computes {supported}; expected "
                 f"engine.kind=hf for this model"
             )
+
+
+def _check_fp8(device: str, dtype: str) -> None:
+    if dtype == "float32":
+        raise ValueError(
+            "model.dtype is float32, which vLLM does not compute on an FP8 base (model.quantization=fp8); expected "
+            "bfloat16, float16 or engine.kind=hf"
+        )
+    found = torch.cuda.get_device_capability() if device == "cuda" else _FP8_CAPABILITY
+    if found < _FP8_CAPABILITY:
+        raise ValueError(
+            f"model.quantization is fp8 on a GPU of compute capability {found[0]}.{found[1]}, but vLLM multiplies FP8 "
+            "from 8.9 on (Ada, Hopper); expected engine.kind=hf or another model.quantization"
+        )
 
 
 def _cpu_head_sizes() -> list[int]:

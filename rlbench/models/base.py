@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from rlbench.models.fp8_linear import Fp8Linear
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench.models.quiet import no_progress_bars
+from rlbench_kernels import quantize_fp8
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -26,7 +28,8 @@ def load_base(
         dtype: of all weights.
         device: where the weights go.
         quantization: "nf4" quantises all linear layers but the head while they are loaded, with double quantisation;
-            a checkpoint that is in NF4 already stays as it is.
+            a checkpoint that is in NF4 already stays as it is. "fp8" quantises the same layers, one scale a row, on
+            `device`, one after the other: the dense ones never lie there together.
 
     Raises:
         ValueError: if the folder holds no model that transformers can load, or one with another quantization.
@@ -36,11 +39,10 @@ def load_base(
         check_bitsandbytes()
         options = {"quantization_config": _nf4_config(dtype), "device_map": {"": device}}
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        check_text_model(config, path)
-        found = getattr(config, "quantization_config", None)
-        _check_quantization(path, found, quantization)
-        if found is not None:
+        found = AutoConfig.from_pretrained(path, local_files_only=True)
+        check_text_model(found, path)
+        check_quantization(path, found, quantization)
+        if getattr(found, "quantization_config", None) is not None:
             options.pop("quantization_config")  # the checkpoint's own holds
         with no_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **options)
@@ -50,6 +52,9 @@ def load_base(
         raise ValueError(f"model.path: {path} does not load as a causal language model ({error})") from error
     if quantization == "nf4":
         _keep_bytes(model)
+    elif quantization == "fp8":
+        _quantise_fp8(model, torch.device(device))
+        model.to(device=device)
     else:
         model.to(device=device)
     return model.requires_grad_(False).eval()
@@ -91,12 +96,26 @@ def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _check_quantization(path: str, found: Any, wanted: str) -> None:
+def check_quantization(path: str, config: Any, wanted: str) -> None:
+    """
+    Args:
+        path: the checkpoint, for the message.
+        config: of transformers.
+        wanted: model.quantization.
+
+    Raises:
+        ValueError: the checkpoint is quantised, and not as wanted. Only NF4 is read.
+    """
+    found: Any = getattr(config, "quantization_config", None)
     found = found.to_dict() if hasattr(found, "to_dict") else found
-    is_nf4 = bool(found) and bool(found.get("load_in_4bit")) and found.get("bnb_4bit_quant_type") == "nf4"
-    if found and not (is_nf4 and wanted == "nf4"):
+    if not found:
+        return
+    is_nf4 = bool(found.get("load_in_4bit")) and found.get("bnb_4bit_quant_type") == "nf4"
+    if not (is_nf4 and wanted == "nf4"):
         kind = "nf4" if is_nf4 else found.get("quant_method", "unknown")
         hint = "expected model.quantization=nf4" if is_nf4 else "expected a checkpoint that is dense or in NF4"
+        if wanted == "fp8":
+            hint = "expected a dense checkpoint, which is quantised while it is loaded"
         raise ValueError(f"model.quantization is {wanted}, but the checkpoint {path} is quantised ({kind}); {hint}")
 
 
@@ -109,6 +128,15 @@ def _keep_bytes(model: nn.Module) -> None:
             weight: Any = module.weight
             bias = None if module.bias is None else module.bias.data
             model.set_submodule(name, Nf4Linear(weight.data, weight.quant_state, bias))
+
+
+def _quantise_fp8(model: PreTrainedModel, device: torch.device) -> None:
+    """All linear layers but the head become ours, on the device."""
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head:
+            bias = None if module.bias is None else module.bias.data.to(device)
+            model.set_submodule(name, Fp8Linear(quantize_fp8(module.weight.data.to(device)), bias))
 
 
 def share_base(model: ModelT) -> ModelT:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rlbench.config.schema import LoraConfig
 from rlbench.models.adapter import Adapter
-from rlbench.models.nf4_linear import Nf4Linear
+from rlbench.models.quantised_linear import frozen_weight
 from rlbench_kernels import lora_linear
 
 _ADAPTER = "default"
@@ -91,6 +91,5 @@ class FusedLoraLinear(PeftLinear):
         assert isinstance(base, nn.Linear) and not self.merged
         if self.disable_adapters:
             return base(x)
-        weight = base.nf4 if isinstance(base, Nf4Linear) else base.weight
         lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
-        return lora_linear(x, weight, lora_a, lora_b, self.scaling[_ADAPTER], base.bias)  # type: ignore[arg-type]
+        return lora_linear(x, frozen_weight(base), lora_a, lora_b, self.scaling[_ADAPTER], base.bias)  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ from rlbench.config.schema import AUTO, RunConfig
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FAMILIES, QK_NORM_FAMILIES
 
 GIB = 2**30
-_NF4_BYTES = 0.516  # of one number: 4 bits, a byte for 64 of them, a float32 for 256 of those
+# Of one number of a linear layer. nf4: 4 bits, a byte for 64 of them, a float32 for 256 of those. fp8: a float32 a row.
+_QUANTISED_BYTES = {"nf4": 0.516, "fp8": 1.002}
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
 _VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
 
@@ -133,7 +134,7 @@ def derive_dequantize(config: RunConfig, facts: HardwareFacts, text_config: Any)
     if is_quantized:
         shape, item = LayerShape.from_config(text_config), 4 if config.model.dtype == "float32" else 2
         dense = shape.num_layers * shape.linear_weights * item / GIB
-        others = base_bytes(shape, text_config, item, is_nf4=True) / GIB + (engine.kv_cache_gib or 0.0)
+        others = base_bytes(shape, text_config, item, quantization="nf4") / GIB + (engine.kv_cache_gib or 0.0)
         left = 0.95 * facts.memory_gib - others - _RESERVE_GIB - _VLLM_GIB
         engine.dequantize = dense <= left
         reason = f"takes {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
@@ -149,7 +150,7 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
     tokens = config.training.tokens_per_microbatch or 1
     item = 2 if config.model.dtype == "bfloat16" else 4
     is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
-    base = base_bytes(shape, text_config, item, is_nf4=config.model.quantization == "nf4")
+    base = base_bytes(shape, text_config, item, quantization=config.model.quantization)
     reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB + backward_bytes(shape, tokens, item)
     available = int(0.95 * facts.memory_gib * GIB - base - reserved)
     mode, number = choose_recompute(shape, tokens, item, available)
@@ -158,11 +159,11 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
     return mode, number, words
 
 
-def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, is_nf4: bool) -> int:
+def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, quantization: str) -> int:
     """Bytes of the frozen weights."""
     linear = shape.num_layers * shape.linear_weights
     tables = text_config.vocab_size * shape.hidden * (1 if text_config.tie_word_embeddings else 2)
-    return int(linear * (_NF4_BYTES if is_nf4 else item_bytes) + tables * item_bytes)
+    return int(linear * _QUANTISED_BYTES.get(quantization, item_bytes) + tables * item_bytes)
 
 
 def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from rlbench.models.attention import AttentionContext, layer_scoring
 from rlbench.models.names import PATCHED_FAMILIES, POST_NORM_FAMILIES
-from rlbench.models.nf4_linear import Nf4Linear
+from rlbench.models.quantised_linear import frozen_weight
 from rlbench_kernels import (
     Adapters,
+    Fp8Weight,
     Lora,
     Nf4Weight,
     add_rms_norm,
@@ -245,20 +246,16 @@ class GemmaLayer(KernelLayer):
         return self.post_feedforward_layernorm(super()._mlp(normed, values=True))
 
 
-def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight, Lora | None, Tensor | None]:
+def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight | Fp8Weight, Lora | None, Tensor | None]:
     """Frozen matrix, adapter (None: there is none, or it is switched off) and bias of a linear layer."""
     if not isinstance(layer, PeftLinear):
-        return _frozen(layer), None, layer.bias  # type: ignore[return-value]
+        return frozen_weight(layer), None, layer.bias  # type: ignore[return-value]
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear) and not layer.merged
     if layer.disable_adapters:
-        return _frozen(base), None, base.bias
+        return frozen_weight(base), None, base.bias
     lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
-    return _frozen(base), Lora(lora_a, lora_b, layer.scaling[_ADAPTER]), base.bias  # type: ignore[arg-type]
-
-
-def _frozen(layer: nn.Module) -> Tensor | Nf4Weight:
-    return layer.nf4 if isinstance(layer, Nf4Linear) else layer.weight  # type: ignore[return-value]
+    return frozen_weight(base), Lora(lora_a, lora_b, layer.scaling[_ADAPTER]), base.bias  # type: ignore[arg-type]
 
 
 _PARTS: dict[str, type] = {

@@ -2,7 +2,8 @@
 
 The transformers model is built on the meta device, so it owns no weights; then every parameter becomes a view of the
 tensor that the engine already holds. vLLM keeps q, k and v as rows of one matrix, gate and up of another: `_FUSED` is
-the table of those names.
+the table of those names. FP8 matrices it keeps transposed, [in, out] over rows of `in` codes, with one scale a row
+beside them, and on a GPU pads both sides to multiples of 16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlbench.models.base import check_text_model
+from rlbench.models.fp8_linear import Fp8Linear
 from rlbench.models.nf4_linear import Nf4Linear
+from rlbench_kernels import FP8, Fp8Weight
 
 SHARED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _FUSED = {
@@ -34,7 +37,8 @@ class EngineWeight:
     """One parameter of the engine's model.
 
     Attributes:
-        tensor: dense, of any shape; or NF4 bytes, uint8 [n, 1], of several matrices one after the other.
+        tensor: dense, of any shape; or NF4 bytes, uint8 [n, 1], of several matrices one after the other; or FP8 codes,
+            float8_e4m3fn [in, out], whose scales are the weight NAME_scale.
         nf4_parts: for NF4, (bytes, bitsandbytes QuantState) of each matrix in `tensor`, in order; else empty.
     """
 
@@ -89,9 +93,34 @@ def _bind_linear(model: PreTrainedModel, name: str, linear: nn.Linear, weights: 
             raise ValueError(_misfit(name, quant_state.shape, linear.weight.shape))
         model.set_submodule(name, Nf4Linear(packed, quant_state, bias))
         return
+    scale = weights.get(f"{_engine_name(name, weights, 'weight')}_scale")
+    if scale is not None or found.tensor.dtype.itemsize == 1:
+        model.set_submodule(name, Fp8Linear(_fp8_rows(name, found.tensor, scale, rows, linear), bias))
+        return
     linear.weight = _parameter(name, found.tensor[rows], linear.weight)
     if bias is not None:
         linear.bias = _parameter(f"{name}.bias", bias, linear.bias)
+
+
+def _fp8_rows(name: str, codes: Tensor, scale: EngineWeight | None, rows: slice, linear: nn.Linear) -> Fp8Weight:
+    """Rows of vLLM's FP8 matrix, codes [in, out], as views.
+
+    Raises:
+        ValueError: another layout, as that of vLLM's kernels for GPUs that do not multiply FP8.
+    """
+    scales = None if scale is None else scale.tensor
+    is_known = codes.dtype == FP8 and codes.ndim == 2 and codes.stride(0) == 1
+    if not is_known or scales is None or scales.dtype != torch.float32 or scales.shape != (codes.shape[1], 1):
+        found = f"{codes.dtype} {tuple(codes.shape)} with strides {codes.stride()}"
+        raise ValueError(
+            f"model.quantization is fp8, but the engine keeps {name} as {found} and scales "
+            f"{None if scales is None else tuple(scales.shape)}, expected float8_e4m3fn [in, out] with contiguous "
+            "columns and one scale a column; with engine.share=false the trainer quantises a copy of its own"
+        )
+    num_columns = linear.in_features
+    if codes.shape[0] < num_columns or codes.shape[1] < rows.stop:
+        raise ValueError(_misfit(name, codes.T[rows].shape, linear.weight.shape))
+    return Fp8Weight(codes.T[rows, :num_columns], scales[rows], linear.weight.dtype)
 
 
 def _bind_plain(module: nn.Module, name: str, weights: Mapping[str, EngineWeight]) -> None:
@@ -165,6 +194,8 @@ def _check_complete(model: PreTrainedModel, dtype: torch.dtype) -> None:
             f"model.path: the engine holds no weight for {missing[0]} and {len(missing) - 1} more; with "
             f"engine.share=false the trainer loads a copy of its own"
         )
-    wrong = {t.dtype for _, t in model.named_parameters() if t.is_floating_point()} - {dtype}
+    scales = [module.scale for module in model.modules() if isinstance(module, Fp8Linear)]
+    dense = {t for t in model.parameters() if t.is_floating_point()} - set(scales)
+    wrong = {t.dtype for t in dense} - {dtype}
     if wrong:
         raise ValueError(f"model.dtype is {dtype}, but the engine holds weights in {', '.join(map(str, wrong))}")

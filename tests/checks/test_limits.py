@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from rlbench.checks.limits import FLOORS, MARGIN, MEASURED, Gap, derive_drift_limits, honest_gap, identity_limit
+from rlbench.checks.limits import (
+    FLOORS,
+    MARGIN,
+    MEASURED,
+    Gap,
+    derive_drift_limits,
+    honest_gap,
+    identity_limit,
+)
 from rlbench.config.schema import ChecksConfig, EngineConfig, HardwareConfig, ModelConfig, RunConfig
 
 NAMES = ("mean", "p99", "max")
@@ -21,7 +29,7 @@ def config(engine="hf", profile="cpu", dtype="bfloat16", **checks) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu"])
+@pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu" and key[3] == "none"])
 def test_the_table_holds_what_the_committed_measurement_says(key):
     engine, _, dtype, _ = key
     cases = [f"{dtype}, {case}" for case in ("as sampled", "scored", "scored, base")]
@@ -31,6 +39,18 @@ def test_the_table_holds_what_the_committed_measurement_says(key):
     for name in NAMES:
         found = max(row["value"] for row in rows if row["metric"] == name)
         assert getattr(MEASURED[key], name) == pytest.approx(found, rel=0.1)
+
+
+def test_an_fp8_base_in_vllm_has_a_wider_limit_of_its_own_also_on_a_gpu_and_nobody_else_has():
+    rows = json.loads((RESULTS.parent / "fp8_cpu.json").read_text())["rows"]
+    measured = {row["metric"]: row["value"] for row in rows if row["case"] == "trainer does not"}
+
+    for device, words in (("cpu", "measured for engine=vllm on cpu"), ("cuda", "bfloat16 on an FP8 base")):
+        gap, source = honest_gap("vllm", device, "bfloat16", "fp8")
+        assert words in source
+        for name in NAMES:
+            assert getattr(gap, name) == pytest.approx(measured[name], rel=0.1)
+    assert honest_gap("hf", "cuda", "bfloat16", "fp8")[0].mean < measured["mean"] / 2
 
 
 def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor():
@@ -47,7 +67,12 @@ def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor()
 def test_a_pair_that_was_not_measured_gets_the_widest_of_its_dtype_and_says_so():
     gap, source = honest_gap("hf", "cuda", "bfloat16", "none")
 
-    assert gap == Gap(*(max(getattr(g, n) for k, g in MEASURED.items() if k[2] == "bfloat16") for n in NAMES))
+    assert gap == Gap(
+        *(
+            max(getattr(g, n) for k, g in MEASURED.items() if k[2:] in (("bfloat16", "none"), ("bfloat16", "nf4")))
+            for n in NAMES
+        )
+    )
     assert "no measurement of its own" in source
 
 

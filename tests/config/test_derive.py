@@ -45,6 +45,24 @@ def test_a_gpu_with_a_tested_vllm_shares_vllms_weights():
     assert found["engine.kv_cache_gib"] == 30.0
 
 
+@pytest.mark.parametrize(
+    ("engine", "options", "found"),
+    [
+        ({}, {}, ("hf", True)),
+        ({}, {"device": "cuda", "problem": ""}, ("vllm", True)),
+        ({"kind": "vllm", "share": False}, {"device": "cuda", "problem": ""}, ("vllm", False)),
+        ({"kind": "hf"}, {"device": "cuda", "problem": ""}, ("hf", True)),
+        ({"kind": "vllm"}, {"problem": ""}, ("vllm", False)),
+    ],
+)
+def test_fp8_goes_with_every_engine_that_computes_it(engine, options, found):
+    config = RunConfig(model=ModelConfig(quantization="fp8"), engine=EngineConfig(**engine))
+
+    derived(config, **options)
+
+    assert (config.engine.kind, config.engine.share) == found
+
+
 def test_a_gpu_without_a_usable_vllm_falls_back_and_says_why():
     reasons = {d.key: d.reason for d in derive(RunConfig(), facts("cuda", "vllm 0.99 is not tested"))}
 

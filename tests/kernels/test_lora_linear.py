@@ -4,9 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlbench_kernels import Lora, dequantize_nf4, lora_linear, lora_mlp, lora_qkv, quantize_nf4
+from rlbench_kernels import (
+    Fp8Weight,
+    Lora,
+    dequantize_nf4,
+    lora_linear,
+    lora_mlp,
+    lora_qkv,
+    quantize_fp8,
+    quantize_nf4,
+)
 from rlbench_kernels.lora_matmuls import FORMS
 
+KINDS = ("dense", "nf4", "fp8")
 ALL_FORMS = ("auto", *FORMS)
 # relative Frobenius error against float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -18,9 +28,11 @@ def random(*shape, dtype=torch.float64, scale=1.0, seed=0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def base(rows, depth, *, is_nf4, dtype, seed=0):
+def base(rows, depth, *, kind, dtype, seed=0):
     dense = random(rows, depth, dtype=torch.float32, scale=depth**-0.5, seed=seed)
-    return quantize_nf4(dense.bfloat16()) if is_nf4 else dense.to(dtype)
+    if kind == "nf4":
+        return quantize_nf4(dense.bfloat16())
+    return quantize_fp8(dense.bfloat16()) if kind == "fp8" else dense.to(dtype)
 
 
 def adapter(rows, depth, rank=4, scaling=0.7, seed=0):
@@ -36,6 +48,8 @@ def to(lora, dtype):
 
 
 def exact_base(weight):
+    if isinstance(weight, Fp8Weight):
+        return weight.codes.double() * weight.scale.double()
     return (weight if isinstance(weight, torch.Tensor) else dequantize_nf4(weight, torch.empty(weight.shape))).double()
 
 
@@ -71,12 +85,12 @@ def leaves_of(x, loras):
     return [x, *(t for lora in loras if lora is not None for t in lora[:2])]
 
 
-@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_projections_match_float64(dtype, form, is_nf4):
+def test_projections_match_float64(dtype, form, kind):
     sizes, ranks = (96, 32, 32), (4, 3, 8)
-    bases = [base(o, DEPTH, is_nf4=is_nf4, dtype=dtype, seed=i) for i, o in enumerate(sizes)]
+    bases = [base(o, DEPTH, kind=kind, dtype=dtype, seed=i) for i, o in enumerate(sizes)]
     biases = [None, random(32, dtype=dtype), None]
     exact_loras = [adapter(o, DEPTH, r, seed=i) for i, (o, r) in enumerate(zip(sizes, ranks, strict=True))]
     master = torch.float64 if dtype == torch.float64 else torch.float32
@@ -90,12 +104,12 @@ def test_projections_match_float64(dtype, form, is_nf4):
         check(results, exact, leaves_of(x, loras), leaves_of(exact_x, exact_used), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_mlp_matches_float64(dtype, form, is_nf4):
+def test_mlp_matches_float64(dtype, form, kind):
     sizes = ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
-    weights = [base(*size, is_nf4=is_nf4, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+    weights = [base(*size, kind=kind, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
     exact_loras = [adapter(*size, rank, seed=i) for i, (size, rank) in enumerate(zip(sizes, (4, 3, 8), strict=True))]
     master = torch.float64 if dtype == torch.float64 else torch.float32
     for activation, absent in (("silu", None), ("gelu_tanh", 0), ("silu", 2)):
@@ -110,8 +124,8 @@ def test_mlp_matches_float64(dtype, form, is_nf4):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form):
-    weights = [base(6, 5, is_nf4=False, dtype=torch.float64), base(6, 5, is_nf4=False, dtype=torch.float64, seed=1)]
-    down = base(5, 6, is_nf4=False, dtype=torch.float64, seed=2)
+    weights = [base(6, 5, kind="dense", dtype=torch.float64), base(6, 5, kind="dense", dtype=torch.float64, seed=1)]
+    down = base(5, 6, kind="dense", dtype=torch.float64, seed=2)
     loras = [adapter(6, 5, 2), adapter(6, 5, 3, seed=1), adapter(5, 6, 2, seed=2)]
 
     def call(x, *tensors):
@@ -124,7 +138,7 @@ def test_gradcheck(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_unused_result_and_unwanted_gradients(form):
-    bases = [base(o, DEPTH, is_nf4=True, dtype=torch.float32, seed=o) for o in (32, 16)]
+    bases = [base(o, DEPTH, kind="nf4", dtype=torch.float32, seed=o) for o in (32, 16)]
     loras = [to(adapter(o, DEPTH), torch.float32) for o in (32, 16)]
     x = random(3, DEPTH, dtype=torch.float32).requires_grad_()
     first, _ = lora_qkv(x, bases, loras, form=form)
@@ -139,13 +153,13 @@ def test_an_unused_result_and_unwanted_gradients(form):
     assert loras[0].a.grad is None
 
 
-@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [{"values": False}, {"overwrite": True}, {"values": False, "overwrite": True}])
-def test_gradients_without_values_and_in_the_same_memory(form, is_nf4, options):
+def test_gradients_without_values_and_in_the_same_memory(form, kind, options):
     """They are those of the plain call, bit for bit."""
     sizes = ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
-    weights = [base(*size, is_nf4=is_nf4, dtype=torch.float32, seed=i) for i, size in enumerate(sizes)]
+    weights = [base(*size, kind=kind, dtype=torch.float32, seed=i) for i, size in enumerate(sizes)]
     for absent in (None, 0, 2):
         loras = [None if i == absent else to(adapter(*size, 3, seed=i), torch.float32) for i, size in enumerate(sizes)]
         x = random(2, 5, DEPTH, dtype=torch.float32).requires_grad_()
@@ -167,7 +181,7 @@ def test_gradients_without_values_and_in_the_same_memory(form, is_nf4, options):
 
 
 def test_a_second_backward_pass_over_overwritten_memory_is_refused():
-    weights = [base(*size, is_nf4=False, dtype=torch.float32) for size in ((INNER, DEPTH),) * 2 + ((DEPTH, INNER),)]
+    weights = [base(*size, kind="dense", dtype=torch.float32) for size in ((INNER, DEPTH),) * 2 + ((DEPTH, INNER),)]
     x = random(3, DEPTH, dtype=torch.float32).requires_grad_()
     y = lora_mlp(x, *weights, [None] * 3, overwrite=True).sum()
     y.backward(retain_graph=True)
@@ -179,18 +193,19 @@ def test_a_second_backward_pass_over_overwritten_memory_is_refused():
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens(form):
     x = torch.empty(0, DEPTH, requires_grad=True)
-    weights = [base(*size, is_nf4=True, dtype=torch.float32) for size in ((INNER, DEPTH),) * 2 + ((DEPTH, INNER),)]
+    weights = [base(*size, kind="nf4", dtype=torch.float32) for size in ((INNER, DEPTH),) * 2 + ((DEPTH, INNER),)]
     loras = [to(adapter(*weight.shape), torch.float32) for weight in weights]
     lora_mlp(x, *weights, loras, form=form).sum().backward()
     assert x.grad.shape == (0, DEPTH) and not loras[0].a.grad.any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_saved_bytes(form):
+def test_saved_bytes(form, kind):
     """x, gate and up, the low-rank products and the adapters' casts: nothing of the size of a weight."""
     n, rank, item = 7, 4, 2
     sizes = ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
-    weights = [base(*size, is_nf4=True, dtype=torch.bfloat16) for size in sizes]
+    weights = [base(*size, kind=kind, dtype=torch.bfloat16) for size in sizes]
     loras = [to(adapter(*size, rank), torch.float32) for size in sizes]
     x = random(n, DEPTH, dtype=torch.bfloat16).requires_grad_()
     adapters = sum(rank * (o + d) for o, d in sizes)

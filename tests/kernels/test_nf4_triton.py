@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from rlbench_kernels import Lora, Nf4Weight, dequantize_nf4, lora_mlp, lora_qkv, quantize_nf4
+from rlbench_kernels import Fp8Weight, Lora, Nf4Weight, dequantize_nf4, lora_mlp, lora_qkv, quantize_nf4
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import FORMS
 from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
@@ -13,6 +13,7 @@ from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 from tests.kernels.test_lora_linear import (
     DEPTH,
     INNER,
+    KINDS,
     adapter,
     base,
     check,
@@ -41,6 +42,10 @@ def triton_backend(monkeypatch):
 
 def move(weight, device):
     """The same weight on a device."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device)
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(weight.codes.to(device), weight.scale.to(device), weight.dtype)
     nested = weight.nested
     if nested is not None:
         tensors = (t.to(device) for t in (nested.absmax, nested.code, nested.offset))
@@ -123,9 +128,9 @@ def test_one_launch_for_double_quantisation_too(monkeypatch):
 @needs_device
 @pytest.mark.parametrize("form", FORMS)
 def test_lora_over_nf4_matches_float64(form):
-    qkv = [move(base(o, DEPTH, is_nf4=True, dtype=None, seed=o), DEVICE) for o in (96, 32, 32)]
+    qkv = [move(base(o, DEPTH, kind="nf4", dtype=None, seed=o), DEVICE) for o in (96, 32, 32)]
     mlp = [
-        move(base(*size, is_nf4=True, dtype=None), DEVICE) for size in ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
+        move(base(*size, kind="nf4", dtype=None), DEVICE) for size in ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
     ]
     compare(qkv, mlp, 7, torch.float32, form, tolerance=1e-5)
 
@@ -148,12 +153,12 @@ def test_gating_matches_float64_in_strided_rows(activation):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [*FORMS, "auto"])
-def test_lora_in_bfloat16_matches_float64_on_the_gpu(form, is_nf4):
+def test_lora_in_bfloat16_matches_float64_on_the_gpu(form, kind):
     shapes = ((768, 512), (256, 512), (256, 512), (1408, 512), (1408, 512), (512, 1408))
-    weights = [base(*shape, is_nf4=is_nf4, dtype=torch.bfloat16, seed=i) for i, shape in enumerate(shapes)]
-    weights = [move(w, DEVICE) if is_nf4 else w.to(DEVICE) for w in weights]
+    weights = [base(*shape, kind=kind, dtype=torch.bfloat16, seed=i) for i, shape in enumerate(shapes)]
+    weights = [move(w, DEVICE) for w in weights]
     for n in (1, 1000):
         compare(weights[:3], weights[3:], n, torch.bfloat16, form, tolerance=1.5e-2, rank=16)
 
@@ -182,6 +187,8 @@ def place(lora):
 def dense(weight):
     if isinstance(weight, torch.Tensor):
         return weight
+    if isinstance(weight, Fp8Weight):
+        return weight.codes.float() * weight.scale
     return reference_dequantize(weight, torch.empty(weight.shape, device=weight.device))
 
 

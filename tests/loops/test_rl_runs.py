@@ -89,6 +89,19 @@ def test_peft_loads_the_adapter_and_reproduces_the_greedy_evaluation(finished, t
     assert len(rows) == 8
 
 
+def test_an_fp8_base_trains_on_our_engine(tiny_overrides, tmp_path):
+    done = run(
+        *tiny_overrides, "model.quantization=fp8", "training.num_steps=16", "hydra.run.dir=run", folder=tmp_path
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl", "train")
+    rewards = [line["reward/mean"] for line in lines]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+    assert 0 < max(line.get("drift/logprob_gap_max", 0.0) for line in lines) < 1e-3  # float32, one base
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["quantization"] == "fp8"
+
+
 def comparable(run_folder: Path) -> list[dict]:
     """Metrics without what depends on the clock, and without the proof that every process begins with."""
     lines = read_metrics(run_folder / "metrics.jsonl")

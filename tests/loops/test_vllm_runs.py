@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 from safetensors.torch import load_file
 
+from rlbench.tracking.jsonl import read_metrics
 from tests.loops.conftest import run
 from tests.loops.test_rl_runs import comparable, sampled
 from tests.tiny import save_tiny_model
@@ -36,3 +37,16 @@ def test_it_continues_with_the_same_samples_in_float32(tiny_overrides, tmp_path)
     assert whole and cut.keys() == whole.keys()
     for name, tensor in whole.items():
         assert (cut[name] - tensor).norm() < 1e-2 * tensor.norm()
+
+
+def test_an_fp8_base_trains_with_vllm_and_passes_its_proofs(tiny_overrides, tmp_path):
+    save_tiny_model(tmp_path / "model", head_dim=32)
+    overrides = [o for o in tiny_overrides if not o.startswith(("model.path=", "model.dtype="))]
+    overrides += [f"model.path={tmp_path / 'model'}", "model.dtype=bfloat16", "model.quantization=fp8", "engine=vllm"]
+    overrides += ["engine.kv_cache_gib=0.05", "evaluation.num_prompts=0", "training.num_steps=2", "hydra.run.dir=run"]
+
+    done = run(*overrides, "checks.identity_every_steps=1", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    gaps = [line["drift/logprob_gap_mean"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
+    assert len(gaps) == 2 and 0.01 < max(gaps) < 0.3

@@ -180,11 +180,13 @@ def test_what_the_user_sets_stays():
     assert not found and training.recompute == "full" and training.recompute_layers is None
 
 
-def test_the_nf4_base_of_8b_has_the_size_it_has():
+def test_a_quantised_base_of_8b_has_the_size_it_has():
     _, _, llama = derived(79.0)
 
-    # 6.979 billion weights in 4.127 bits each and two bf16 tables of 128,256 x 4,096
-    assert base_bytes(LLAMA_8B, llama, 2, is_nf4=True) / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
+    # 6.979 billion weights in 4.127, 8 or 16 bits each and two bf16 tables of 128,256 x 4,096
+    assert base_bytes(LLAMA_8B, llama, 2, quantization="nf4") / 2**30 == pytest.approx(3.354 + 1.957, rel=0.01)
+    assert base_bytes(LLAMA_8B, llama, 2, quantization="fp8") / 2**30 == pytest.approx(6.5 + 1.957, rel=0.01)
+    assert base_bytes(LLAMA_8B, llama, 2, quantization="none") / 2**30 == pytest.approx(13 + 1.957, rel=0.01)
 
 
 class CopiesOnTheCpu:

@@ -16,9 +16,11 @@ from transformers import (
 
 from rlbench.config.schema import LoraConfig
 from rlbench.models.base import load_base, share_base
+from rlbench.models.fp8_linear import Fp8Linear
 from rlbench.models.lora import add_lora
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench.models.shared_base import EngineWeight, bind_base
+from rlbench_kernels import FP8, quantize_fp8
 
 SIZES = {
     "vocab_size": 99,
@@ -117,14 +119,81 @@ def quantised(weights, model):
     return result
 
 
+def in_fp8(weights, padding=0):
+    """As vLLM keeps an FP8 matrix: codes transposed, [in, out], one scale a row; optionally padded at both ends."""
+    result = {}
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = EngineWeight(weight.tensor.bfloat16())
+            continue
+        quantised = quantize_fp8(weight.tensor.bfloat16())
+        codes = torch.nn.functional.pad(quantised.codes.view(torch.uint8), (0, padding, 0, padding), value=1).view(FP8)
+        result[name] = EngineWeight(codes.T)
+        scale = torch.nn.functional.pad(quantised.scale, (0, 0, 0, padding), value=1.0)
+        result[f"{name}_scale"] = EngineWeight(scale)
+    return result
+
+
 def dense_twin(original, bound):
     """A plain bfloat16 model with the dequantised weights of `bound`."""
     for parameter in original.parameters():
         parameter.data = parameter.data.bfloat16()  # not .to(): the rotary buffers stay float32, as when loaded
     for path, module in bound.named_modules():
-        if isinstance(module, Nf4Linear):
+        if isinstance(module, Nf4Linear | Fp8Linear):
             original.get_submodule(path).weight.data = module.dense_weight()
     return original
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fp8_computes_with_the_dequantised_weights_and_holds_only_the_engines_bytes(name, padding, tmp_path):
+    original = make(CONFIGS[name], tmp_path)
+    dense_weights = as_engine_keeps_it(original)
+    weights = in_fp8(dense_weights, padding)
+
+    bound = bind_base(str(tmp_path), weights, dtype=torch.bfloat16)
+
+    for path, module in bound.named_modules():
+        if path.endswith("_proj"):  # exact, against what the engine was given
+            exact = quantize_fp8(original.get_submodule(path).weight.bfloat16())
+            assert torch.equal(module.fp8.codes.float(), exact.codes.float()) and module.fp8.codes.stride(1) == 1
+            assert torch.equal(module.dense_weight(), (exact.codes.float() * exact.scale).bfloat16())
+    dense = dense_twin(original, bound)
+    with torch.no_grad():
+        assert torch.equal(bound(TOKENS).logits, dense(TOKENS).logits)
+    storages = {weight.tensor.untyped_storage().data_ptr() for weight in weights.values()}
+    assert {p.untyped_storage().data_ptr() for p in bound.parameters()} == storages
+    assert {p.untyped_storage().data_ptr() for p in share_base(bound).parameters()} == storages
+
+
+UP = "model.layers.1.mlp.gate_up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.update({UP: EngineWeight(w[UP].tensor.T)}), r"\(256, 64\) .*and scales \(256, 1\)"),
+        (lambda w: w.update({UP: EngineWeight(torch.zeros(4, 1024, dtype=torch.int32))}), r"torch.int32 \(4, 1024\)"),
+        (lambda w: w.update({UP: EngineWeight(w[UP].tensor.contiguous())}), r"with strides \(256, 1\)"),
+        (lambda w: w.pop(f"{UP}_scale"), "and scales None"),
+        (lambda w: w.update({f"{UP}_scale": EngineWeight(torch.ones(1))}), r"and scales \(1,\)"),
+    ],
+)
+def test_an_fp8_layout_that_is_not_known_is_refused_with_the_way_out(change, message, tmp_path):
+    weights = in_fp8(as_engine_keeps_it(make(CONFIGS["llama"], tmp_path)))
+    change(weights)
+
+    with pytest.raises(ValueError, match=rf"keeps model.layers.1.mlp.gate_proj as .*{message}.*engine.share=false"):
+        bind_base(str(tmp_path), weights, dtype=torch.bfloat16)
+
+
+def test_an_fp8_matrix_that_is_too_small_is_named(tmp_path):
+    weights = in_fp8(as_engine_keeps_it(make(CONFIGS["llama"], tmp_path)))
+    weights[UP] = EngineWeight(weights[UP].tensor[:, :250])
+    weights[f"{UP}_scale"] = EngineWeight(weights[f"{UP}_scale"].tensor[:250])
+
+    with pytest.raises(ValueError, match=r"up_proj has shape \(122, 64\), the config asks for \(128, 64\)"):
+        bind_base(str(tmp_path), weights, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2, biases", "gemma2", "gemma3, two rotations"])
@@ -144,9 +213,10 @@ def test_nf4_computes_with_the_dequantised_weights_and_holds_only_the_engines_by
     assert {id(module.quant_state) for module in tree.modules() if isinstance(module, Nf4Linear)} == states
 
 
-def test_lora_over_nf4_has_the_gradients_of_lora_over_the_dense_weights(tmp_path):
+@pytest.mark.parametrize("quantise", [quantised, lambda weights, _: in_fp8(weights)], ids=["nf4", "fp8"])
+def test_lora_over_quantised_weights_has_the_gradients_of_lora_over_the_dense_ones(quantise, tmp_path):
     original = make(CONFIGS["llama"], tmp_path)
-    bound = bind_base(str(tmp_path), quantised(as_engine_keeps_it(original), original), dtype=torch.bfloat16)
+    bound = bind_base(str(tmp_path), quantise(as_engine_keeps_it(original), original), dtype=torch.bfloat16)
     dense = dense_twin(original, bound)
 
     gradients = []
