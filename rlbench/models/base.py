@@ -16,6 +16,7 @@ from rlbench.models.quiet import no_progress_bars
 from rlbench_kernels import quantize_fp8
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_LOGIT_SCALES = ("logits_scaling", "logit_scale")  # of Granite, of Cohere
 
 
 def load_base(
@@ -79,8 +80,16 @@ def check_text_model(config: Any, path: str) -> None:
         path: its folder, for the message.
 
     Raises:
-        ValueError: it sees images, hears or the like too, as Gemma 3 from 4B on does as it is published.
+        ValueError: it sees images, hears or the like too, as Gemma 3 from 4B on does as it is published; or it scales
+            its logits by a number, as Granite and Cohere do, which the trainer's head does not.
     """
+    for key in _LOGIT_SCALES:
+        scale = getattr(config.get_text_config(), key, None)
+        if scale not in (None, 1.0):
+            raise ValueError(
+                f"model.path: {path} is a {config.model_type} model with {key}={scale}, which the trainer's logprobs "
+                "would leave out; expected a model whose logits are its head's alone"
+            )
     if config.get_text_config() is not config:
         names = ", ".join(config.architectures or [config.model_type])
         raise ValueError(

@@ -12,6 +12,7 @@ import yaml
 from rlbench.config.compose import config_folder, group_choices, register_schema, schema_keys, to_run_config
 
 ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
 MAX_LINES = 500
 
 
@@ -74,6 +75,15 @@ def test_every_preference_composes_and_converts(choice):
 @pytest.mark.parametrize("name", group_choices("exp"))
 def test_every_experiment_composes_and_converts(name):
     assert to_run_config(compose(f"+exp={name}")).name == name
+
+
+@pytest.mark.parametrize("algorithm", [name for name in group_choices("algorithm") if name != "none"])
+def test_every_algorithm_has_an_experiment(algorithm):
+    texts = [(CONF / "exp" / f"{name}.yaml").read_text() for name in group_choices("exp")]
+    default = "algorithm: grpo\n"  # of config.yaml
+    assert default in (CONF / "config.yaml").read_text()
+
+    assert any(f"/algorithm: {algorithm}\n" in text for text in texts) or algorithm in default.split()
 
 
 @pytest.mark.parametrize("file", sorted(config_folder().rglob("*.yaml")), ids=lambda f: f.stem)
