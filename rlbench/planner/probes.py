@@ -67,7 +67,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     for optimizer in (parts.optimizer, parts.critic_optimizer):
         if optimizer is not None:
             set_lr(optimizer, 0.0)
-    sync(parts.policy.adapter(), parts.engine, 0)
+    sync(parts.policy.weights(), parts.engine, 0)
     rows = min(len(step), config.engine.max_num_seqs or len(step))
     _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
     generation = [_generate(inputs, parts, memory, step[:rows], length) for length in _GENERATED]
