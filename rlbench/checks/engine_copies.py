@@ -50,7 +50,7 @@ class AdapterCopies:
 
 
 class FullCopies:
-    """Of a policy that trains all weights. What an engine keeps as no tensor (vLLM on a CPU) is left to the logprobs."""
+    """Of a policy that trains all weights; what an engine keeps as no tensor (vLLM on a CPU) is left to logprobs."""
 
     def __init__(self, engine: Engine, policy: Policy) -> None:
         self._engine, self._policy = engine, policy

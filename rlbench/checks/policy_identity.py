@@ -78,7 +78,9 @@ class Proof:
                 "they agree when the tokens are scored anew, so the weights are right now: the rollouts were sampled "
                 "with other weights, or with cached keys and values of an older version"
             )
-        scored = f"{self.adapter} scored with the adapter, {self.base} without" if self.base else f"{self.adapter} scored"
+        scored = (
+            f"{self.adapter} scored with the adapter, {self.base} without" if self.base else f"{self.adapter} scored"
+        )
         return (
             f"engine and trainer disagree on {self.num_tokens} tokens by (mean / p99 / max nats) {self.rollouts} as "
             f"sampled, {scored}; expected at most {limit}: {cause}"

@@ -89,4 +89,3 @@ def _is_same(held: Adapter, trained: Adapter, name: str) -> bool:
 def _place(tensor: Tensor) -> int:
     """Equal for views of one memory: the trainer may hold rows of what the engine holds fused."""
     return tensor.untyped_storage().data_ptr()
-

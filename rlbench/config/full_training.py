@@ -79,4 +79,6 @@ def needs_frozen_copy(config: RunConfig) -> str:
 
 
 def _refuse(what: str, why: str, expected: str) -> None:
-    raise ValueError(f"{what}, but training.parameters is full: {why}; expected {expected}, or training.parameters=lora")
+    raise ValueError(
+        f"{what}, but training.parameters is full: {why}; expected {expected}, or training.parameters=lora"
+    )

@@ -190,7 +190,7 @@ class VllmEngine:
         return Adapter(lora_a=lora_a, lora_b=lora_b, scaling=1.0)
 
     def held_weights(self) -> dict[str, torch.Tensor]:
-        """See `Engine.held_weights`: views of vLLM's tensors, of which a CPU keeps embeddings, norms and biases alone."""
+        """See `Engine.held_weights`: views of vLLM's tensors; a CPU keeps embeddings, norms and biases alone."""
         return self._call("rlbench_held_weights")
 
     def base_tensors(self) -> dict[str, torch.Tensor]:

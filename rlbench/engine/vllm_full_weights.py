@@ -52,8 +52,8 @@ def write_weights(model: nn.Module, weights: Weights) -> None:
             repacked.setdefault(place.module, []).append(name)
     for module, names in repacked.items():
         parts = [weights.tensors[name] for name in sorted(names, key=lambda name: places[name].rows.start)]
-        dtype = module.weight.dtype  # type: ignore[union-attr]
-        module.weight = nn.Parameter(torch.cat(parts).to(dtype), requires_grad=False)
+        empty: Any = module.weight
+        module.weight = nn.Parameter(torch.cat(parts).to(empty), requires_grad=False)
     for module in model.modules():
         if hasattr(module, "cpu_linear"):  # packed on a CPU, with or without a tensor beside it
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]

@@ -124,7 +124,7 @@ class AdapterWorker:
         }
 
     def rlbench_held_weights(self) -> dict[str, Tensor]:
-        """Every parameter under its checkpoint's name, as a view of vLLM's tensor; those that a CPU repacked are absent."""
+        """Every parameter by its name in the checkpoint, a view of vLLM's tensor; without what a CPU repacked."""
         return held_weights(self.model_runner.get_model())
 
     def rlbench_write_weights(self, weights: Weights) -> None:

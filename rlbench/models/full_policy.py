@@ -49,7 +49,7 @@ class FullPolicy(Policy):
         use_rlbench_attention(tree)
         self.model = self._tree = tree
         self.head_weight = output_weight(tree)  # [V, D]
-        self._source = base.name_or_path
+        self._source = base.name_or_path or ""
         self._weights = dict(tree.named_parameters())
         for name, weight in self._weights.items():
             if not weight.is_floating_point():
@@ -99,7 +99,7 @@ class FullPolicy(Policy):
     def save(self, folder: Path, base_name: str) -> None:
         """Write the masters as a float32 model into `model/`: of a 16-bit model twice its size."""
         del base_name
-        write_model(folder / MODEL_FOLDER, self.model, self._masters, self._source)
+        write_model(folder / MODEL_FOLDER, self._tree, self._masters, self._source)
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, bit for bit.
@@ -121,7 +121,7 @@ class FullPolicy(Policy):
     def save_result(self, run_folder: Path, base_name: str) -> Path:
         """Write a model folder in the model's dtype, for `from_pretrained` and for `model.path`."""
         del base_name
-        write_model(run_folder / MODEL_FOLDER, self.model, self._weights, self._source)
+        write_model(run_folder / MODEL_FOLDER, self._tree, self._weights, self._source)
         return run_folder / MODEL_FOLDER
 
 

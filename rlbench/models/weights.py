@@ -64,7 +64,9 @@ def copy_weights(weights: Weights, own: Mapping[str, Tensor]) -> int:
 
     Tensors that are the same memory already stay as they are.
     """
-    pairs = [(tensor, weights.tensors[name]) for name, tensor in own.items() if not is_same_memory(tensor, weights, name)]
+    pairs = [
+        (tensor, weights.tensors[name]) for name, tensor in own.items() if not is_same_memory(tensor, weights, name)
+    ]
     for tensor, source in pairs:
         tensor.copy_(source)
     return len(pairs)
