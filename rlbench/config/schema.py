@@ -249,10 +249,13 @@ class ChecksConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes)
+    # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes) | muon: of matrices torch's
+    # Muon with updates of AdamW's size, AdamW of norms, biases, embeddings and the head
+    name: str = "adamw"
     lr: float = 1e-4  # the highest learning rate, reached after the warm-up
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second moment
+    momentum: float | None = None  # optim.name=muon: decay of the matrices' momentum; null: 0.95
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled, times lr
     schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
@@ -261,7 +264,12 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ["adamw", "adamw_8bit"])
+        check_choice("optim.name", self.name, ["adamw", "adamw_8bit", "muon"])
+        if self.momentum is not None and self.name != "muon":
+            raise ValueError(
+                f"optim.momentum is {self.momentum}, which optim.name={self.name} does not read; expected null, or muon"
+            )
+        check_range("optim.momentum", self.momentum, low=0, high=1)
         check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
         check_range("optim.lr", self.lr, low=0, is_low_open=True)
         check_range("optim.beta1", self.beta1, low=0, high=1)

@@ -69,6 +69,11 @@ class FullPolicy(Policy):
         """The float32 masters by name, in a stable order."""
         return list(self._masters.items())
 
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Masters of embeddings and head; one if they are tied."""
+        tables = {id(self._tree.get_input_embeddings().weight), id(self.head_weight)}
+        return [self._masters[name] for name, weight in self._weights.items() if id(weight) in tables]
+
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """After each of its steps round the masters to what `hidden` computes with."""
         optimizer.register_step_post_hook(lambda *_: self._round_masters())

@@ -110,7 +110,11 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
     if config.hardware.profile == "cpu":
         return NONE, 0, "cpu profile: time is scarcer than memory"
     if config.training.parameters == ALL_WEIGHTS:
-        return FULL, 0, "training.parameters is full: layers without kernels keep most, and their memory is not predicted"
+        return (
+            FULL,
+            0,
+            "training.parameters is full: plain layers keep the most, and how much is not predicted",
+        )
     if text_config.model_type not in PATCHED_FAMILIES:
         return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
     shape = LayerShape.from_config(text_config)

@@ -88,6 +88,10 @@ class Policy:
         """Trainable parameters, in a stable order."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Those of `parameters` that are tables of the vocabulary: embeddings and the head."""
+        return []
+
     def hidden(self, microbatch: Microbatch) -> Tensor:
         """Final hidden states [N, D] at the positions that predict the microbatch's targets."""
         context = PackedAttention(microbatch.layout, self.head_weight.dtype)

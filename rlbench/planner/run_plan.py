@@ -88,7 +88,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     parts.engine.sleep()  # it wakes by itself
     asleep = memory.held()
     adapter = adapter_bytes(parts)
-    moments = 2 * adapter if config.optim.name == "adamw" else adapter // 2  # what is trained is float32
+    moments = {"adamw": 2 * adapter, "muon": adapter}.get(config.optim.name, adapter // 2)  # what is trained is float32
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
     step_tokens = sum(len(p.token_ids) + group * (tokens - 1) for p in prompts)

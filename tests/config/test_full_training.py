@@ -22,7 +22,10 @@ from rlbench.models.memory import derive_recompute
 from tests.config.test_algorithm_config import FACTS
 
 REFUSED = {
-    "an adapter's rank": ({"lora": LoraConfig(rank=8)}, r"lora.rank is 8, .* no adapter is trained; expected its default"),
+    "an adapter's rank": (
+        {"lora": LoraConfig(rank=8)},
+        r"lora.rank is 8, .* no adapter is trained; expected its default",
+    ),
     "an adapter to start from": (
         {"lora": LoraConfig(init_from="run")},
         "lora.init_from is run, .* expected model.path=RUN/model to start from a run of all weights",

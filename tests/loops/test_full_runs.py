@@ -27,7 +27,13 @@ def fingerprint(loop) -> str:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["algorithm.kl_coef=0.01"], ["model.dtype=bfloat16", "training.recompute=full"]]
+    "options",
+    [
+        [],
+        ["algorithm.kl_coef=0.01"],
+        ["model.dtype=bfloat16", "training.recompute=full"],
+        ["optim=muon", "optim.lr=0.01"],
+    ],
 )
 def test_the_reward_rises(short, tmp_path, options):  # noqa: F811
     loop = start(short, tmp_path / "run", *FULL, "training.num_steps=24", "evaluation.num_prompts=8", *options)
