@@ -52,9 +52,9 @@ def plain_scores(model) -> list[list[float]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[(kind, family) for kind in ("hf", "vllm") for family in MODELS])
+@pytest.fixture(scope="module", params=[f"{kind}-{family}" for kind in ("hf", "vllm") for family in MODELS])
 def run(request, tmp_path_factory) -> Iterator[Any]:
-    kind, family = request.param
+    kind, family = request.param.split("-")
     model = make_model(family, 0)
     if kind == "hf":
         engine: Any = HfEngine(copy.deepcopy(model))
@@ -143,9 +143,8 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(run):
     assert run.engine.score(PROMPTS, COMPLETIONS) == before
 
 
-def test_vllm_takes_what_it_was_started_for(run):
-    if run.kind == "hf":
-        pytest.skip("the hf engine takes both")
+@pytest.mark.parametrize("run", ["vllm-llama"], indirect=True)
+def test_it_takes_what_it_was_started_for(run):
     with pytest.raises(ValueError, match="sync of Adapter, but this engine was started for all weights"):
         run.engine.sync(Adapter(lora_a={}, lora_b={}, scaling=1.0), 99)
 
