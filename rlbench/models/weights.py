@@ -23,17 +23,22 @@ class Weights:
     tensors: Mapping[str, Tensor]
 
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 over names, dtypes, shapes and sums of bytes, in sorted order.
+        """First 16 hex digits of the SHA-256 over names, dtypes, shapes and bytes, in sorted order.
 
-        The sums are `placed_word_sum`, taken on the tensors' device: the bytes of billions of weights through a hash on
-        the host would take seconds each step.
+        On a GPU sums of the bytes stand for them (`placed_word_sum`): to bring billions of weights to the host would
+        take seconds each step. So equal weights have another fingerprint there than on a CPU.
         """
-        names = sorted(self.tensors)
-        sums = torch.stack([placed_word_sum(self.tensors[name]) for name in names]).tolist() if names else []
         digest = hashlib.sha256()
-        for name, value in zip(names, sums, strict=True):
-            tensor = self.tensors[name]
-            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:{value};".encode())
+        on_device = []
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach()
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+            if tensor.device.type == "cpu":
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            else:
+                on_device.append(placed_word_sum(tensor))
+        if on_device:
+            digest.update(repr(torch.stack(on_device).tolist()).encode())
         return digest.hexdigest()[:16]
 
 
