@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlbench.checks.limits import derive_drift_limits
 from rlbench.config.derive import Derivation, HardwareFacts, derive
+from rlbench.config.full_training import FULL, needs_frozen_copy
 from rlbench.config.schema import LoraConfig, RunConfig, SamplingConfig
 from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
@@ -159,7 +160,6 @@ def build(inputs: Inputs) -> Parts:
 
     from rlbench.models.policy import Policy
     from rlbench.rollouts.recorded_scorer import RecordedScorer
-    from rlbench.training.optim import make_optimizer
 
     config = inputs.config
     recorded = _recorded(inputs) if config.engine.kind == "recorded" else None
@@ -170,20 +170,21 @@ def build(inputs: Inputs) -> Parts:
         if device == "cpu":
             torch.set_num_threads(config.hardware.num_threads or 1)
         base, engine = _base_and_engine(inputs, device, recorded)
-        policy = Policy(base, config.lora, seed=config.seed)
-        policy.set_recompute(config.training)
+        is_full = config.training.parameters == FULL
+        frozen = frozen_base(base, config)
+        policy, optimizer = policy_and_optimizer(base, frozen, config)
         critic, critic_optimizer = _critic(base, config)
         if recorded is None:
-            _attach_reward_models(scorer, base, config)
+            _attach_reward_models(scorer, frozen, config)
         is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
-        has_reference = config.algorithm.reference_refresh_steps > 0 or is_start
+        has_reference = (config.algorithm.reference_refresh_steps > 0 or is_start) and not is_full
         return Parts(
             base=base,
             policy=policy,
             engine=engine,
-            optimizer=make_optimizer(policy.parameters(), config.optim),
+            optimizer=optimizer,
             scorer=scorer,
-            teacher=_teacher(base, inputs, device),
+            teacher=_teacher(frozen, inputs, device),
             critic=critic,
             critic_optimizer=critic_optimizer,
             reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
@@ -191,6 +192,39 @@ def build(inputs: Inputs) -> Parts:
     except BaseException:
         scorer.close()
         raise
+
+
+def frozen_base(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The model that stays as it is: the base, or where that is trained a copy of it, if the run needs one."""
+    if not needs_frozen_copy(config):
+        return base
+    from rlbench.models.full_policy import frozen_copy
+
+    return frozen_copy(base)
+
+
+def policy_and_optimizer(
+    base: PreTrainedModel, frozen: PreTrainedModel, config: RunConfig, make: type[Policy] | None = None
+) -> tuple[Policy, torch.optim.Optimizer]:
+    """What training.parameters says, and the optimizer over it.
+
+    Args:
+        base: its tensors are shared, of a run of all weights trained.
+        frozen: from `frozen_base`.
+        make: of an adapter; None: `Policy`.
+    """
+    from rlbench.models.full_policy import FullPolicy
+    from rlbench.models.policy import Policy
+    from rlbench.training.optim import make_optimizer
+
+    if config.training.parameters == FULL:
+        policy = FullPolicy(base, frozen=None if frozen is base else frozen)
+    else:
+        policy = (make or Policy)(base, config.lora, seed=config.seed)
+    policy.set_recompute(config.training)
+    optimizer = make_optimizer(policy.parameters(), config.optim, not_muon=policy.table_parameters())
+    policy.follow(optimizer)
+    return policy, optimizer
 
 
 def _critic(base: PreTrainedModel, config: RunConfig) -> tuple[Critic | None, torch.optim.Optimizer | None]:
@@ -327,7 +361,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
             dequantize=bool(config.engine.dequantize),
             max_model_len=longest_sequence(inputs),
             max_num_seqs=config.engine.max_num_seqs or 64,
-            lora_rank=config.lora.rank,
+            lora_rank=None if config.training.parameters == FULL else config.lora.rank,
             kv_cache_gib=config.engine.kv_cache_gib or 1.0,
             with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
             deterministic=config.engine.deterministic,

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlbench.build import BaseInputs, BaseParts, prepare_base, shared_fields, split_rows
+from rlbench.build import (
+    BaseInputs,
+    BaseParts,
+    frozen_base,
+    policy_and_optimizer,
+    prepare_base,
+    shared_fields,
+    split_rows,
+)
 from rlbench.config.schema import RunConfig
 from rlbench.data.preferences import PreferenceSet, make_preferences, preference_problem
 from rlbench.data.supervised import SampleSet, make_samples, supervised_problem
@@ -135,7 +143,6 @@ def _build_around_base(inputs: BaseInputs, make: type[Policy]) -> BaseParts:
     import torch
 
     from rlbench.models.base import load_base
-    from rlbench.training.optim import make_optimizer
 
     config = inputs.config
     device = "cuda" if config.hardware.profile == "gpu" else "cpu"
@@ -147,9 +154,8 @@ def _build_around_base(inputs: BaseInputs, make: type[Policy]) -> BaseParts:
         device=device,
         quantization=config.model.quantization,
     )
-    policy = make(base, config.lora, seed=config.seed)
-    policy.set_recompute(config.training)
-    return BaseParts(base=base, policy=policy, optimizer=make_optimizer(policy.parameters(), config.optim))
+    policy, optimizer = policy_and_optimizer(base, frozen_base(base, config), config, make)
+    return BaseParts(base=base, policy=policy, optimizer=optimizer)
 
 
 def token_limit(basis: BaseInputs) -> tuple[int, str]:

@@ -99,7 +99,7 @@ class Completion:
     finish_reason: str
     seed: int
     policy_version: int  # of the weights that sampled
-    adapter_fingerprint: str  # of the adapter tensors that sampled; "base" for none
+    adapter_fingerprint: str  # of the adapter, or of all trained weights, that sampled; "base" for none
     plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
 
     @property

@@ -44,8 +44,11 @@ def main() -> None:
 
 
 def load(run_folder: Path) -> Any:
-    """The run's base with its saved adapter, as any user of PEFT would load it."""
+    """The run's base with its saved adapter, as any user of PEFT would load it; of all weights its `model/`."""
     config = ModelConfig(**yaml.safe_load((run_folder / "config.yaml").read_text())["model"])
+    if (run_folder / "model").is_dir():
+        folder, dtype = str(run_folder / "model"), getattr(torch, config.dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     folder = str(resolve_model(config).folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), local_files_only=True)
     return PeftModel.from_pretrained(base, str(run_folder / "adapter")).eval()

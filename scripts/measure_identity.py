@@ -63,6 +63,7 @@ def measure_gaps(engine: str, dtype: str) -> dict[str, dict[str, float]]:
     completions = sample_completions(prompts, parts.engine, sampling, group_size=GROUP_SIZE, run_seed=0, step=1)
     identity.check_weights(1)
     proof = identity.compare(prompts, completions)
+    assert proof.base is not None and proof.adapter_effect is not None  # an adapter is trained
     parts.scorer.close()
     parts.engine.close()
     effect = {"mean": proof.adapter_effect}

@@ -1,8 +1,9 @@
 """Proof that rollouts were sampled from the weights that are about to be trained.
 
 Every step, bit for bit: each completion's version and fingerprint, the engine's adapter against the trainer's, the
-base weights against their state at the start. At the first step and every N steps, in nats: logprobs of the same
-tokens on both sides, as they were sampled, scored with the adapter, scored without it; and where sampling is truncated,
+base weights against their state at the start; where all weights are trained, those of the engine against the trainer's.
+At the first step and every N steps, in nats: logprobs of the same tokens on both sides, as they were sampled, scored
+with the adapter (or with all trained weights), scored without it where there is one; and where sampling is truncated,
 among the tokens that were left, for the record: at the edge of the truncation a rounding can let a token in or out.
 
 Shapes: N completion tokens of the probe, one sequence after the other.
@@ -10,22 +11,21 @@ Shapes: N completion tokens of the probe, one sequence after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlbench.checks.engine_copies import AdapterCopies, FullCopies
 from rlbench.checks.limits import Gap
 from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs, truncated_logprobs
-from rlbench.checks.weight_copies import BaseGuard, differing_layers, explain, signature
 from rlbench.data.packing import Microbatch
 from rlbench.engine.interface import Engine, engine_call
-from rlbench.models.adapter import Adapter
 from rlbench.models.policy import Policy
+from rlbench.models.weights import Weights
 from rlbench.records import Completion, Prompt, SamplingParams
 
-_REMEMBERED_VERSIONS = 4
 ADVICE = "nothing of this step was trained; the last checkpoint is sound"
 
 
@@ -38,14 +38,16 @@ class Proof:
     """|engine - trainer| of the same tokens: as they were sampled, scored with the adapter, scored without it."""
 
     rollouts: Gap
-    adapter: Gap
-    base: Gap
-    adapter_effect: float  # mean |trainer with adapter - trainer without|: what the second row could show at all
+    adapter: Gap  # with all weights trained: scored with those
+    base: Gap | None  # None: all weights are trained, so there is no base
+    adapter_effect: float | None  # mean |trainer with adapter - trainer without|: what `adapter` could show at all
     num_tokens: int
     truncated: Gap | None = None  # of the logprobs drawn with, where nothing but truncation changed them
 
     def metrics(self) -> dict[str, float]:
-        gaps = {"rollout": self.rollouts, "adapter": self.adapter, "base": self.base}
+        gaps = {"rollout": self.rollouts, "adapter" if self.base else "weights": self.adapter}
+        if self.base is not None:
+            gaps["base"] = self.base
         if self.truncated is not None:
             gaps["truncated"] = self.truncated
         metrics = {
@@ -53,16 +55,19 @@ class Proof:
             for name, gap in gaps.items()
             for statistic in ("mean", "p99", "max")
         }
-        effect = {"identity/adapter_effect_mean": self.adapter_effect, "identity/num_tokens": float(self.num_tokens)}
-        return metrics | effect
+        if self.adapter_effect is not None:
+            metrics["identity/adapter_effect_mean"] = self.adapter_effect
+        return metrics | {"identity/num_tokens": float(self.num_tokens)}
 
     def verdict(self, limit: Gap) -> str:
         """Which side moved, in words; empty if every gap is within the limit."""
-        is_wrong = [gap.exceeds(limit) for gap in (self.rollouts, self.adapter, self.base)]
+        is_wrong = [gap is not None and gap.exceeds(limit) for gap in (self.rollouts, self.adapter, self.base)]
         if not any(is_wrong):
             return ""
         _, is_adapter_wrong, is_base_wrong = is_wrong
-        if is_base_wrong and is_adapter_wrong:
+        if self.base is None and is_adapter_wrong:
+            cause = "they disagree when the tokens are scored anew: other weights or other kernels on one side"
+        elif is_base_wrong and is_adapter_wrong:
             cause = "they disagree without the adapter too: other base weights or other kernels on one side"
         elif is_base_wrong:
             cause = "they agree with the adapter and not without it: one side does not switch its adapter off"
@@ -73,9 +78,12 @@ class Proof:
                 "they agree when the tokens are scored anew, so the weights are right now: the rollouts were sampled "
                 "with other weights, or with cached keys and values of an older version"
             )
+        scored = (
+            f"{self.adapter} scored with the adapter, {self.base} without" if self.base else f"{self.adapter} scored"
+        )
         return (
             f"engine and trainer disagree on {self.num_tokens} tokens by (mean / p99 / max nats) {self.rollouts} as "
-            f"sampled, {self.adapter} scored with the adapter, {self.base} without; expected at most {limit}: {cause}"
+            f"sampled, {scored}; expected at most {limit}: {cause}"
         )
 
 
@@ -106,14 +114,13 @@ class PolicyIdentity:
         self._engine, self._policy = engine, policy
         self._limit, self._every_steps, self._max_tokens = limit, every_steps, max_tokens
         self._sampling = sampling
-        self._guard = BaseGuard(engine.base_tensors(), {n: p.detach() for n, p in base.named_parameters()})
-        self._signatures: dict[int, list[int]] = {}  # of the engine's adapter, by the version that was synced
+        self._is_full = isinstance(policy.weights(), Weights)
+        self._copies = FullCopies(engine, policy) if self._is_full else AdapterCopies(engine, policy, base)
         self._is_first = True
 
     def record_sync(self, version: int) -> None:
         """Remember what the engine holds after a sync, to name an older version later."""
-        self._signatures[version] = _adapter_signature(self._engine.held_adapter())
-        self._signatures = dict(sorted(self._signatures.items())[-_REMEMBERED_VERSIONS:])
+        self._copies.record_sync(version)
 
     def check(
         self,
@@ -131,7 +138,7 @@ class PolicyIdentity:
             prompts: of the step.
             completions: of each prompt.
             policy_version: updates that the trainer has applied.
-            fingerprint: of the trainer's adapter.
+            fingerprint: of the trainer's adapter, or of all its weights.
 
         Raises:
             PolicyIdentityError: at the first check that fails; says which side moved.
@@ -150,20 +157,9 @@ class PolicyIdentity:
         return proof.metrics()
 
     def check_weights(self, policy_version: int) -> None:
-        """Compare the engine's adapter with the trainer's, and all base weights with their state at the start."""
-        held, trained = self._engine.held_adapter(), self._policy.adapter()
-        if layers := differing_layers(held, trained):
-            raise PolicyIdentityError(
-                f"policy version {policy_version}: the adapter in the engine is not the trainer's: "
-                f"{self._older_version(held, policy_version) or explain(held, trained, layers)}; {ADVICE}"
-            )
-        if changed := self._guard.changed():
-            side, name = changed[0].split(" ", 1)
-            owner = {"engine": "the engine's base", "trainer": "the trainer's base", "shared": "the shared base"}[side]
-            raise PolicyIdentityError(
-                f"policy version {policy_version}: {owner} changed since the run started, in {len(changed)} weights, "
-                f"the first is {name}; {ADVICE}"
-            )
+        """Compare what the engine holds with what the trainer holds, bit for bit."""
+        if problem := self._copies.problem(policy_version):
+            raise PolicyIdentityError(f"policy version {policy_version}: {problem}; {ADVICE}")
 
     def compare(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Proof:
         """Logprobs of a few of the step's completions on both sides."""
@@ -173,19 +169,19 @@ class PolicyIdentity:
         sampled = _flat(completion.engine_logprobs for _, completion in probe)  # [N]
         with engine_call(self._engine, "scoring"):
             scored = _flat(self._engine.score(prompt_ids, token_ids))  # [N]
-            scored_base = _flat(self._engine.score(prompt_ids, token_ids, use_adapter=False))  # [N]
+            scored_base = None if self._is_full else _flat(self._engine.score(prompt_ids, token_ids, use_adapter=False))
             self._engine.sleep()
         microbatch = pack_sequences(prompt_ids, token_ids, self._policy.device)
         drawn, trained = (
             logprobs.cpu()
             for logprobs in trainer_logprobs(self._policy, microbatch, temperatures=(self._sampling.temperature, 1.0))
         )
-        (base,) = trainer_logprobs(self._policy, microbatch, use_adapter=False)
+        base = None if self._is_full else trainer_logprobs(self._policy, microbatch, use_adapter=False)[0].cpu()
         return Proof(
             rollouts=gap(sampled, drawn),
             adapter=gap(scored, trained),
-            base=gap(scored_base, base.cpu()),
-            adapter_effect=float((trained - base.cpu()).abs().mean()),
+            base=None if base is None or scored_base is None else gap(scored_base, base),
+            adapter_effect=None if base is None else float((trained - base).abs().mean()),
             num_tokens=len(sampled),
             truncated=self._truncated_gap(microbatch, [completion for _, completion in probe]),
         )
@@ -196,13 +192,6 @@ class PolicyIdentity:
             return None
         reported = _flat(completion.sampling_logprobs for completion in completions)
         return gap(reported, truncated_logprobs(self._policy, microbatch, sampling).cpu())
-
-    def _older_version(self, held: Adapter, policy_version: int) -> str:
-        found = _adapter_signature(held)
-        for version, known in self._signatures.items():
-            if known == found and version != policy_version:
-                return f"the engine holds the adapter of policy version {version}"
-        return ""
 
 
 def check_completions(completions: Iterable[Completion], policy_version: int, fingerprint: str) -> None:
@@ -250,13 +239,6 @@ def gap(engine: Tensor, trainer: Tensor) -> Gap:
     """Mean, 99th percentile and maximum of |engine - trainer|; both float32 [N]."""
     differences = (engine - trainer).abs()
     return Gap(float(differences.mean()), float(differences.quantile(0.99)), float(differences.max()))
-
-
-def _adapter_signature(adapter: Adapter) -> list[int]:
-    tensors: Mapping[str, Tensor] = {f"{n} a": t for n, t in adapter.lora_a.items()} | {
-        f"{n} b": t for n, t in adapter.lora_b.items()
-    }
-    return signature(tensors)
 
 
 def _flat(rows: Iterable[Sequence[float]]) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: N completion tokens, one sequence after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -41,13 +42,10 @@ def trainer_logprobs(
     policy: Policy, microbatch: Microbatch, *, use_adapter: bool = True, temperatures: Sequence[float] = (1.0,)
 ) -> list[Tensor]:
     """float32 [N] for each temperature: log_softmax(logits / temperature) at the targets."""
-    if use_adapter:
-        hidden = policy.hidden(microbatch)
-    else:
-        with policy.reference():
-            hidden = policy.hidden(microbatch)
-    weight, targets = policy.head_weight, microbatch.targets
-    return [linear_logprobs(hidden, weight, targets, temperature=t, softcap=policy.softcap)[0] for t in temperatures]
+    with nullcontext() if use_adapter else policy.reference():
+        hidden, weight = policy.hidden(microbatch), policy.head_weight
+    targets, softcap = microbatch.targets, policy.softcap
+    return [linear_logprobs(hidden, weight, targets, temperature=t, softcap=softcap)[0] for t in temperatures]
 
 
 @torch.no_grad()

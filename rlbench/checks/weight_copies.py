@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rlbench.models.adapter import Adapter
-
-_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+from rlbench.models.word_sums import word_sum
 
 
 def differing_layers(held: Adapter, trained: Adapter) -> list[str]:
@@ -45,7 +44,7 @@ def signature(tensors: Mapping[str, Tensor]) -> list[int]:
 
     A change of one weight always changes it; words that only swap places do not.
     """
-    sums = [_word_sum(tensors[name]) for name in sorted(tensors)]
+    sums = [word_sum(tensors[name]) for name in sorted(tensors)]
     return torch.stack(sums).tolist() if sums else []
 
 
@@ -90,11 +89,3 @@ def _is_same(held: Adapter, trained: Adapter, name: str) -> bool:
 def _place(tensor: Tensor) -> int:
     """Equal for views of one memory: the trainer may hold rows of what the engine holds fused."""
     return tensor.untyped_storage().data_ptr()
-
-
-def _word_sum(tensor: Tensor) -> Tensor:
-    """int64 []."""
-    flat = tensor.detach().contiguous().flatten()
-    offset, num_bytes = flat.storage_offset() * flat.element_size(), flat.numel() * flat.element_size()
-    dtype = next(dtype for size, dtype in _WORDS if offset % size == 0 and num_bytes % size == 0)
-    return flat.view(dtype).sum(dtype=torch.int64)

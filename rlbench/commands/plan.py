@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlbench.build import BaseInputs, Inputs
+from rlbench.config.full_training import FULL, needs_frozen_copy
+from rlbench.config.schema import LoraConfig
 from rlbench.data.prompts import longest_prompt_tokens
 from rlbench.tracking.console import PlanRow
 
@@ -85,15 +87,28 @@ def row_maker(inputs: BaseInputs) -> Callable[[str, str], PlanRow]:
 
 
 def model_rows(inputs: BaseInputs) -> list[PlanRow]:
-    lora, row = inputs.config.lora, row_maker(inputs)
+    row = row_maker(inputs)
     return [
         row("Model", "model.path"),
         PlanRow("Model", "found", str(inputs.model.folder), inputs.model.description),
         row("Model", "model.dtype"),
         row("Model", "model.quantization"),
+        *(_full_rows(inputs) if inputs.config.training.parameters == FULL else _lora_rows(inputs.config.lora)),
+    ]
+
+
+def _lora_rows(lora: LoraConfig) -> list[PlanRow]:
+    return [
         PlanRow("Model", "lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}"),
         PlanRow("Model", "lora.init_from", lora.init_from or "none: random A, zero B"),
     ]
+
+
+def _full_rows(inputs: BaseInputs) -> list[PlanRow]:
+    masters = "float32 masters beside bfloat16" if inputs.config.model.dtype == "bfloat16" else "in float32"
+    reason = needs_frozen_copy(inputs.config)
+    copies = [PlanRow("Model", "frozen copy of the model", f"one, for {reason}")] if reason else []
+    return [PlanRow("Model", "training.parameters", FULL, f"all weights, {masters}"), *copies]
 
 
 def source_rows(inputs: BaseInputs) -> list[PlanRow]:

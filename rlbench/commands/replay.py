@@ -153,7 +153,7 @@ def _replay(
         checkpoint = checkpoints.get(part.fingerprint)
         if checkpoint is not None:
             restore(checkpoint, parts.policy, parts.optimizer)
-        fingerprint = sync(parts.policy.adapter(), parts.engine, version)
+        fingerprint = sync(parts.policy.weights(), parts.engine, version)
         if fingerprint != part.fingerprint:
             raise ValueError(
                 f"rollout {min(part.rollout_ids)} was sampled by an adapter with fingerprint {part.fingerprint[:12]}, "

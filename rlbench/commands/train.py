@@ -149,14 +149,15 @@ def _run(
         with stop, watchdog:
             loop.run()
         is_done = stop.signal_number is None
+        result = None
         if is_done:
-            parts.policy.save_adapter(run_folder / "adapter", inputs.model.name)
+            result = parts.policy.save_result(run_folder, inputs.model.name)
         _summarise(
             loop,
             stage.learned,
             console,
             report=_report(run_folder, console),
-            is_done=is_done,
+            result=result,
             is_in_chain=is_in_chain,
             seconds=time.monotonic() - start,
         )
@@ -293,7 +294,7 @@ def _summarise(
     console: RunConsole,
     *,
     report: Path | None,
-    is_done: bool,
+    result: Path | None,
     is_in_chain: bool,
     seconds: float,
 ) -> None:
@@ -307,8 +308,8 @@ def _summarise(
     if config.stage == "rl" and config.tracking.save_rollouts:
         files["rollouts"] = folder / "rollouts"
     resume = f"python -m rlbench +exp={config.name} resume={folder}"
-    if is_done:
-        files["adapter"] = folder / "adapter"
+    if result is not None:
+        files[result.name] = result
         commands = [f"{resume} training.num_steps={2 * loop.step}   # train on"]
     else:
         commands = [f"{resume}   # go on"]
@@ -317,7 +318,7 @@ def _summarise(
     wandb = loop.tracker.wandb
     if wandb is not None and wandb.mode == "offline":
         commands.append(f"wandb sync {folder}/wandb/offline-run-*   # upload this run to wandb")
-    verb = "Finished" if is_done else "Stopped after"
+    verb = "Stopped after" if result is None else "Finished"
     console.summary(
         history=loop.history,
         headline=f"{verb} {loop.step} steps in {format_duration(seconds)}.",

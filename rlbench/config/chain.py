@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlbench.config.compose import CONFIG_ERRORS, explain_config_error, to_run_config
+from rlbench.config.full_training import check_chain
 from rlbench.config.recorded import apply_override
 from rlbench.config.schema import STAGES, ChainStageConfig, RunConfig
 
@@ -38,6 +39,7 @@ def stage_configs(config: RunConfig, command_line: Sequence[str] = ()) -> list[R
             left_out = unread_sections(kind, kinds)
             configs.append(_with_overrides(config, stage.overrides, left_out, is_first=index == 0))
             _check_same(configs[0], configs[-1], config.chain[0].name)
+            check_chain(configs[-1])
         except ValueError as error:
             raise ValueError(f"{stage_name(config.chain, index)}: {error}") from error
     return configs

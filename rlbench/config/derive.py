@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlbench.config.full_training import FULL
 from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
 
@@ -104,7 +105,9 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     if config.stage == "rl":
         _derive_online(config, facts, fill)
     if config.stage == "preference":
-        defaults = config.preference.resolved_defaults(has_warm_start=config.lora.init_from is not None)
+        defaults = config.preference.resolved_defaults(
+            has_warm_start=config.lora.init_from is not None, is_full=config.training.parameters == FULL
+        )
         for name, (value, reason) in defaults.items():
             fill(f"preference.{name}", value, reason)
     return derived

@@ -128,7 +128,7 @@ class PreferenceConfig:
     def alpha(self) -> float:
         return self._or("divergence_alpha", 1.0)
 
-    def resolved_defaults(self, *, has_warm_start: bool) -> dict[str, tuple[Any, str]]:
+    def resolved_defaults(self, *, has_warm_start: bool, is_full: bool = False) -> dict[str, tuple[Any, str]]:
         """Values of options left null, by key, each with the choice that decides it.
 
         An option on whose default the chosen losses differ stays null: each takes its own.
@@ -140,7 +140,9 @@ class PreferenceConfig:
                 values[key] = (defaults.pop(), f"default of losses={','.join(self.losses)}")
         if self.needs_reference:
             values["reference"] = (
-                ("start", "lora.init_from is set: the loss is against the policy that is trained on")
+                ("start", "training.parameters is full: no second copy of the model is kept")
+                if is_full
+                else ("start", "lora.init_from is set: the loss is against the policy that is trained on")
                 if has_warm_start
                 else ("base", "the policy starts as the base")
             )

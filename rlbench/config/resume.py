@@ -22,6 +22,7 @@ _WARN = (
     "name",
 )
 
+_FIXED = {"training.parameters": "lora"}  # inside of _WARN, but the checkpoint depends on it; what older runs had
 
 _OF_THIS_MACHINE = ("hardware.", "rewards.num_workers")
 
@@ -59,10 +60,11 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> list[str]
     before, now = dict(_leaves(saved)), dict(_leaves(current))
     warnings = []
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key.startswith(_FREE):
+        old = before.get(key, _FIXED.get(key))
+        if old == now.get(key) or key.startswith(_FREE):
             continue
-        change = f"{key} was {before.get(key)!r} in the run that is resumed and is {now.get(key)!r} now"
-        if not key.startswith(_WARN):
+        change = f"{key} was {old!r} in the run that is resumed and is {now.get(key)!r} now"
+        if key in _FIXED or not key.startswith(_WARN):
             raise ValueError(f"{change}; expected the same value, or a new run")
         warnings.append(f"{change}: the run will not be what it would have been without the stop")
     return warnings

@@ -25,6 +25,7 @@ from rlbench.engine.penalties import Penalties
 from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
 from rlbench.engine.stop_strings import StopStrings
 from rlbench.models.base import output_softcap, output_weight
+from rlbench.models.weights import Weights, check_weights, copy_weights
 from rlbench.records import FINISH_LENGTH, FINISH_STOP, Completion, SamplingParams
 from rlbench_kernels.masked_attention import cap_scores
 
@@ -35,7 +36,8 @@ _SCORE_TOKENS = 4096  # packed tokens per scoring forward
 class HfEngine:
     """Engine contract over a transformers model; see `rlbench.engine.interface.Engine`.
 
-    The base weights are the very tensors of `base`: only the adapter is copied.
+    The base weights are the very tensors of `base`: only the adapter is copied. `Weights` whose tensors are those of
+    `base` are not copied either.
     """
 
     name = "hf"
@@ -95,17 +97,26 @@ class HfEngine:
         finally:
             self._decoder.slots.enable(True)
 
-    def sync(self, adapter: Adapter, version: int) -> None:
+    def sync(self, weights: Adapter | Weights, version: int) -> None:
         """See `Engine.sync`."""
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
-        self._decoder.slots.load(adapter)
-        self.adapter_fingerprint = adapter.fingerprint()
+        if isinstance(weights, Weights):
+            own = self.held_weights()
+            check_weights(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
+            copy_weights(weights, own)
+        else:
+            self._decoder.slots.load(weights)
+        self.adapter_fingerprint = weights.fingerprint()
         self.policy_version = version
 
     def held_adapter(self) -> Adapter:
         """See `Engine.held_adapter`."""
         return self._decoder.slots.held()
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """See `Engine.held_weights`: the very tensors of the base."""
+        return self.base_tensors()
 
     def base_tensors(self) -> dict[str, Tensor]:
         """See `Engine.base_tensors`: the very tensors of the base."""

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlbench.config.own_errors import is_raised_by_us
 from rlbench.models.adapter import Adapter
+from rlbench.models.weights import Weights
 from rlbench.records import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError", "EngineDeadError", "OnFinished", "engine_call",
+    "BASE_FINGERPRINT", "Adapter", "Engine", "EngineCorruptedError", "EngineDeadError", "OnFinished", "Weights",
+    "engine_call",
 ]  # fmt: skip
 
 BASE_FINGERPRINT = "base"
@@ -33,7 +35,8 @@ class EngineDeadError(Exception):
 class Engine(Protocol):
     """Samples completions and scores token sequences with the base model plus the adapter last synced.
 
-    An engine starts with the base alone: `policy_version` 0 and `adapter_fingerprint` "base".
+    An engine starts with the base alone: `policy_version` 0 and `adapter_fingerprint` "base". One that is synced with
+    `Weights` computes with them in place of base and adapter, and `adapter_fingerprint` is theirs.
     """
 
     name: str
@@ -82,15 +85,18 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, adapter: Adapter, version: int) -> None:
-        """Take over a copy of the adapter; later changes of the caller's tensors do not reach the engine.
+    def sync(self, weights: Adapter | Weights, version: int) -> None:
+        """Take over a copy of the weights; later changes of the caller's tensors do not reach the engine.
+
+        Of `Weights`, tensors that are the engine's own memory are not copied, and their changes reach it at once.
 
         Args:
-            adapter: LoRA weights for every adapted linear layer.
+            weights: LoRA weights for every adapted linear layer, or all weights of the model.
             version: number of optimizer steps applied; must not fall.
 
         Raises:
-            ValueError: if `version` is lower than the current one, or a module or shape does not fit the base.
+            ValueError: if `version` is lower than the current one, or a name or shape does not fit; nothing is changed
+                then.
         """
         ...
 
@@ -99,6 +105,10 @@ class Engine(Protocol):
 
         Layers without an adapter are absent or hold zeros; ranks may be padded with zeros.
         """
+        ...
+
+    def held_weights(self) -> Mapping[str, Tensor]:
+        """Live tensors that `sync` fills from `Weights`, by the same names, as far as it keeps them as tensors."""
         ...
 
     def base_tensors(self) -> Mapping[str, Tensor]:

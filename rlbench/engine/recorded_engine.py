@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished, Weights
 from rlbench.records import Completion, Rollout, SamplingParams
 from rlbench.tracking.rollout_store import read_groups, read_rollout_table
 
@@ -107,15 +107,19 @@ class RecordedEngine:
         """
         raise ValueError("engine=recorded has no model and cannot score; expected engine=hf or engine=vllm")
 
-    def sync(self, adapter: Adapter, version: int) -> None:
-        """See `Engine.sync`; only the name of the adapter is taken over."""
+    def sync(self, weights: Adapter | Weights, version: int) -> None:
+        """See `Engine.sync`; only their name is taken over."""
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
-        self.policy_version, self.adapter_fingerprint = version, adapter.fingerprint()
+        self.policy_version, self.adapter_fingerprint = version, weights.fingerprint()
 
     def held_adapter(self) -> Adapter:
         """None: nothing is computed here."""
         return self._adapter
+
+    def held_weights(self) -> Mapping[str, Tensor]:
+        """None: nothing is computed here."""
+        return {}
 
     def base_tensors(self) -> Mapping[str, Tensor]:
         """None: nothing is computed here."""

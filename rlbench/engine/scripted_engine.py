@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlbench.engine.hf_engine import check_prompts, check_sequences, check_unguided
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, OnFinished, Weights
 from rlbench.engine.penalties import Penalties
 from rlbench.engine.sampling import counter_uniforms, draw_tokens, plain_logprobs
 from rlbench.engine.stop_strings import StopStrings
@@ -75,8 +75,15 @@ class ScriptedEngine:
             scores.append([float(row[token]) for row, token in zip(rows, completion, strict=True)])
         return scores
 
-    def sync(self, adapter: Adapter, version: int) -> None:
-        """See `Engine.sync`."""
+    def sync(self, weights: Adapter | Weights, version: int) -> None:
+        """See `Engine.sync`.
+
+        Raises:
+            ValueError: also for `Weights`: a function has none.
+        """
+        if isinstance(weights, Weights):
+            raise ValueError("a scripted engine has no weights, expected an adapter")
+        adapter = weights
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
         if self._shapes is not None:
@@ -108,6 +115,10 @@ class ScriptedEngine:
             return Adapter(lora_a={}, lora_b={}, scaling=1.0)
         lora_b = {name: tensor * self._adapter.scaling for name, tensor in self._adapter.lora_b.items()}
         return Adapter(lora_a=self._adapter.lora_a, lora_b=lora_b, scaling=1.0)
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """A function has none."""
+        return {}
 
     def base_tensors(self) -> dict[str, Tensor]:
         """A function has none."""

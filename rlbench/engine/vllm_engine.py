@@ -2,7 +2,8 @@
 
 What it does around vLLM:
 - one LoRA slot, registered once; `sync` writes the trainer's tensors into vLLM's stacked buffers
-  (`rlbench.engine.vllm_worker`);
+  (`rlbench.engine.vllm_worker`); without a slot it writes all weights of the model
+  (`rlbench.engine.vllm_full_weights`);
 - cached prefixes are keyed by the adapter's version and fingerprint, and dropped at each `sync`;
 - on a GPU logits are float32: in bf16 their steps are 0.06 to 0.12 nats, most of the gap to the trainer;
 - sampling logprobs are vLLM's `processed_logprobs`: after penalties, temperature, min_p, top_k, top_p and
@@ -28,7 +29,8 @@ import torch
 from safetensors.torch import save_file
 
 from rlbench.config.vllm_version import check_vllm_version
-from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished
+from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
+from rlbench.engine.vllm_checks import check_fp8, check_model, slot_rank
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
@@ -39,20 +41,17 @@ from rlbench.engine.vllm_requests import (
     sampling_request,
     scores,
 )
-from rlbench.models.base import check_quantization, check_text_model
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import Completion, SamplingParams
 
 _ADAPTER_ID = 1
 _ADAPTER_NAME = "policy"
-_SLOT_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM's LoRA buffers can have
 _KV_BLOCK_TOKENS = {"cpu": 32, "cuda": 16}  # CPU kernels want multiples of 32; prompts share whole blocks
 _PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"worker_extension_cls": "rlbench.engine.vllm_worker.AdapterWorker"},
     "cuda": {"worker_cls": "rlbench.engine.vllm_gpu_worker.SharedBaseWorker", "enable_cumem_allocator": True},
 }
 _QUANTIZATIONS = {"nf4": "bitsandbytes", "fp8": "fp8_per_channel"}  # vLLM's names; its own "fp8" has one scale a matrix
-_FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8; for others vLLM repacks the weights
 _CANARY_TOKENS = 4  # drawn greedily after each wake-up
 _LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -79,7 +78,7 @@ class VllmEngine:
         dequantize: bool = False,
         max_model_len: int,
         max_num_seqs: int,
-        lora_rank: int,
+        lora_rank: int | None,
         kv_cache_gib: float,
         with_tokenizer: bool = False,
         deterministic: bool = False,
@@ -96,7 +95,7 @@ class VllmEngine:
             dtype: of weights, activations and LoRA buffers: "float32" (CPU only), "bfloat16" or "float16".
             max_model_len: most tokens of prompt and completion together; at most the model's own context.
             max_num_seqs: most sequences decoded together; more samples are run in waves.
-            lora_rank: highest rank that `sync` will bring, 1 to 512.
+            lora_rank: highest rank that `sync` will bring, 1 to 512; None: it brings all weights, and no adapter.
             kv_cache_gib: memory for keys and values.
             with_tokenizer: load the folder's tokenizer too: stop strings and guided decoding need it.
             deterministic: vLLM's batch-invariant kernels; on a GPU only. Holds for the whole process.
@@ -118,10 +117,17 @@ class VllmEngine:
                 "or engine.kind=hf"
             )
         if quantization == "fp8":
-            _check_fp8(device, dtype)
+            check_fp8(device, dtype)
         self._platform = device
-        slot_rank = _slot_rank(lora_rank)
-        _check_model(model_path, device, max_model_len, quantization)
+        of_lora: dict[str, Any] = {}
+        if lora_rank is not None:
+            of_lora = {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": slot_rank(lora_rank),
+                "lora_target_modules": list(lora_targets),
+            }
+        check_model(model_path, device, max_model_len, quantization)
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
@@ -153,18 +159,18 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 enforce_eager=self._platform == "cpu",  # with LoRA vLLM compiles nothing on a CPU anyway
                 logprobs_mode="processed_logprobs",
-                enable_lora=True,
-                max_loras=1,
-                max_lora_rank=slot_rank,
-                lora_target_modules=list(lora_targets),
                 use_tqdm_on_load=False,
                 seed=seed,
+                **of_lora,
                 **options,
             )
-            self._slot_shapes: dict[str, tuple[int, int, int]] = self._call("rlbench_slot_shapes")
-            self._adapter_request = self._register_zero_adapter()
-            if self._platform == "cpu":
-                self._call("rlbench_use_matmuls")
+            self._slot_shapes: dict[str, tuple[int, int, int]] = {}
+            self._adapter_request = None  # None: no slot, all weights are synced
+            if lora_rank is not None:
+                self._slot_shapes = self._call("rlbench_slot_shapes")
+                self._adapter_request = self._register_zero_adapter()
+                if self._platform == "cpu":
+                    self._call("rlbench_use_matmuls")
         self._context = max_model_len
         self._has_tokenizer = with_tokenizer
         self._is_asleep = False
@@ -186,8 +192,14 @@ class VllmEngine:
 
     def held_adapter(self) -> Adapter:
         """See `Engine.held_adapter`: vLLM's stacked buffers."""
+        if self._adapter_request is None:
+            return Adapter(lora_a={}, lora_b={}, scaling=1.0)
         lora_a, lora_b = self._call("rlbench_held_adapter", _ADAPTER_ID)
         return Adapter(lora_a=lora_a, lora_b=lora_b, scaling=1.0)
+
+    def held_weights(self) -> dict[str, torch.Tensor]:
+        """See `Engine.held_weights`: views of vLLM's tensors; a CPU keeps embeddings, norms and biases alone."""
+        return self._call("rlbench_held_weights")
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """See `Engine.base_tensors`. On a CPU vLLM repacks linear weights out of reach: they are empty here."""
@@ -268,14 +280,24 @@ class VllmEngine:
             for output, sequence, prompt in zip(outputs, sequences, prompt_token_ids, strict=True)
         ]
 
-    def sync(self, adapter: Adapter, version: int) -> None:
-        """See `Engine.sync`. The tensors are copied into vLLM's LoRA buffers; no file, no new request id."""
+    def sync(self, weights: Adapter | Weights, version: int) -> None:
+        """See `Engine.sync`. The tensors are copied into vLLM's own; no file, no new request id.
+
+        Raises:
+            ValueError: also for an adapter where the engine has no slot, and for `Weights` where it has one.
+        """
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
-        self._check_adapter(adapter)
-        self._check_slot()
-        fingerprint = adapter.fingerprint()
-        self._call("rlbench_write_adapter", _ADAPTER_ID, adapter.lora_a, adapter.lora_b, adapter.scaling)
+        if isinstance(weights, Weights) != (self._adapter_request is None):
+            expected = "all weights" if self._adapter_request is None else "an adapter"
+            raise ValueError(f"sync of {type(weights).__name__}, but this engine was started for {expected}")
+        fingerprint = weights.fingerprint()
+        if isinstance(weights, Weights):
+            self._call("rlbench_write_weights", weights)
+        else:
+            self._check_adapter(weights)
+            self._check_slot()
+            self._call("rlbench_write_adapter", _ADAPTER_ID, weights.lora_a, weights.lora_b, weights.scaling)
         self._drop_prefixes()
         self.adapter_fingerprint = fingerprint
         self.policy_version = version
@@ -294,7 +316,7 @@ class VllmEngine:
         return self._call("rlbench_released_bytes")
 
     def wake(self) -> None:
-        """See `Engine.wake`. A canary is sampled: the base must give the tokens that it gave at the start.
+        """See `Engine.wake`. A canary is sampled: a frozen base must give the tokens that it gave at the start.
 
         Raises:
             EngineCorruptedError: it does not, so weights or memory were changed meanwhile.
@@ -302,7 +324,8 @@ class VllmEngine:
         if self._is_asleep:
             self._call("rlbench_take_kv_cache")
             self._is_asleep = False
-            self.check_canary()
+            if self._adapter_request is not None:  # else the base is what is trained
+                self.check_canary()
 
     def check_canary(self) -> None:
         """Whether the base still gives the greedy tokens that it gave when the engine started.
@@ -347,10 +370,11 @@ class VllmEngine:
         A batch is all with or all without the adapter (`OneAdapterMatmul`).
         """
         self.wake()
-        has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT
+        is_full = self._adapter_request is None
+        has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT and not is_full
         if has_adapter:
             self._check_slot()
-        salt = self._cache_salt(has_adapter)
+        salt = self._cache_salt(has_adapter or is_full)
         with untouched_random_state(), self._no_compilation():
             request_ids = self._llm.enqueue(
                 [{"prompt_token_ids": list(prompt), "cache_salt": salt} for prompt in prompts],
@@ -360,9 +384,9 @@ class VllmEngine:
             )
             return finished_outputs(self._llm.llm_engine, request_ids, take)
 
-    def _cache_salt(self, has_adapter: bool) -> str:
+    def _cache_salt(self, is_trained: bool) -> str:
         """Part of the key of every cached prefix: keys and values of other weights are never found."""
-        return f"{self.policy_version} {self.adapter_fingerprint}" if has_adapter else BASE_FINGERPRINT
+        return f"{self.policy_version} {self.adapter_fingerprint}" if is_trained else BASE_FINGERPRINT
 
     def _no_compilation(self) -> AbstractContextManager[object]:
         """On a CPU nothing of the model is compiled, yet one helper of vLLM's sampler would be: 9 s and a compiler."""
@@ -417,14 +441,6 @@ class VllmEngine:
         return self._llm.collective_rpc(method, args=arguments)[0]
 
 
-def _slot_rank(lora_rank: int) -> int:
-    """Smallest rank of vLLM's buffers that holds `lora_rank`."""
-    for rank in _SLOT_RANKS:
-        if 1 <= lora_rank <= rank:
-            return rank
-    raise ValueError(f"lora.rank {lora_rank}, expected 1 to {_SLOT_RANKS[-1]} for engine.kind=vllm")
-
-
 def _graph_sizes(max_num_seqs: int) -> list[int]:
     """Tokens of a batch that gets a CUDA graph; others are padded to the next: above 64 by less than an eighth.
 
@@ -436,47 +452,6 @@ def _graph_sizes(max_num_seqs: int) -> list[int]:
         sizes.append(size)
         size += max(8, 2 ** (size.bit_length() - 4))
     return sorted({*(size for size in sizes if size < 2 * max_num_seqs), max_num_seqs, 2 * max_num_seqs})
-
-
-def _check_model(model_path: str, platform: str, max_model_len: int, quantization: str) -> None:
-    """One sentence for what vLLM would say in fifty lines, or only at the first step."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-    check_text_model(config, model_path)
-    check_quantization(model_path, config, quantization)
-    config = config.get_text_config()
-    context = config.max_position_embeddings
-    if max_model_len > context:
-        raise ValueError(f"engine: max_model_len {max_model_len} exceeds the model's context of {context}")
-    if platform == "cpu":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        supported = _cpu_head_sizes()
-        if head_dim not in supported:
-            raise ValueError(
-                f"engine.kind=vllm: attention heads of size {head_dim}, vLLM on a CPU computes {supported}; expected "
-                f"engine.kind=hf for this model"
-            )
-
-
-def _check_fp8(device: str, dtype: str) -> None:
-    if dtype == "float32":
-        raise ValueError(
-            "model.dtype is float32, which vLLM does not compute on an FP8 base (model.quantization=fp8); expected "
-            "bfloat16, float16 or engine.kind=hf"
-        )
-    found = torch.cuda.get_device_capability() if device == "cuda" else _FP8_CAPABILITY
-    if found < _FP8_CAPABILITY:
-        raise ValueError(
-            f"model.quantization is fp8 on a GPU of compute capability {found[0]}.{found[1]}, but vLLM multiplies FP8 "
-            "from 8.9 on (Ada, Hopper); expected engine.kind=hf or another model.quantization"
-        )
-
-
-def _cpu_head_sizes() -> list[int]:
-    with clean_start():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore
-    return CPUAttentionBackend.get_supported_head_sizes()
 
 
 def _use_batch_invariant_kernels(device: str) -> None:

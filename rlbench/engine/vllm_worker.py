@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlbench.engine.vllm_full_weights import held_weights, write_weights
 from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
+from rlbench.models.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,14 @@ class AdapterWorker:
             name.replace(".base_layer.", "."): EngineWeight(parameter.data, _nf4_parts(parameter))
             for name, parameter in self.model_runner.get_model().named_parameters()
         }
+
+    def rlbench_held_weights(self) -> dict[str, Tensor]:
+        """Every parameter by its name in the checkpoint, a view of vLLM's tensor; without what a CPU repacked."""
+        return held_weights(self.model_runner.get_model())
+
+    def rlbench_write_weights(self, weights: Weights) -> None:
+        """Copy all weights into vLLM's own, see `rlbench.engine.vllm_full_weights`."""
+        write_weights(self.model_runner.get_model(), weights)
 
     def _rlbench_kv_storages(self) -> list[tuple[int, torch.UntypedStorage]]:
         storages = [cache.untyped_storage() for cache in self.model_runner.kv_caches]

@@ -402,7 +402,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
 
     def _sync(self) -> None:
         with self._phase("weight sync"):
-            self.fingerprint = sync(self.parts.policy.adapter(), self.parts.engine, self.policy_version)
+            self.fingerprint = sync(self.parts.policy.weights(), self.parts.engine, self.policy_version)
             self.identity.record_sync(self.policy_version)
 
     def _record(

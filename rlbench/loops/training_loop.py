@@ -136,7 +136,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 self.parts.optimizer,
                 {
                     **state,
-                    "adapter_fingerprint": self.parts.policy.adapter().fingerprint(),
+                    "adapter_fingerprint": self.parts.policy.weights().fingerprint(),
                     "config": asdict(self.inputs.config),
                     "environment": self._environment,
                 },

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
+from rlbench.config.full_training import FULL as ALL_WEIGHTS
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FAMILIES, QK_NORM_FAMILIES
 
@@ -144,6 +145,12 @@ def derive_dequantize(config: RunConfig, facts: HardwareFacts, text_config: Any)
 def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[str, int, str]:
     if config.hardware.profile == "cpu":
         return NONE, 0, "cpu profile: time is scarcer than memory"
+    if config.training.parameters == ALL_WEIGHTS:
+        return (
+            FULL,
+            0,
+            "training.parameters is full: plain layers keep the most, and how much is not predicted",
+        )
     if text_config.model_type not in PATCHED_FAMILIES:
         return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
     shape = LayerShape.from_config(text_config)

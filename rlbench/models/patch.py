@@ -43,12 +43,13 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [1, T, d]
 Run = Callable[..., Any]  # (function, the same in the backward pass, *arguments) -> the function's result
 
 
-def patch_model(model: nn.Module, family: str) -> Counter[str]:
+def patch_model(model: nn.Module, family: str, *, only: type | None = None) -> Counter[str]:
     """Replace the modules of `model` that the table knows.
 
     Args:
         model: a module tree of its own (`share_base`), adapters already added.
         family: `config.model_type`.
+        only: a kernel class; its modules and those of its subclasses alone are replaced. Of trained weights `KernelNorm` has gradients.
 
     Returns:
         How many modules of each class were replaced; empty for a family that has no table.
@@ -57,7 +58,7 @@ def patch_model(model: nn.Module, family: str) -> Counter[str]:
     table = _table(family)
     for module in model.modules():
         kernel = table.get(type(module))
-        if kernel is not None and _can_replace(module, kernel):
+        if kernel is not None and issubclass(kernel, only or object) and _can_replace(module, kernel):
             replaced[type(module).__name__] += 1
             module.__class__ = combined(kernel, type(module))
     return replaced

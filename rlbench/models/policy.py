@@ -23,13 +23,19 @@ from rlbench.models.adapter_casts import cast_together
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_softcap, output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
-from rlbench.models.patch import describe, is_patch_useful, patch_model
+from rlbench.models.patch import KernelLayer, describe, is_patch_useful, patch_model
 from rlbench.models.recompute import set_recompute
 from rlbench.models.warm_start import find_adapter
+from rlbench.models.weights import Weights
+
+ADAPTER_FOLDER = "adapter"
 
 
 class Policy:
-    """Base plus adapter. The reference policy is the same base with the adapter switched off."""
+    """Base plus adapter. The reference policy is the same base with the adapter switched off.
+
+    `rlbench.models.full_policy` has the one whose every weight is trained.
+    """
 
     def __init__(self, base: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
         """
@@ -70,6 +76,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.head_weight.device
 
+    @property
+    def has_kernel_layers(self) -> bool:
+        """Whether whole decoder layers compute through kernels."""
+        return any(isinstance(module, KernelLayer) for module in self._tree.modules())
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name, in a stable order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -77,6 +88,10 @@ class Policy:
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters, in a stable order."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Those of `parameters` that are tables of the vocabulary: embeddings and the head."""
+        return []
 
     def hidden(self, microbatch: Microbatch) -> Tensor:
         """Final hidden states [N, D] at the positions that predict the microbatch's targets."""
@@ -96,9 +111,39 @@ class Policy:
         with self.model.disable_adapter(), torch.no_grad():
             yield
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Be told of its steps; nothing to do where the optimizer writes what `hidden` reads."""
+        del optimizer
+
     def adapter(self) -> Adapter:
-        """Live adapter tensors, for `Engine.sync`."""
+        """Live adapter tensors."""
         return export_adapter(self.model)
+
+    def weights(self) -> Adapter | Weights:
+        """Live tensors of all that is trained, for `Engine.sync`."""
+        return self.adapter()
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """Write all that is trained into a folder of its own below `folder`, so that `load` gives it back bit for bit.
+
+        Args:
+            folder: of a checkpoint.
+            base_name: as in `save_adapter`.
+        """
+        self.save_adapter(folder / ADAPTER_FOLDER, base_name)
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self.load_adapter(folder / ADAPTER_FOLDER)
+
+    def save_result(self, run_folder: Path, base_name: str) -> Path:
+        """Write what a run leaves for others to use; returns its folder."""
+        self.save_adapter(run_folder / ADAPTER_FOLDER, base_name)
+        return run_folder / ADAPTER_FOLDER
 
     def save_adapter(self, folder: Path, base_name: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, loadable by `peft.PeftModel.from_pretrained`.

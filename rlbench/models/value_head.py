@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlbench.config.schema import LoraConfig, TrainingConfig
 from rlbench.data.packing import Microbatch
-from rlbench.models.policy import Policy
+from rlbench.models.policy import ADAPTER_FOLDER, Policy
 
 HEAD_FILE = "value_head.safetensors"
 _SCALE = "scale"
@@ -85,6 +85,14 @@ class Critic:
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters, in a stable order."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """As `Policy.save`."""
+        self.save_adapter(folder / ADAPTER_FOLDER, base_name)
+
+    def load(self, folder: Path) -> None:
+        """As `Policy.load`."""
+        self.load_adapter(folder / ADAPTER_FOLDER)
 
     def save_adapter(self, folder: Path, base_name: str) -> None:
         """Adapter in PEFT's format, the head beside it."""

@@ -61,6 +61,8 @@ def _read(place: str, key: str) -> tuple[Path, dict[str, Any]]:
     if folder is None:
         newest = max(given.glob("checkpoints/step-*/adapter"), default=None)
         hint = f"; the run was stopped, its newest checkpoint is {key}={newest}" if newest else ""
+        if (given / "model" / "config.json").is_file():
+            hint = f"; that run trained all weights: model.path={given / 'model'}"
         raise ValueError(
             f"{key} is {place}, but no adapter_model.safetensors is there or in its adapter/; "
             f"expected the folder of a finished run or of a PEFT adapter{hint}"

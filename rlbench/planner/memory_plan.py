@@ -117,9 +117,11 @@ def _largest_microbatch(probes: Probes, above: Line, room: float) -> int:
 def _parts(probes: Probes, above: Line, generation_peak: float, update_peak: float, cache: float) -> dict[str, float]:
     """Of the phase with the higher peak, in GiB; `runtime` is what nothing else explains: libraries, fragments."""
     adapter = probes.adapter_bytes
-    parts: dict[str, float] = {"base weights": probes.base_bytes, "adapter": adapter}
-    if probes.generation:
-        parts["engine's adapter"] = adapter / 2
+    parts: dict[str, float] = {"base weights": probes.base_bytes}
+    if probes.beside_weights is not None:
+        parts |= probes.beside_weights
+    else:
+        parts |= {"adapter": adapter} | ({"engine's adapter": adapter / 2} if probes.generation else {})
     parts["optimizer state"] = 2 * adapter
     if update_peak >= generation_peak:
         work = above.at(probes.microbatch_tokens)
@@ -143,18 +145,20 @@ def _longest(
 
 
 def _knobs(probes: Probes, above: Line, config: RunConfig, cache: float) -> list[Knob]:
-    tokens, rank = _update_knobs(probes, above, config)
+    tokens, trained = _update_knobs(probes, above, config)
     seqs = Knob(setting=f"engine.max_num_seqs={max(1, probes.num_rows // 2)}", saves_gib=cache / 2 / GIB)
-    return [tokens, seqs, rank]
+    return [tokens, seqs, trained]
 
 
 def _update_knobs(probes: Probes, above: Line, config: RunConfig) -> list[Knob]:
     half = max(1, probes.microbatch_tokens // 2)
+    tokens = Knob(
+        setting=f"training.tokens_per_microbatch={half}",
+        saves_gib=(above.at(probes.microbatch_tokens) - above.at(half)) / GIB,
+    )
+    if probes.beside_weights is not None:  # moments, gradients, masters and copy; less the adapter, which is small
+        saved = 3 * probes.adapter_bytes + sum(probes.beside_weights.values())
+        return [tokens, Knob(setting="training.parameters=lora", saves_gib=saved / GIB)]
     rank = max(1, config.lora.rank // 2)
-    return [
-        Knob(
-            setting=f"training.tokens_per_microbatch={half}",
-            saves_gib=(above.at(probes.microbatch_tokens) - above.at(half)) / GIB,
-        ),
-        Knob(setting=f"lora.rank={rank}", saves_gib=4.5 * probes.adapter_bytes * (1 - rank / config.lora.rank) / GIB),
-    ]
+    saved = 4.5 * probes.adapter_bytes * (1 - rank / config.lora.rank)
+    return [tokens, Knob(setting=f"lora.rank={rank}", saves_gib=saved / GIB)]

@@ -16,7 +16,7 @@ from rlbench.loops.stopping import StopRequest
 from rlbench.loops.watchdog import Watchdog
 from rlbench.models.base import storage_bytes
 from rlbench.planner.probes import SHARES, Probe, Probes, head_bytes, is_safe, with_origin
-from rlbench.planner.step_work import adapter_bytes
+from rlbench.planner.step_work import adapter_bytes, beside_weights
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.device_memory import DeviceMemory, watch
 from rlbench.tracking.jsonl import JsonlWriter
@@ -78,6 +78,7 @@ def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Pro
         update=update,
         head_bytes=0 if loop.inputs.config.stage == "reward_model" else head_bytes(parts, memory, largest),
         num_rows=len(rows),
+        beside_weights=beside_weights(parts),
     )
 
 

@@ -61,7 +61,7 @@ def sample(
     groups: list[RolloutGroup] = []
     sizes: list[int] = []
     with _timed(seconds["weight sync"]):
-        sync(parts.policy.adapter(), parts.engine, 0)
+        sync(parts.policy.weights(), parts.engine, 0)
     size = config.algorithm.prompts_per_step or 1
     for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
         scoring = Scoring(batch, inputs.tokenizer, parts.scorer, group_size=samples_per_prompt)

@@ -14,7 +14,7 @@ from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.models.base import storage_bytes
 from rlbench.planner.linear_fit import fit
-from rlbench.planner.step_work import adapter_bytes, with_returns, work_on
+from rlbench.planner.step_work import adapter_bytes, beside_weights, with_returns, work_on
 from rlbench.records import Prompt, TrainingSample
 from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.device_memory import DeviceMemory, watch
@@ -44,7 +44,7 @@ class Probe:
 class Probes:
     idle_bytes: int  # with everything loaded, before any probe
     base_bytes: int
-    adapter_bytes: int
+    adapter_bytes: int  # of all that the optimizer writes: an adapter, or the float32 weights of a run of all weights
     kv_bytes_per_token: int  # that generation takes besides; 0: its cache has a fixed size
     step_tokens: int  # packed tokens of the run's largest step, completions of full length
     microbatch_tokens: int  # of its largest microbatch
@@ -56,6 +56,7 @@ class Probes:
     num_rows: int  # sequences decoded together
     engine_cache_bytes: int = 0  # of fixed size, held while the engine is awake
     scoring_bytes: int = 0  # peak while the engine scores what the identity check compares
+    beside_weights: dict[str, int] | None = None  # with all weights trained: bytes of master weights and frozen copy
 
 
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
@@ -68,7 +69,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     for optimizer in (parts.optimizer, parts.critic_optimizer):
         if optimizer is not None:
             set_lr(optimizer, 0.0)
-    sync(parts.policy.adapter(), parts.engine, 0)
+    sync(parts.policy.weights(), parts.engine, 0)
     rows = min(len(step), config.engine.max_num_seqs or len(step))
     _generate(inputs, parts, memory, step[:rows], _GENERATED[0])  # warm-up
     generation = [_generate(inputs, parts, memory, step[:rows], length) for length in _GENERATED]
@@ -99,6 +100,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         num_rows=rows,
         engine_cache_bytes=cache,
         scoring_bytes=scoring,
+        beside_weights=beside_weights(parts),
     )
 
 

@@ -19,7 +19,7 @@ from rlbench.models.memory import LayerShape, backward_bytes, kept_bytes
 from rlbench.models.policy import Policy
 from rlbench.planner.memory_plan import MemoryPlan, make_plan
 from rlbench.planner.probes import Probe, Probes, kv_bytes_per_token, largest_prompts
-from rlbench.planner.step_work import adapter_bytes
+from rlbench.planner.step_work import adapter_bytes, beside_weights
 from rlbench.records import TrainingSample
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
 
@@ -88,7 +88,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     parts.engine.sleep()  # it wakes by itself
     asleep = memory.held()
     adapter = adapter_bytes(parts)
-    moments = 2 * adapter if config.optim.name == "adamw" else adapter // 2  # adapter in float32
+    moments = {"adamw": 2 * adapter, "muon": adapter}.get(config.optim.name, adapter // 2)  # what is trained is float32
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
     step_tokens = sum(len(p.token_ids) + group * (tokens - 1) for p in prompts)
@@ -114,6 +114,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
         head_bytes=head,
         num_rows=rows,
         engine_cache_bytes=held - asleep,
+        beside_weights=beside_weights(parts),
     )
     made = make_plan(probes, config, memory.limit(), longest_prompt_tokens(inputs.train.prompts), inputs.context_tokens)
     return replace(made, time_s={})
@@ -127,7 +128,7 @@ def _activation_bytes(inputs: Inputs, parts: Parts) -> tuple[float, int]:
     config, text_config = inputs.config, parts.base.config.get_text_config()
     item = parts.policy.head_weight.element_size()
     shape = LayerShape.from_config(text_config)
-    if parts.policy.patched:
+    if parts.policy.has_kernel_layers:
         recomputed = config.training.recompute_layers or shape.num_layers
         num = 0 if config.training.recompute == "none" else recomputed
         kept = float(kept_bytes(shape, config.training.recompute, num, 1, item))
@@ -137,7 +138,7 @@ def _activation_bytes(inputs: Inputs, parts: Parts) -> tuple[float, int]:
         (short, few), (long, many) = (count_kept(parts.policy, size) for size in _COUNTED_TOKENS)
         kept = (many - few) / (long - short)
     dense = backward_bytes(shape, 0, item)
-    return kept + backward_bytes(shape, 1, item) - dense, dense if parts.policy.patched else 0
+    return kept + backward_bytes(shape, 1, item) - dense, dense if parts.policy.has_kernel_layers else 0
 
 
 def count_kept(policy: Policy, num_tokens: int) -> tuple[int, int]:
@@ -163,7 +164,8 @@ def count_kept(policy: Policy, num_tokens: int) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = policy.hidden(microbatch)
     hidden.float().sum().backward()
-    policy.model.zero_grad(set_to_none=True)
+    for parameter in policy.parameters():
+        parameter.grad = None
     return len(microbatch.token_ids), sum(kept.values())
 
 

@@ -13,6 +13,7 @@ from rlbench.build import BaseParts, Inputs, Parts, training_sampling
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.schema import RunConfig
 from rlbench.data.packing import Microbatch
+from rlbench.models.full_policy import FullPolicy
 from rlbench.records import TrainingSample
 from rlbench.training.step import count_totals, fixed_columns, policy_logprobs, reference_logprobs, train_step
 from rlbench.training.support import support_sampler
@@ -105,3 +106,8 @@ def adapter_bytes(parts: BaseParts) -> int:
     """Of all that is trained."""
     critic = parts.critic.parameters() if isinstance(parts, Parts) and parts.critic is not None else []
     return sum(p.numel() * p.element_size() for p in chain(parts.policy.parameters(), critic))
+
+
+def beside_weights(parts: BaseParts) -> dict[str, int] | None:
+    """Bytes of float32 masters and of a frozen copy of a run of all weights; None: an adapter is trained."""
+    return parts.policy.beside_weights() if isinstance(parts.policy, FullPolicy) else None

@@ -3,7 +3,7 @@
 A checkpoint is written to a temporary folder, every file and the folder are fsynced, then it is renamed. Its manifest
 lists size and SHA-256 of every file; a reader trusts nothing else.
 
-    checkpoints/step-000010/adapter/            PEFT format, float32
+    checkpoints/step-000010/adapter/            PEFT format, float32; with training.parameters=full model/ in its place
                             optimizer.safetensors
                             critic/             adapter/ with value_head.safetensors, optimizer; with a critic
                             reference/          adapter/; with a reference that is refreshed
@@ -38,9 +38,9 @@ class Trained(Protocol):
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]: ...
 
-    def save_adapter(self, folder: Path, base_name: str) -> None: ...
+    def save(self, folder: Path, base_name: str) -> None: ...
 
-    def load_adapter(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 Beside = Mapping[str, tuple[Trained, torch.optim.Optimizer | None]]  # by the name of their folder
@@ -71,7 +71,7 @@ def save_checkpoint(
 
     Args:
         run_folder: of the run.
-        policy: its adapter is saved.
+        policy: what it trains is saved.
         optimizer: its per-parameter tensors are saved under the parameters' names.
         state: JSON-able; must hold "step".
         base_name: recorded in the adapter's config.
@@ -178,13 +178,13 @@ def restore(
 
 
 def _save(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None, base_name: str) -> None:
-    trained.save_adapter(folder / "adapter", base_name)
+    trained.save(folder, base_name)
     if optimizer is not None:
         save_file(_optimizer_tensors(trained, optimizer), str(folder / "optimizer.safetensors"))
 
 
 def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None) -> None:
-    trained.load_adapter(folder / "adapter")
+    trained.load(folder)
     if optimizer is None:
         return
     tensors = load_file(str(folder / "optimizer.safetensors"))

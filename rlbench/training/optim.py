@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from rlbench.config.schema import OptimConfig
+from rlbench.training.muon import MuonAdamW
+
+MUON_MOMENTUM = 0.95  # torch's own default
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over float32 parameters; the learning rate is set before each step by `set_lr`.
+def make_optimizer(
+    parameters: list[nn.Parameter], config: OptimConfig, *, not_muon: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """AdamW or Muon over float32 parameters; the learning rate is set before each step by `set_lr`.
+
+    Args:
+        parameters: all that are trained.
+        config: the `optim` part of the config.
+        not_muon: matrices that optim.name=muon leaves to AdamW: embeddings and the head.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; in 8 bits Dettmers et al. 2022, arXiv:2110.02861.
 
@@ -28,6 +39,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
     }
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+    if config.name == "muon":
+        momentum = MUON_MOMENTUM if config.momentum is None else config.momentum
+        return MuonAdamW(parameters, momentum=momentum, others=not_muon, **options)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"optim.name is {config.name}, which needs the package bitsandbytes; expected it installed, or adamw"

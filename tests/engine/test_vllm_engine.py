@@ -14,7 +14,7 @@ import torch
 from rlbench import progress
 from rlbench.checks.trainer_logprobs import pack_sequences, trainer_logprobs
 from rlbench.config.schema import LoraConfig
-from rlbench.engine import vllm_engine, vllm_requests
+from rlbench.engine import vllm_checks, vllm_engine, vllm_requests
 from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.vllm_process import clean_start
 from rlbench.models.base import load_base
@@ -388,9 +388,9 @@ def test_an_fp8_engine_with_an_adapter_agrees_with_the_trainers_dequantised_weig
 def test_fp8_is_refused_on_a_gpu_that_does_not_multiply_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     with pytest.raises(ValueError, match=r"fp8 on a GPU of compute capability 8\.6.*8\.9.*engine\.kind=hf"):
-        vllm_engine._check_fp8("cuda", "bfloat16")
+        vllm_checks.check_fp8("cuda", "bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    vllm_engine._check_fp8("cuda", "bfloat16")
+    vllm_checks.check_fp8("cuda", "bfloat16")
 
 
 @needs_vllm
@@ -401,7 +401,7 @@ def test_a_checkpoint_in_fp8_is_refused_before_vllm_reads_it(tiny, tmp_path, qua
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
 
     with pytest.raises(ValueError, match=rf"model.quantization is {quantization}, but .* is quantised \(fp8\)"):
-        vllm_engine._check_model(str(tmp_path), "cpu", CONTEXT, quantization)
+        vllm_checks.check_model(str(tmp_path), "cpu", CONTEXT, quantization)
 
 
 @needs_vllm

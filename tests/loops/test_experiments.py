@@ -57,7 +57,8 @@ def test_a_step_of_it_runs(name, rows, model, tmp_path, monkeypatch):
         previous = str(folder)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert any("loss/total" in step or step.get("optim/is_skipped") == 1.0 for step in steps)
-        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+        is_full = stage.training.parameters == "full"
+        assert (folder / ("model/model.safetensors" if is_full else "adapter/adapter_model.safetensors")).is_file()
 
 
 @pytest.mark.parametrize("name", [name for name in group_choices("preference") if name != "none"])

@@ -90,3 +90,15 @@ def test_half_a_microbatch_saves_its_share():
     knob = made().knobs[0]
 
     assert knob.setting == "training.tokens_per_microbatch=512" and knob.saves_gib == approx(0.5)
+
+
+def test_of_all_weights_masters_and_a_frozen_copy_are_parts():
+    beside = {"master weights": GIB // 4, "frozen copy": GIB // 8}
+    plan = made(adapter_bytes=GIB // 4, beside_weights=beside)
+
+    assert sum(plan.memory_gib.values()) == approx(plan.peak_gib)
+    assert not {"adapter", "engine's adapter"} & plan.memory_gib.keys()
+    expected = {"master weights": 0.25, "frozen copy": 0.125, "optimizer state": 0.5, "gradients": 0.25}
+    assert {name: plan.memory_gib[name] for name in expected} == approx(expected)
+    assert plan.knobs[-1].setting == "training.parameters=lora"
+    assert plan.knobs[-1].saves_gib == approx(3 * 0.25 + 0.375)

@@ -31,7 +31,7 @@ def save(folder, policy, optimizer, step: int, keep_last: int = 2):
     return save_checkpoint(folder, policy, optimizer, {"step": step, "n": 7}, base_name="tiny", keep_last=keep_last)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path, name, monkeypatch):
     if name == "adamw_8bit":
         optim = pytest.importorskip("bitsandbytes.optim.adamw")

@@ -1,0 +1,33 @@
+"""Sums of bytes: by hand, over chunks, and what they tell apart."""
+
+import pytest
+import torch
+
+from rlbench.models import word_sums
+from rlbench.models.word_sums import placed_word_sum, word_sum
+
+
+def test_both_sums_by_hand_modulo_2_to_the_64():
+    words = torch.tensor([3, 5, 2**62, -1], dtype=torch.int64)
+
+    assert int(word_sum(words)) == 3 + 5 + 2**62 - 1
+    wanted = (3 * 1 + 5 * 3 + 2**62 * 5 - 7) % 2**64
+    assert int(placed_word_sum(words)) % 2**64 == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_chunks_and_odd_lengths_change_nothing(dtype, monkeypatch):
+    tensor = (torch.rand(37, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
+    whole = placed_word_sum(tensor)
+
+    monkeypatch.setattr(word_sums, "_CHUNK", 4)
+
+    assert torch.equal(placed_word_sum(tensor), whole)
+
+
+def test_numbers_that_swap_places_are_seen_by_place_alone():
+    tensor = torch.arange(8.0, dtype=torch.float64)
+    swapped = tensor[[0, 5, 2, 3, 4, 1, 6, 7]]
+
+    assert torch.equal(word_sum(tensor), word_sum(swapped))
+    assert not torch.equal(placed_word_sum(tensor), placed_word_sum(swapped))
