@@ -188,13 +188,14 @@ def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | Non
     if optimizer is None:
         return
     tensors = load_file(str(folder / "optimizer.safetensors"))
+    is_fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trained.named_parameters():
         prefix = f"{name}|"
         values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if values:
-            is_fused = bool(optimizer.defaults.get("fused"))
             optimizer.state[parameter] = {
-                key: _state_value(key, value, parameter.device, is_fused=is_fused) for key, value in values.items()
+                key: _state_value(key, value, parameter.device, is_fused=is_fused[id(parameter)])
+                for key, value in values.items()
             }
 
 

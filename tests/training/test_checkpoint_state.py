@@ -14,10 +14,10 @@ class Trained(nn.Module):
         super().__init__()
         self.a, self.b = (nn.Parameter(torch.full((4, 4), value, device=device)) for value in (1.0, 2.0))
 
-    def load_adapter(self, folder) -> None:
+    def load(self, folder) -> None:
         del folder
 
-    def save_adapter(self, folder, base_name: str) -> None:
+    def save(self, folder, base_name: str) -> None:
         del folder, base_name
 
 
@@ -61,7 +61,7 @@ def test_the_step_of_a_fused_optimizer_lies_beside_its_parameter(is_fused, expec
 
     elsewhere = Trained("meta")  # another device that every machine has
     other = torch.optim.AdamW(elsewhere.parameters(), lr=0.1)
-    other.defaults["fused"] = is_fused
+    other.param_groups[0]["fused"] = is_fused
     _load(tmp_path, elsewhere, other)  # type: ignore[arg-type]
 
     state = other.state[elsewhere.a]
