@@ -49,8 +49,8 @@ def patch_model(model: nn.Module, family: str, *, only: type | None = None) -> C
     Args:
         model: a module tree of its own (`share_base`), adapters already added.
         family: `config.model_type`.
-        only: a kernel class; its modules and those of its subclasses alone are replaced. Of trained weights `KernelNorm`
-            has gradients.
+        only: a kernel class; its modules and those of its subclasses alone are replaced. Of trained weights
+            `KernelNorm` has gradients.
 
     Returns:
         How many modules of each class were replaced; empty for a family that has no table.

@@ -1,6 +1,7 @@
 """Where all weights are trained: what an engine with a copy of its own can hold instead of them, named."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,8 @@ def test_the_weights_of_an_older_version_are_named(run):
 
 
 def test_an_engine_that_computes_otherwise_with_the_right_weights_is_caught(run):
-    run.engine._decoder._scaling *= 2  # of attention
+    decoder = run.engine._decoder
+    decoder._scorings = [replace(scoring, scaling=2 * scoring.scaling) for scoring in decoder._scorings]
 
     with pytest.raises(PolicyIdentityError, match="when the tokens are scored anew: other weights or other kernels"):
         check(run)
