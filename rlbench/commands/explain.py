@@ -161,17 +161,20 @@ def _kept(config: RunConfig) -> list[Derivation]:
 
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
-    from rlbench.models.memory import derive_recompute
+    from rlbench.models.memory import derive_dequantize, derive_recompute
 
     derived = derive(config, facts)
-    if config.training.recompute == AUTO:
-        is_read = config.hardware.profile == "gpu"
-        text_config = _text_config(config) if is_read else None
-        if text_config is not None or not is_read:
-            derived += derive_recompute(config, facts, text_config)
-        else:
-            reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
-            derived.append(Derivation(key="training.recompute", value=AUTO, reason=reason))
+    is_open = config.training.recompute == AUTO or config.engine.dequantize is None
+    is_read = config.hardware.profile == "gpu" and is_open
+    text_config = _text_config(config) if is_read else None
+    if text_config is not None or not is_read:
+        derived += derive_recompute(config, facts, text_config) + derive_dequantize(config, facts, text_config)
+    else:
+        reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
+        open_keys = {"training.recompute": config.training.recompute == AUTO}
+        open_keys["engine.dequantize"] = config.stage == "rl" and config.engine.dequantize is None
+        values = {"training.recompute": AUTO, "engine.dequantize": None}
+        derived += [Derivation(key=k, value=values[k], reason=reason) for k, is_left in open_keys.items() if is_left]
     return derived + (derive_drift_limits(config) if config.stage == "rl" else [])
 
 
