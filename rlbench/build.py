@@ -128,9 +128,12 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
         rows["test"] = load_rows(config.data, "test", row_problem)
 
     from rlbench.models.device import hardware_facts
+    from rlbench.models.device_cap import set_device_cap
     from rlbench.models.memory import derive_dequantize, derive_recompute
 
-    facts = hardware_facts(config.hardware.profile)
+    facts = hardware_facts(config.hardware.profile, config.hardware.memory_gib)
+    if facts.device == "cuda":
+        set_device_cap(config.hardware.memory_gib)
     derived = derive(config, facts)
     model = resolve_model(config.model)
     from transformers import AutoTokenizer

@@ -105,7 +105,7 @@ def explained_runs(overrides: Sequence[str]) -> tuple[list[Layer], list[Explaine
     config = to_run_config(composed)
     from rlbench.models.device import hardware_facts
 
-    facts = hardware_facts(config.hardware.profile)
+    facts = hardware_facts(config.hardware.profile, config.hardware.memory_gib)
     if not config.chain:
         return layers, [_explained(config, layers, facts)]
     kinds = stage_configs(config, overrides)
