@@ -161,12 +161,15 @@ def _kept(config: RunConfig) -> list[Derivation]:
 
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
+    from rlbench.models.fit import fit_sizes
     from rlbench.models.memory import derive_recompute
 
     derived = derive(config, facts)
+    is_read = config.hardware.profile == "gpu"
+    text_config = _text_config(config) if is_read else None
+    if text_config is not None:
+        derived = fit_sizes(config, facts, text_config, derived)
     if config.training.recompute == AUTO:
-        is_read = config.hardware.profile == "gpu"
-        text_config = _text_config(config) if is_read else None
         if text_config is not None or not is_read:
             derived += derive_recompute(config, facts, text_config)
         else:
