@@ -85,6 +85,9 @@ def prepare(config: RunConfig) -> Inputs:
     Raises:
         ValueError: anything a user can get wrong.
     """
+    from rlbench.models.fit import trim_kv_cache
+    from rlbench.models.memory import derive_dequantize
+
     basis = prepare_base(config)
     derived = basis.derived + derive_drift_limits(config)
     train_rows, eval_rows = split_rows(config, basis.rows)
@@ -95,12 +98,15 @@ def prepare(config: RunConfig) -> Inputs:
     def prompts(selected: Any, split: str) -> PromptSet:
         return make_prompts(selected, split, config.data, basis.tokenizer, max_prompt_tokens=limit, limit_reason=reason)
 
-    return Inputs(
+    inputs = Inputs(
         **shared_fields(basis, derived=derived),
         train=prompts(train_rows, "train"),
         evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
         stop_token_ids=_stop_token_ids(basis, config.sampling),
     )
+    text_config = _text_config(basis.model)
+    derived = trim_kv_cache(config, text_config, longest_sequence(inputs), derived)
+    return replace(inputs, derived=derived + derive_dequantize(config, basis.facts, text_config))
 
 
 def shared_fields(basis: BaseInputs, **changes: Any) -> dict[str, Any]:
@@ -129,15 +135,19 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
         rows["test"] = load_rows(config.data, "test", row_problem)
 
     from rlbench.models.device import hardware_facts
-    from rlbench.models.memory import derive_dequantize, derive_recompute
+    from rlbench.models.device_cap import set_device_cap
+    from rlbench.models.fit import fit_sizes
+    from rlbench.models.memory import derive_recompute
 
-    facts = hardware_facts(config.hardware.profile)
+    facts = hardware_facts(config.hardware.profile, config.hardware.memory_gib)
+    if facts.device == "cuda":
+        set_device_cap(config.hardware.memory_gib)
     derived = derive(config, facts)
     model = resolve_model(config.model)
     from transformers import AutoTokenizer
 
+    derived = fit_sizes(config, facts, _text_config(model), derived)
     derived += derive_recompute(config, facts, _text_config(model))
-    derived += derive_dequantize(config, facts, _text_config(model))
     tokenizer = AutoTokenizer.from_pretrained(str(model.folder), local_files_only=True)
     return BaseInputs(
         config=config,

@@ -105,7 +105,7 @@ def explained_runs(overrides: Sequence[str]) -> tuple[list[Layer], list[Explaine
     config = to_run_config(composed)
     from rlbench.models.device import hardware_facts
 
-    facts = hardware_facts(config.hardware.profile)
+    facts = hardware_facts(config.hardware.profile, config.hardware.memory_gib)
     if not config.chain:
         return layers, [_explained(config, layers, facts)]
     kinds = stage_configs(config, overrides)
@@ -161,12 +161,14 @@ def _kept(config: RunConfig) -> list[Derivation]:
 
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
+    from rlbench.models.fit import fit_sizes
     from rlbench.models.memory import derive_dequantize, derive_recompute
 
     derived = derive(config, facts)
-    is_open = config.training.recompute == AUTO or config.engine.dequantize is None
-    is_read = config.hardware.profile == "gpu" and is_open
+    is_read = config.hardware.profile == "gpu"
     text_config = _text_config(config) if is_read else None
+    if text_config is not None:
+        derived = fit_sizes(config, facts, text_config, derived)
     if text_config is not None or not is_read:
         derived += derive_recompute(config, facts, text_config) + derive_dequantize(config, facts, text_config)
     else:

@@ -96,7 +96,7 @@ class Machine:
         from rlbench.tracking.device_memory import device_memory
 
         try:
-            return device_memory(self.config.hardware.profile).limit() / GIB
+            return device_memory(self.config.hardware).limit() / GIB
         except ValueError:  # no /proc
             return self.facts.memory_gib
 

@@ -84,7 +84,7 @@ def _probe_online(
     from rlbench.tracking.device_memory import device_memory
 
     del stage
-    memory = device_memory(inputs.config.hardware.profile, parts.engine.released_bytes)
+    memory = device_memory(inputs.config.hardware, parts.engine.released_bytes)
     limit = memory.limit()
     with console.phase("probing"):
         probes = run_probes(inputs, parts, memory)
@@ -99,7 +99,7 @@ def _probe_offline(
     from rlbench.planner.offline_probes import probed_loop, run_offline_probes
     from rlbench.tracking.device_memory import device_memory
 
-    memory = device_memory(inputs.config.hardware.profile)
+    memory = device_memory(inputs.config.hardware)
     limit = memory.limit()
     with console.phase("probing"), probed_loop(stage.load_loop(), inputs, parts, console) as loop:
         probes = run_offline_probes(loop, memory)

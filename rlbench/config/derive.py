@@ -20,6 +20,13 @@ class HardwareFacts:
     memory_gib: float  # free for us: host memory on a CPU, device memory on a GPU
     matmul_gflops: dict[str, float]  # by dtype, on `device`
     vllm_problem: str  # why vLLM cannot be used on `device`; empty if it can
+    uncapped_gib: float | None = None  # free before hardware.memory_gib; None: there is no cap
+
+    @property
+    def memory_words(self) -> str:
+        if self.uncapped_gib is None:
+            return f"{self.memory_gib:.1f} GiB of free memory"
+        return f"hardware.memory_gib={self.memory_gib:g} ({self.uncapped_gib:.1f} GiB are free)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,8 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         raise ValueError(
             "hardware.profile is gpu, but torch sees no CUDA device; expected hardware=cpu or hardware=auto"
         )
-    fill("hardware.profile", profile, f"torch sees {facts.device_name}")
+    cap = "" if facts.uncapped_gib is None else f"; memory: {facts.memory_words}"
+    fill("hardware.profile", profile, f"torch sees {facts.device_name}{cap}")
     fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
     own_sizes = _RL_SIZES if config.stage == "rl" else _OFFLINE_SIZES
     sizes = _SIZES[config.hardware.profile] | own_sizes[config.hardware.profile]
@@ -171,7 +179,7 @@ def _share(config: RunConfig) -> tuple[bool, str]:
 def _kv_cache_gib(config: RunConfig, facts: HardwareFacts) -> tuple[float, str]:
     if config.hardware.profile == "cpu":
         return 1.0, "cpu profile"
-    return round(0.4 * facts.memory_gib, 1), "40% of the free device memory; given back while training"
+    return round(0.4 * facts.memory_gib, 1), f"40% of {facts.memory_words}; given back while training"
 
 
 def _check_base(config: RunConfig) -> None:

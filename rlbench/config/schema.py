@@ -32,10 +32,12 @@ STAGES = {  # what a run trains on, and the sections that it does not read
 class HardwareConfig:
     profile: str = AUTO  # auto | cpu | gpu
     num_threads: int | None = None  # CPU threads of torch
+    memory_gib: float | None = None  # most memory for this run: of the GPU, else of the host; null: all that is free
 
     def __post_init__(self) -> None:
         check_choice("hardware.profile", self.profile, [AUTO, "cpu", "gpu"])
         check_range("hardware.num_threads", self.num_threads, low=1)
+        check_range("hardware.memory_gib", self.memory_gib, low=0, is_low_open=True)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker  # pyright: ignore[reportMissingImp
 
 from rlbench.engine.dense_copies import DenseCopies
 from rlbench.engine.vllm_worker import AdapterWorker, nf4_layers
+from rlbench.models.device_cap import exclude_released
 
 DEQUANTIZE = "rlbench_dequantize"  # of additional_config, and so of the key of what vLLM compiled
 
@@ -41,6 +42,7 @@ class SharedBaseWorker(AdapterWorker, Worker):
     def rlbench_release_kv_cache(self) -> None:
         torch.cuda.synchronize()
         get_mem_allocator_instance().sleep(offload_tags=())
+        exclude_released(self.rlbench_released_bytes())
 
     def rlbench_released_bytes(self) -> int:
         """What `rlbench_release_kv_cache` unmaps."""
@@ -49,6 +51,7 @@ class SharedBaseWorker(AdapterWorker, Worker):
 
     def rlbench_take_kv_cache(self) -> None:
         torch.cuda.empty_cache()  # what training freed and torch kept must not lie beside keys and values
+        exclude_released(0)
         get_mem_allocator_instance().wake_up()
         for cache in self.model_runner.kv_caches:
             cache.zero_()

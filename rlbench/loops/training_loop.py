@@ -109,7 +109,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
     def _run(self) -> None:
         config = self.inputs.config
         num_steps = config.training.num_steps or 0
-        self._memory = PhaseMemory.of_profile(config.hardware.profile, self._released_bytes)
+        self._memory = PhaseMemory.of_hardware(config.hardware, self._released_bytes)
         self._begin()
         self._saved_at = time.monotonic()
         # An evaluation that a stop put off is made up for here, when the run goes on.

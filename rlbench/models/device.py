@@ -13,19 +13,35 @@ from rlbench.config.vllm_version import vllm_problem
 
 _PROBE_SHAPE = (512, 2048, 1024)  # rows, out, in: a linear layer of a small model over one microbatch
 _PROBE_ROUNDS = 15
+GIB = 2**30
 
 
-def hardware_facts(profile: str) -> HardwareFacts:
-    """Look at the machine; `profile` "cpu" leaves a GPU alone. Takes about 0.3 s on a CPU."""
+def hardware_facts(profile: str, memory_cap_gib: float | None = None) -> HardwareFacts:
+    """Look at the machine. Takes about 0.3 s on a CPU.
+
+    Args:
+        profile: hardware.profile; "cpu" leaves a GPU alone.
+        memory_cap_gib: hardware.memory_gib.
+
+    Raises:
+        ValueError: the cap is above what is free.
+    """
     is_cuda = profile != "cpu" and torch.cuda.is_available()
     device = "cuda" if is_cuda else "cpu"
     num_cores = usable_cores()
     torch.set_num_threads(num_cores)
+    free_gib = (torch.cuda.mem_get_info()[0] if is_cuda else _free_host_bytes()) / GIB
+    if memory_cap_gib is not None and memory_cap_gib > free_gib:
+        raise ValueError(
+            f"hardware.memory_gib is {memory_cap_gib:g}, but {free_gib:.1f} GiB of {'device' if is_cuda else 'host'} "
+            "memory are free; expected at most that, or null for all that is free"
+        )
     return HardwareFacts(
         device=device,
         device_name=torch.cuda.get_device_name() if is_cuda else f"no GPU it may use, {num_cores} CPU cores",
         num_cores=num_cores,
-        memory_gib=(torch.cuda.mem_get_info()[0] if is_cuda else _free_host_bytes()) / 2**30,
+        memory_gib=free_gib if memory_cap_gib is None else memory_cap_gib,
+        uncapped_gib=None if memory_cap_gib is None else free_gib,
         matmul_gflops=_matmul_gflops(device),
         vllm_problem=vllm_problem(device),
     )
@@ -43,6 +59,11 @@ def usable_cores() -> int:
 
 
 def _free_host_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

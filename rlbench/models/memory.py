@@ -16,6 +16,8 @@ from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FA
 GIB = 2**30
 # Of one number of a linear layer. nf4: 4 bits, a byte for 64 of them, a float32 for 256 of those. fp8: a float32 a row.
 _QUANTISED_BYTES = {"nf4": 0.516, "fp8": 1.002}
+_SHARE = 0.9  # of the memory that a phase may fill
+_ADAMW_BYTES = 16  # of one trained number: itself, its gradient and two moments in float32
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
 _VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
 
@@ -36,6 +38,11 @@ class LayerShape:
     def linear_weights(self) -> int:
         """Numbers in the matrices of one layer."""
         return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @property
+    def adapter_width(self) -> int:
+        """Inputs and outputs of the linear layers of one layer: numbers of an adapter of rank 1."""
+        return 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key) + 3 * (self.hidden + self.intermediate)
 
     @classmethod
     def from_config(cls, config: Any) -> LayerShape:
@@ -133,10 +140,9 @@ def derive_dequantize(config: RunConfig, facts: HardwareFacts, text_config: Any)
         return []
     engine.dequantize, reason = False, "there is no NF4 base in vLLM"
     if is_quantized:
-        shape, item = LayerShape.from_config(text_config), 4 if config.model.dtype == "float32" else 2
-        dense = shape.num_layers * shape.linear_weights * item / GIB
-        others = base_bytes(shape, text_config, item, quantization="nf4") / GIB + (engine.kv_cache_gib or 0.0)
-        left = 0.95 * facts.memory_gib - others - _RESERVE_GIB - _VLLM_GIB
+        shape = LayerShape.from_config(text_config)
+        dense = shape.num_layers * shape.linear_weights * item_bytes(config) / GIB
+        left = memory_room(config, facts, text_config) / GIB - (engine.kv_cache_gib or 0.0)
         engine.dequantize = dense <= left
         reason = f"takes {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
     return [Derivation(key="engine.dequantize", value=engine.dequantize, reason=reason)]
@@ -155,15 +161,35 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
         return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
     shape = LayerShape.from_config(text_config)
     tokens = config.training.tokens_per_microbatch or 1
-    item = 2 if config.model.dtype == "bfloat16" else 4
-    is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
-    base = base_bytes(shape, text_config, item, quantization=config.model.quantization)
-    reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB + backward_bytes(shape, tokens, item)
-    available = int(0.95 * facts.memory_gib * GIB - base - reserved)
+    item = item_bytes(config)
+    available = memory_room(config, facts, text_config) - backward_bytes(shape, tokens, item)
     mode, number = choose_recompute(shape, tokens, item, available)
     needed = kept_bytes(shape, NONE, 0, tokens, item) / GIB
-    words = f"{tokens} tokens keep {needed:.1f} GiB of activations, {max(0, available) / GIB:.1f} GiB are left for them"
+    left = f"{max(0, available) / GIB:.1f} GiB of {facts.memory_words} are left for them"
+    words = f"{tokens} tokens keep {needed:.1f} GiB of activations, {left}"
     return mode, number, words
+
+
+def item_bytes(config: RunConfig) -> int:
+    """Of one number of activations, keys and values."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def memory_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> int:
+    """Bytes that a phase may take beside what is always there: base, what is trained with AdamW, vLLM's graphs.
+
+    Negative where those alone are above 90% of the memory. An adapter is counted on all linear layers; all weights, if
+    they are trained, with float32 masters.
+    """
+    shape = LayerShape.from_config(text_config)
+    is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
+    num_bases = 2 if is_vllm and config.engine.share is False else 1
+    base = num_bases * base_bytes(shape, text_config, item_bytes(config), quantization=config.model.quantization)
+    trained = config.lora.rank * shape.num_layers * shape.adapter_width
+    if config.training.parameters == "full":
+        trained = base_bytes(shape, text_config, 1, quantization="none")
+    reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB
+    return int(_SHARE * facts.memory_gib * GIB - base - _ADAMW_BYTES * trained - reserved)
 
 
 def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, quantization: str) -> int:

@@ -41,7 +41,7 @@ def write_run_plan(inputs: BaseInputs, parts: BaseParts, run_folder: Path) -> st
         if record is None:
             if not (isinstance(inputs, Inputs) and isinstance(parts, Parts)):
                 return ""
-            memory = device_memory(inputs.config.hardware.profile, parts.engine.released_bytes)
+            memory = device_memory(inputs.config.hardware, parts.engine.released_bytes)
             record = plan_record(formula_plan(inputs, parts, memory), inputs.config, memory, FORMULA)
         (run_folder / FILE_NAME).write_text(json.dumps(record, indent=1))
     except (ValueError, AttributeError, OSError) as error:  # no /proc, or layers that LayerShape does not describe

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rlbench.config.schema import HardwareConfig
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
@@ -52,13 +54,17 @@ class DeviceMemory(Protocol):
 class HostMemory:
     """Resident memory of this process; libraries and freed memory that the allocator keeps count.
 
+    Args:
+        cap_gib: hardware.memory_gib.
+
     Raises:
         ValueError: the system has no /proc that can be read and reset (Linux has).
     """
 
     name = "resident memory"
 
-    def __init__(self) -> None:
+    def __init__(self, cap_gib: float | None = None) -> None:
+        self._cap_gib = cap_gib
         try:
             self.restart_peak()
             self.held()
@@ -78,8 +84,8 @@ class HostMemory:
             trim(0)
 
     def limit(self) -> int:
-        """What is held now plus what the machine has available, at most the container's limit."""
-        available = self.held() + _field(_MEMINFO, "MemAvailable")
+        """What is held now plus what the machine has available, at most the container's limit and the cap."""
+        available = _capped(self.held() + _field(_MEMINFO, "MemAvailable"), self._cap_gib)
         try:
             text = (_CGROUP / "memory.max").read_text().strip()
         except OSError:
@@ -103,11 +109,13 @@ class CudaMemory:
     Args:
         released: bytes among them that are not backed by memory now, as `Engine.released_bytes` says. A peak leaves out
             what was given back from the last `restart_peak` on and still is.
+        cap_gib: hardware.memory_gib.
     """
 
     name = "device memory"
 
-    def __init__(self, released: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, released: Callable[[], int] = lambda: 0, cap_gib: float | None = None) -> None:
+        self._cap_gib = cap_gib
         self._released = released
         self._released_at_restart = 0
 
@@ -123,7 +131,7 @@ class CudaMemory:
         import torch
 
         free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - self._released()
+        return _capped(free + torch.cuda.memory_reserved() - self._released(), self._cap_gib)
 
     def restart_peak(self) -> None:
         import torch
@@ -156,13 +164,19 @@ def watch(memory: DeviceMemory) -> Iterator[Peak]:
         peak.num_bytes = memory.peak()
 
 
-def device_memory(profile: str, released: Callable[[], int] = lambda: 0) -> DeviceMemory:
+def device_memory(hardware: HardwareConfig, released: Callable[[], int] = lambda: 0) -> DeviceMemory:
     """
     Args:
-        profile: hardware.profile, cpu or gpu.
+        hardware: its profile is cpu or gpu.
         released: as in `CudaMemory`.
     """
-    return CudaMemory(released) if profile == "gpu" else HostMemory()
+    if hardware.profile == "gpu":
+        return CudaMemory(released, hardware.memory_gib)
+    return HostMemory(hardware.memory_gib)
+
+
+def _capped(num_bytes: int, cap_gib: float | None) -> int:
+    return num_bytes if cap_gib is None else min(num_bytes, int(cap_gib * 2**30))
 
 
 def _field(path: Path, name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rlbench.config.schema import HardwareConfig
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
 
 GIB = 2**30
@@ -16,23 +17,25 @@ class PhaseMemory:
 
     Args:
         memory: None where it cannot be measured: then there is nothing to report.
+        cap_gib: hardware.memory_gib, reported beside what was used.
 
     Example:
         with memory.phase("update"): ...
         memory.take()  # {"memory/update_gib": 3.1, "memory/peak_gib": 3.1}
     """
 
-    def __init__(self, memory: DeviceMemory | None) -> None:
+    def __init__(self, memory: DeviceMemory | None, cap_gib: float | None = None) -> None:
         self._memory = memory
+        self._cap = {} if memory is None or cap_gib is None else {"memory/cap_gib": cap_gib}
         self._highest: dict[str, int] = {}
         if memory is not None:
             memory.restart_peak()
 
     @classmethod
-    def of_profile(cls, profile: str, released: Callable[[], int] = lambda: 0) -> PhaseMemory:
+    def of_hardware(cls, hardware: HardwareConfig, released: Callable[[], int] = lambda: 0) -> PhaseMemory:
         """Arguments as of `device_memory`."""
         try:
-            return cls(device_memory(profile, released))
+            return cls(device_memory(hardware, released), hardware.memory_gib)
         except ValueError:
             return cls(None)
 
@@ -46,11 +49,11 @@ class PhaseMemory:
             self._count(name.replace(" ", "_"))
 
     def take(self) -> dict[str, float]:
-        """`memory/<phase>_gib` and `memory/peak_gib` since the last call; on CUDA also what the allocator reserved."""
+        """`memory/<phase>_gib`, `memory/peak_gib` since the last call, and the cap; on CUDA also what was reserved."""
         self._count(_PEAK)
         metrics = {f"memory/{name}_gib": value / GIB for name, value in self._highest.items()}
         self._highest = {}
-        return metrics
+        return metrics | self._cap
 
     def _count(self, name: str) -> None:
         if self._memory is None:

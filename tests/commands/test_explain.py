@@ -31,7 +31,7 @@ GPU = {"device": "cuda", "device_name": "a GPU", "memory_gib": 80.0}
 @pytest.fixture(autouse=True)
 def facts(monkeypatch):
     """Nothing is measured."""
-    monkeypatch.setattr(device, "hardware_facts", lambda profile: NO_GPU)
+    monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: NO_GPU)
 
 
 def by_key(*overrides: str) -> dict:
@@ -188,7 +188,7 @@ def test_what_cannot_run_here_is_shown_with_the_reason(capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "gpu" in shown.out and shown.err.startswith("error: hardware.profile is gpu, but torch sees no CUDA device")
 
-    monkeypatch.setattr(device, "hardware_facts", lambda profile: replace(NO_GPU, **GPU))
+    monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: replace(NO_GPU, **GPU))
     monkeypatch.setattr("rlbench.data.hub.hub_problem", lambda: "offline")
     found = by_key("model.path=nobody/nothing")
     assert found["hardware.profile"].value == "gpu" and found["engine.max_num_seqs"].value == 256
@@ -197,7 +197,7 @@ def test_what_cannot_run_here_is_shown_with_the_reason(capsys, monkeypatch):
 
 
 def test_on_a_gpu_recomputation_is_chosen_from_the_models_config_alone(monkeypatch, tiny_folder):
-    monkeypatch.setattr(device, "hardware_facts", lambda profile: replace(NO_GPU, **GPU))
+    monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: replace(NO_GPU, **GPU))
     recompute = by_key(f"model.path={tiny_folder}")["training.recompute"]
 
     assert recompute.value == "none" and recompute.reason.startswith("8192 tokens keep 0.0 GiB of activations, ")

@@ -78,3 +78,12 @@ def test_a_run_leaves_its_plan_and_the_memory_of_each_phase(tiny_overrides, tmp_
     assert step["memory/peak_gib"] >= max(step[f"memory/{phase}_gib"] for phase in phases) > 0.1
     assert record["plan"]["peak_gib"] == pytest.approx(step["memory/peak_gib"], rel=0.2)
     assert "Planned and actual" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_plan_above_the_cap_does_not_fit(tiny_overrides, tmp_path):
+    cap = ["hardware.memory_gib=0.25", "training.num_steps=1", "hydra.run.dir=plan"]
+    done = run("plan", *tiny_overrides, *cap, folder=tmp_path)
+
+    assert done.returncode == 7, done.stdout + done.stderr
+    record = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert record["plan"]["limit_gib"] == 0.25 and not record["fits"]

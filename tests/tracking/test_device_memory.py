@@ -93,3 +93,10 @@ def test_a_peak_leaves_out_what_was_given_back_all_the_time(cuda):
     memory.restart_peak()
     cuda.released = 20
     assert memory.peak() == 30
+
+
+def test_the_limit_is_at_most_the_cap(cuda):
+    cap_gib = 50 / 2**30
+    assert CudaMemory(lambda: 0, cap_gib).limit() == 50
+    assert CudaMemory(lambda: 0, 2 * cap_gib).limit() == 80
+    assert HostMemory(0.125).limit() == 2**27 < HostMemory().limit()

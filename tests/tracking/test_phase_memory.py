@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rlbench.config.schema import HardwareConfig
 from rlbench.tracking.phase_memory import GIB, PhaseMemory
 
 
@@ -62,7 +63,7 @@ def test_a_phase_that_fails_is_counted():
 
 def test_where_memory_cannot_be_measured_nothing_is_claimed(monkeypatch, tmp_path):
     monkeypatch.setattr("rlbench.tracking.device_memory._CLEAR_REFS", tmp_path / "none" / "clear_refs")
-    memory = PhaseMemory.of_profile("cpu")
+    memory = PhaseMemory.of_hardware(HardwareConfig(profile="cpu"))
     with memory.phase("update"):
         pass
 
@@ -70,7 +71,7 @@ def test_where_memory_cannot_be_measured_nothing_is_claimed(monkeypatch, tmp_pat
 
 
 def test_a_processs_own_memory_is_counted_by_phase():
-    memory = PhaseMemory.of_profile("cpu")
+    memory = PhaseMemory.of_hardware(HardwareConfig(profile="cpu"))
     with memory.phase("large"):
         np.ones(128 * 2**20, dtype=np.uint8)
     with memory.phase("small"):
@@ -79,3 +80,12 @@ def test_a_processs_own_memory_is_counted_by_phase():
 
     assert found["memory/large_gib"] - found["memory/small_gib"] == pytest.approx(1 / 8, abs=0.02)
     assert found["memory/peak_gib"] == found["memory/large_gib"]
+
+
+def test_a_cap_is_reported_beside_what_was_used():
+    memory = PhaseMemory.of_hardware(HardwareConfig(profile="cpu", memory_gib=2.5))
+    with memory.phase("update"):
+        pass
+
+    metrics = memory.take()
+    assert metrics["memory/cap_gib"] == 2.5 and 0 < metrics["memory/update_gib"] < 2.5

@@ -1,0 +1,157 @@
+"""Sizes of the gpu profile made smaller where the card's memory, or hardware.memory_gib, does not hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlbench.config.derive import Derivation, HardwareFacts
+from rlbench.config.schema import RunConfig
+from rlbench.models.memory import (
+    GIB,
+    LayerShape,
+    backward_bytes,
+    base_bytes,
+    item_bytes,
+    kept_bytes,
+    memory_room,
+)
+from rlbench.models.names import FULL, PATCHED_FAMILIES
+
+_LEAST_TOKENS = 1024  # of a microbatch
+_LEAST_SEQS = 8  # decoded together
+_KV = "engine.kv_cache_gib"
+_SEQS = "engine.max_num_seqs"
+_TOKENS = "training.tokens_per_microbatch"
+
+
+def fit_sizes(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """Lower what `derived` filled in, in place, until generation and training each take at most 90% of the memory.
+
+    What the user set stays. Base, what is trained with AdamW and vLLM's own memory are there in both phases.
+
+    Args:
+        config: with the values of `derived`.
+        text_config: of the model, from transformers; not read with hardware.profile=cpu.
+        derived: what `rlbench.config.derive.derive` returned.
+
+    Returns:
+        `derived`, with new values and reasons where they changed.
+
+    Raises:
+        ValueError: the base leaves too little room for the least sizes.
+    """
+    if config.hardware.profile == "cpu" or text_config.model_type not in PATCHED_FAMILIES:
+        return list(derived)
+    shape, room = LayerShape.from_config(text_config), memory_room(config, facts, text_config)
+    values = {}
+    is_open = {d.key for d in derived}
+    if _TOKENS in is_open:
+        values[_TOKENS] = _microbatch_tokens(config, facts, shape, text_config, room)
+    if config.stage == "rl" and config.engine.kind in ("vllm", "hf"):
+        token_bytes = kv_token_bytes(shape, config)
+        if _KV in is_open:
+            values[_KV] = _kv_cache_gib(config, facts, text_config, room, token_bytes)
+            config.engine.kv_cache_gib = values[_KV][0]
+        if _SEQS in is_open:
+            values[_SEQS] = _max_num_seqs(config, room, token_bytes)
+    return _replaced(config, derived, values)
+
+
+def trim_kv_cache(
+    config: RunConfig, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """Lower a derived engine.kv_cache_gib, in place, to what max_num_seqs sequences of `longest_tokens` can fill.
+
+    Args:
+        text_config: of the model, from transformers; not read with hardware.profile=cpu.
+        longest_tokens: of a prompt and a completion together.
+        derived: as of `fit_sizes`.
+
+    Returns:
+        As of `fit_sizes`.
+    """
+    if config.hardware.profile == "cpu" or _KV not in {d.key for d in derived}:
+        return list(derived)
+    seqs = config.engine.max_num_seqs or 1
+    # A block of 16 tokens is not shared out, and vLLM keeps one for itself; to the next 0.1 GiB.
+    num_tokens = 16 * (seqs * -(-longest_tokens // 16) + 1)
+    most = num_tokens * kv_token_bytes(LayerShape.from_config(text_config), config)
+    gib = -(-most * 10 // GIB) / 10
+    if gib >= (config.engine.kv_cache_gib or 0.0):
+        return list(derived)
+    return _replaced(config, derived, {_KV: (gib, f"{seqs} sequences of {longest_tokens} tokens fill no more")})
+
+
+def kv_token_bytes(shape: LayerShape, config: RunConfig) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * shape.num_layers * shape.key * item_bytes(config)
+
+
+def _microbatch_tokens(
+    config: RunConfig, facts: HardwareFacts, shape: LayerShape, text_config: Any, room: int
+) -> tuple[int, str] | None:
+    """The most tokens that fit with all layers recomputed; None: the profile's own."""
+    wanted, item = config.training.tokens_per_microbatch or 1, item_bytes(config)
+    least = max(_LEAST_TOKENS, 2 * config.sampling.max_tokens) if config.stage == "rl" else _LEAST_TOKENS
+    tokens = wanted
+    while tokens >= min(least, wanted):
+        needed = kept_bytes(shape, FULL, shape.num_layers, tokens, item) + backward_bytes(shape, tokens, item)
+        if needed <= room:
+            reason = f"gpu profile: {wanted} tokens do not fit in the {room / GIB:.1f} GiB beside the base"
+            return None if tokens == wanted else (tokens, f"{reason}, of {facts.memory_words}")
+        tokens //= 2
+    raise ValueError(_no_room(config, facts, text_config, f"{min(least, wanted)} tokens of training", needed, room))
+
+
+def _kv_cache_gib(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, room: int, token_bytes: int
+) -> tuple[float, str]:
+    wanted = config.engine.kv_cache_gib or 0.0
+    least = _LEAST_SEQS * config.sampling.max_tokens * token_bytes
+    gib = min(wanted, int(10 * room / GIB) / 10)
+    if gib * GIB < least:
+        what = f"keys and values of {_LEAST_SEQS} sequences of sampling.max_tokens"
+        raise ValueError(_no_room(config, facts, text_config, what, least, room))
+    if gib == wanted:
+        return gib, f"40% of {facts.memory_words}; given back while training"
+    return gib, f"what is left beside the base, up to 90% of {facts.memory_words}; given back while training"
+
+
+def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, str] | None:
+    wanted = config.engine.max_num_seqs or 1
+    cache = config.engine.kv_cache_gib * GIB if config.engine.kind == "vllm" and config.engine.kv_cache_gib else room
+    fitting = int(cache // (token_bytes * config.sampling.max_tokens))
+    seqs = wanted
+    while seqs > fitting and seqs > _LEAST_SEQS:
+        seqs //= 2
+    reason = f"keys and values of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
+    return None if seqs == wanted else (seqs, reason)
+
+
+def _no_room(config: RunConfig, facts: HardwareFacts, text_config: Any, what: str, needed: int, room: int) -> str:
+    shape, kind = LayerShape.from_config(text_config), config.model.quantization
+    base = base_bytes(shape, text_config, item_bytes(config), quantization=kind) / GIB
+    expected = "a smaller model.path" if kind == "nf4" else "model.quantization=nf4 or a smaller model.path"
+    if config.training.parameters == "full":
+        expected = "training.parameters=lora or a smaller model.path"
+    return (
+        f"model.path does not fit: its base takes {base:.1f} GiB (model.quantization={kind}), which leaves "
+        f"{max(0, room) / GIB:.1f} GiB of {facts.memory_words}, and {what} need {needed / GIB:.1f}; expected {expected}"
+    )
+
+
+def _replaced(
+    config: RunConfig, derived: Sequence[Derivation], values: dict[str, tuple[Any, str] | None]
+) -> list[Derivation]:
+    found = list(derived)
+    for index, derivation in enumerate(found):
+        chosen = values.get(derivation.key)
+        if chosen is not None:
+            section, name = derivation.key.split(".")
+            setattr(getattr(config, section), name, chosen[0])
+            found[index] = replace(derivation, value=chosen[0], reason=chosen[1])
+    return found

@@ -1,0 +1,161 @@
+"""What the gpu profile becomes on small and large cards, for models whose sizes are written out here."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlbench.config.derive import Derivation, HardwareFacts, derive
+from rlbench.config.schema import EngineConfig, RunConfig
+from rlbench.models.fit import fit_sizes, trim_kv_cache
+from rlbench.models.memory import derive_dequantize, derive_recompute
+
+GIB = 2**30
+
+
+def text_config(model_type, hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied):
+    return SimpleNamespace(
+        model_type=model_type, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+MODELS = {
+    "SmolLM2-135M": text_config("llama", 576, 1536, 30, 9, 3, 64, 49152, True),
+    "Qwen2.5-0.5B": text_config("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "Qwen2.5-1.5B": text_config("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "Qwen3-4B": text_config("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Llama-3.1-8B": text_config("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
+}
+# GiB of the base: published parameter counts times 2 bytes; NF4: matrices at 0.516 bytes, tables at 2.
+BASE_GIB = {
+    ("Qwen2.5-0.5B", "none"): 0.92, ("Qwen2.5-0.5B", "nf4"): 0.43,
+    ("Qwen2.5-1.5B", "none"): 2.88, ("Qwen2.5-1.5B", "nf4"): 1.06,
+    ("Qwen3-4B", "none"): 7.49, ("Qwen3-4B", "nf4"): 2.47,
+    ("Llama-3.1-8B", "none"): 14.96, ("Llama-3.1-8B", "nf4"): 5.31,
+}  # fmt: skip
+KV_BYTES = {"Qwen2.5-0.5B": 12_288, "Qwen2.5-1.5B": 28_672, "Qwen3-4B": 147_456, "Llama-3.1-8B": 131_072}  # a token
+DENSE_GIB = {"Qwen2.5-0.5B": 0.67, "Qwen2.5-1.5B": 2.44, "Qwen3-4B": 6.77, "Llama-3.1-8B": 13.0}
+# Numbers that a layer keeps of a token: its input; with the MLP recomputed; everything.
+KEPT = {
+    "Qwen2.5-0.5B": (896, 3_840, 15_360), "Qwen2.5-1.5B": (1_536, 6_656, 27_648),
+    "Qwen3-4B": (2_560, 15_360, 45_056), "Llama-3.1-8B": (4_096, 18_432, 55_296),
+}  # fmt: skip
+
+
+def facts_of(memory_gib, uncapped_gib=None):
+    return HardwareFacts(
+        device="cuda", device_name="a GPU", num_cores=8, memory_gib=memory_gib, uncapped_gib=uncapped_gib,
+        matmul_gflops={"bfloat16": 1e5, "float32": 1e4}, vllm_problem="",
+    )  # fmt: skip
+
+
+def derived(name, memory_gib, config, longest=None, uncapped_gib=None) -> dict[str, Derivation]:
+    facts, shape = facts_of(memory_gib, uncapped_gib), MODELS[name]
+    found = fit_sizes(config, facts, shape, derive(config, facts))
+    found += derive_recompute(config, facts, shape)
+    if longest is not None:
+        found = trim_kv_cache(config, shape, longest, found)
+    found += derive_dequantize(config, facts, shape)
+    return {d.key: d for d in found}
+
+
+def config_of(quantization="none", max_tokens=1024) -> RunConfig:
+    config = RunConfig()
+    config.model.quantization, config.sampling.max_tokens = quantization, max_tokens
+    return config
+
+
+def generation_gib(name, config) -> float:
+    dense = DENSE_GIB[name] if config.engine.dequantize else 0.0
+    return BASE_GIB[name, config.model.quantization] + config.engine.kv_cache_gib + dense + 1.5  # graphs
+
+
+def training_gib(name, config) -> float:
+    shape, tokens = MODELS[name], config.training.tokens_per_microbatch
+    full, mlp, everything = KEPT[name]
+    recomputed = config.training.recompute_layers or 0
+    each = {"full": full, "mlp": mlp, "none": everything}[config.training.recompute]
+    layers = recomputed * each + (shape.num_hidden_layers - recomputed) * everything
+    layers += everything if recomputed else 0
+    backward = tokens * (shape.intermediate_size + 4 * shape.hidden_size)
+    backward += 2 * shape.intermediate_size * shape.hidden_size
+    return BASE_GIB[name, config.model.quantization] + 2 * (tokens * layers + backward) / GIB + 1.5  # graphs
+
+
+@pytest.mark.parametrize("memory_gib", [16, 24, 48, 80, 141])
+@pytest.mark.parametrize(("name", "quantization"), list(BASE_GIB))
+def test_both_phases_take_at_most_90_percent_of_the_card(name, quantization, memory_gib):
+    config = config_of(quantization)
+    if (name, quantization, memory_gib) == ("Llama-3.1-8B", "none", 16):
+        with pytest.raises(ValueError, match="its base takes 15.0 GiB .* expected model.quantization=nf4 or a smaller"):
+            derived(name, memory_gib, config)
+        return
+
+    derived(name, memory_gib, config, longest=1536)
+
+    assert generation_gib(name, config) <= 0.9 * memory_gib
+    assert training_gib(name, config) <= 0.9 * memory_gib
+    seqs, cache, tokens = config.engine.max_num_seqs, config.engine.kv_cache_gib, config.training.tokens_per_microbatch
+    assert seqs and cache and tokens and seqs >= 8 and tokens >= 2048
+    assert seqs * 1024 * KV_BYTES[name] <= cache * GIB
+
+
+def test_a_large_card_keeps_the_profiles_sizes():
+    config = config_of()
+    derived("Qwen2.5-1.5B", 80.0, config)
+
+    sizes = (config.training.tokens_per_microbatch, config.engine.max_num_seqs, config.engine.kv_cache_gib)
+    assert sizes == (8192, 256, 32.0) and config.training.recompute == "none"
+
+
+def test_what_is_lowered_has_its_reason():
+    config = config_of()
+    found = derived("Llama-3.1-8B", 22.5, config, uncapped_gib=79.0)
+
+    # 0.9 of 22.5, less 14.96 of the base, 0.63 of adapter and moments, 3 of reserves: 1.66
+    words = "hardware.memory_gib=22.5 (79.0 GiB are free)"
+    cache, seqs, tokens = (found[k] for k in ("engine.kv_cache_gib", "engine.max_num_seqs",
+                                              "training.tokens_per_microbatch"))  # fmt: skip
+    assert cache.value == config.engine.kv_cache_gib == pytest.approx(1.6)
+    assert cache.reason.startswith("what is left beside the base") and words in cache.reason
+    assert (seqs.value, seqs.reason) == (8, "keys and values of 1.6 GiB hold 12 completions of sampling.max_tokens")
+    assert tokens.value == config.training.tokens_per_microbatch == 2048
+    assert "8192 tokens do not fit in the 1.7 GiB beside the base" in tokens.reason and words in tokens.reason
+    assert words in found["hardware.profile"].reason and words in found["training.recompute"].reason
+
+
+def test_what_the_user_set_stays():
+    config = config_of()
+    config.training.tokens_per_microbatch = 8192
+    config.engine = EngineConfig(kv_cache_gib=9.0, max_num_seqs=128)
+    found = derived("Llama-3.1-8B", 22.5, config, longest=1536)
+
+    assert (config.engine.kv_cache_gib, config.engine.max_num_seqs) == (9.0, 128)
+    assert config.training.tokens_per_microbatch == 8192
+    assert not {"engine.kv_cache_gib", "engine.max_num_seqs", "training.tokens_per_microbatch"} & found.keys()
+
+
+def test_the_kv_cache_is_not_larger_than_the_sequences_can_fill():
+    config = config_of(max_tokens=64)
+    found = derived("SmolLM2-135M", 139.0, config, longest=250)["engine.kv_cache_gib"]
+
+    # 256 sequences of 16 blocks and one block more, of 16 tokens of 2 x 30 x 192 numbers of 2 bytes: 1.41 GiB
+    assert found.value == config.engine.kv_cache_gib == 1.5
+    assert found.reason == "256 sequences of 250 tokens fill no more"
+
+
+@pytest.mark.parametrize(("quantization", "expected"), [("none", "model.quantization=nf4"), ("nf4", "a smaller model")])
+def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, expected):
+    with pytest.raises(ValueError, match=f"hardware.memory_gib=8 .* expected {expected}"):
+        derived("Llama-3.1-8B", 8.0, config_of(quantization), uncapped_gib=79.0)
+
+
+def test_a_cpu_and_a_family_without_a_prediction_keep_their_sizes():
+    config = config_of()
+    facts = facts_of(8.0)
+    before = derive(config, facts)
+    assert fit_sizes(config, facts, SimpleNamespace(model_type="other"), before) == before
+
+    config.hardware.profile = "cpu"
+    assert fit_sizes(config, facts, None, before) == trim_kv_cache(config, None, 10, before) == before
