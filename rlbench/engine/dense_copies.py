@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlbench.models.shared_base import EngineWeight
 from rlbench_kernels import Nf4Weight, dequantize_nf4
 
+DEQUANTIZE = "rlbench_dequantize"  # of vLLM's additional_config, and so of the key of what it compiled
 _COPY = "rlbench_dense"  # buffer of a layer
 
 

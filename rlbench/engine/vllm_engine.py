@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlbench.config.vllm_version import check_vllm_version
+from rlbench.engine.dense_copies import DEQUANTIZE
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
 from rlbench.engine.vllm_checks import check_fp8, check_model, slot_rank
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
@@ -141,7 +142,7 @@ class VllmEngine:
                 "cudagraph_capture_sizes": _graph_sizes(max_num_seqs),
                 "cudagraph_specialize_lora": False,  # all but the checks' batches have the adapter
             }
-            options["additional_config"] = {"rlbench_dequantize": dequantize}
+            options["additional_config"] = {DEQUANTIZE: dequantize}
         if quantization != "none":
             options["quantization"] = _QUANTIZATIONS[quantization]
         with clean_start():

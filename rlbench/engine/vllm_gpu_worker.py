@@ -14,11 +14,9 @@ import torch
 from vllm.device_allocator import get_mem_allocator_instance  # pyright: ignore[reportMissingImports]
 from vllm.v1.worker.gpu_worker import Worker  # pyright: ignore[reportMissingImports]
 
-from rlbench.engine.dense_copies import DenseCopies
+from rlbench.engine.dense_copies import DEQUANTIZE, DenseCopies
 from rlbench.engine.vllm_worker import AdapterWorker, nf4_layers
 from rlbench.models.device_cap import exclude_released
-
-DEQUANTIZE = "rlbench_dequantize"  # of additional_config, and so of the key of what vLLM compiled
 
 
 class SharedBaseWorker(AdapterWorker, Worker):
