@@ -25,11 +25,12 @@ def _drop_quarter(rows, out, column, size, bits, p, scale, ADD: tl.constexpr):
     tl.store(out + column, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _drop(
-    rows, out, size, stride, out_stride, p, scale, seed, COLUMNS: tl.constexpr, QUARTER: tl.constexpr,
+    rows, out, size, stride, out_stride, p, scale, seed_low, seed_high, COLUMNS: tl.constexpr, QUARTER: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
+    seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     row, block = tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS
     place = tl.arange(0, QUARTER)
     zeros = tl.zeros([QUARTER], tl.int32)
@@ -53,7 +54,13 @@ def launch_drop(rows: Tensor, p: float, seed: int, add_to: Tensor | None) -> Ten
     columns = triton.cdiv(size, 4 * _QUARTER)
     with torch.cuda.device_of(out):
         _drop[(num_rows * columns,)](
-            rows, out, size, rows.stride(0), out.stride(0), p, 1 / (1 - p), seed, COLUMNS=columns, QUARTER=_QUARTER,
-            ADD=add_to is not None,
+            rows, out, size, rows.stride(0), out.stride(0), p, 1 / (1 - p), *_words(seed), COLUMNS=columns,
+            QUARTER=_QUARTER, ADD=add_to is not None,
         )  # fmt: skip
     return out
+
+
+def _words(seed: int) -> tuple[int, int]:
+    """Low and high word as signed 32-bit numbers: an argument of 64 bits would be another kernel for small seeds."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return low - (1 << 32) if low >= 1 << 31 else low, high
