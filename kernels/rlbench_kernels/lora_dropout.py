@@ -69,9 +69,14 @@ def drop(rows: Tensor, dropout: LoraDropout | None, *, add_to: Tensor | None = N
 
 
 def keep_mask(shape: torch.Size, dropout: LoraDropout, device: torch.device) -> Tensor:
-    """bool of `shape`, True where a number is kept: the reference's mask."""
+    """bool of `shape`, True where a number is kept: the reference's mask, p rounded to 1 / 65536.
+
+    16 random bits a number: on a CPU a quarter of the time of `bernoulli_` (4 ms against 17 for 3 M numbers, 1 thread).
+    """
     generator = torch.Generator(device).manual_seed(dropout.seed)
-    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout.p, generator=generator)
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: shape.numel()].view(shape) >= round(dropout.p * 65536) - 32768
 
 
 class _SeededDropout(torch.autograd.Function):
