@@ -87,6 +87,7 @@ def test_a_run_with_dropout_continues_bit_for_bit(finished, overrides, tmp_path)
     arguments = [*overrides, "lora.dropout=0.3", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
     whole = run(*arguments, "hydra.run.dir=run", folder=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "dropout 0.3" in whole.stdout
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for step in (12, 16):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{step:06d}")

@@ -8,13 +8,15 @@ from peft import PeftModel
 from torch import nn
 
 from rlbench.config.schema import LoraConfig, TrainingConfig
-from rlbench.data.packing import pack
+from rlbench.data.packing import pack, with_next_token
 from rlbench.data.supervised import given_sample
 from rlbench.models.base import load_base
 from rlbench.models.lora import lora_layers, unfuse_lora
 from rlbench.models.lora_dropout import SeededDropout, TrainingForward, forward_of
 from rlbench.models.patch import patch_model
 from rlbench.models.policy import Policy
+from rlbench.models.reward_model import RewardModel
+from rlbench.models.value_head import Critic
 from rlbench.training.sft_step import held_out_loss
 from rlbench.training.step import policy_logprobs, reference_logprobs
 from tests.models.random_base import random_base
@@ -166,6 +168,24 @@ def test_a_rehearsal_drops_what_the_forwards_after_it_drop():
 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not torch.equal(before[0], before[1]) and not torch.equal(clean, before[0])
+
+
+def test_a_reward_model_and_a_critic_drop_in_their_updates_alone():
+    base = random_base("llama")
+    samples = [with_next_token(sample) for sample in SAMPLES]
+    (microbatch,) = pack(samples, tokens_per_microbatch=1000, device="cpu")
+    found = []
+    for dropout in (P, 0.0):
+        config = LoraConfig(rank=4, alpha=8, dropout=dropout)
+        model, critic = RewardModel(base, config, seed=0), Critic(base, config, seed=0)
+        for each in (model.model, model.head, critic._backbone.model, critic.head):
+            randomise(each)
+        with torch.no_grad():
+            evaluated = [model.scores(microbatch), critic.values(microbatch)]
+        found.append((evaluated, [model.scores(microbatch), critic.values(microbatch)]))
+    (evaluated, updated), (expected, _) = found
+    for a, b, c in zip(evaluated, expected, updated, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_the_saved_adapter_tells_its_dropout_and_peft_loads_it(tiny_base, tiny_folder, tmp_path):
