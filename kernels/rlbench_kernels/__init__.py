@@ -6,6 +6,7 @@ from rlbench_kernels.linear_logprobs import linear_logprobs, linear_token_loss
 from rlbench_kernels.linear_logprobs_sparse import SparseGradient, SparseStats
 from rlbench_kernels.linear_logprobs_support import support_thresholds
 from rlbench_kernels.logprobs import logprobs
+from rlbench_kernels.lora_dropout import LoraDropout, seeded_dropout
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
 from rlbench_kernels.lora_matmuls import Adapters
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
@@ -18,6 +19,7 @@ __all__ = [
     "Adapters",
     "Fp8Weight",
     "Lora",
+    "LoraDropout",
     "Nf4Weight",
     "SharedPromptLayout",
     "SparseGradient",
@@ -38,6 +40,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_nf4",
     "rms_norm",
+    "seeded_dropout",
     "support_thresholds",
     "swiglu",
 ]

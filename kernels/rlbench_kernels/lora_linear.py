@@ -5,6 +5,10 @@ saved for the backward pass are the input, the MLP's gate and up, and the low-ra
 second forward pass whose gradients alone are wanted (activation recomputation): what only the results need is left out,
 and they hold anything.
 
+Dropout acts on the input of A alone, as in PEFT: y = x W^T + (drop(x) A^T) (scaling B)^T. Each projection has a mask of
+its own, those of one input too, for PEFT has a nn.Dropout a linear layer. A mask is drawn again from its seed in the
+backward pass, so that nothing of its size is saved.
+
 Shapes: N tokens, D in features, O out features, I intermediate features, R LoRA rank.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
 """
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlbench_kernels.lora_dropout import LoraDropout, check_dropout
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import (
     FORMS,
@@ -29,8 +34,11 @@ from rlbench_kernels.lora_matmuls import (
     cast_adapters,
     input_gradient,
     low_gradient,
+    low_products,
     project,
 )
+
+Dropouts = Sequence[LoraDropout | None] | None  # one a projection
 
 
 class Lora(NamedTuple):
@@ -43,9 +51,9 @@ class Lora(NamedTuple):
 
 def lora_linear(
     x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None = None,
-    *, form: str = "auto", cast: Adapters | None = None,
+    *, dropout: LoraDropout | None = None, form: str = "auto", cast: Adapters | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + bias + (x A^T) (scaling B)^T with W and bias frozen.
+    """y = x W^T + bias + (drop(x) A^T) (scaling B)^T with W and bias frozen.
 
     Args:
         x: [..., D].
@@ -53,6 +61,7 @@ def lora_linear(
         lora_a, lora_b: [R, D] and [O, R], any floating dtype; their gradients have it too.
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
+        dropout: see above; None, or p = 0: drop(x) = x.
         form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate" on a GPU, "two_pass" on a CPU.
         cast: the adapter as `cast_adapters` would cast it; None has it done here.
 
@@ -60,14 +69,14 @@ def lora_linear(
         [..., O] in x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a base that asks for a gradient.
+        ValueError: shapes or dtypes that do not fit, a base that asks for a gradient, or a dropout out of range.
     """
-    return lora_qkv(x, [base], [Lora(lora_a, lora_b, scaling)], [bias], form=form, cast=cast)[0]
+    return lora_qkv(x, [base], [Lora(lora_a, lora_b, scaling)], [bias], dropouts=[dropout], form=form, cast=cast)[0]
 
 
 def lora_qkv(
     x: Tensor, bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None] | None = None,
-    *, form: str = "auto", values: bool = True, cast: Adapters | None = None,
+    *, dropouts: Dropouts = None, form: str = "auto", values: bool = True, cast: Adapters | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Projections of one input, each as `lora_linear`, in one autograd function; None is a layer without adapter.
 
@@ -75,7 +84,7 @@ def lora_qkv(
 
     Args:
         x: [..., D].
-        bases, loras, biases: one a projection; as in `lora_linear`.
+        bases, loras, biases, dropouts: one a projection; as in `lora_linear`. Without adapter there is no dropout.
         values: False leaves the large matmuls out; see above.
         cast: as in `lora_linear`, of all projections.
 
@@ -87,14 +96,14 @@ def lora_qkv(
     """
     biases = [None] * len(bases) if biases is None else biases
     _check(x, bases, loras, biases)
-    frozen = _projections(bases, loras, biases, form, has_room=False)
+    frozen = _projections(bases, loras, biases, _applied(dropouts, loras), form, has_room=False)
     results = _LoraProjections.apply(x.reshape(-1, x.shape[-1]), frozen, (values, cast), *_tensors(loras))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)  # pyright: ignore[reportOptionalIterable]
 
 
 def lora_mlp(
     x: Tensor, gate: Base, up: Base, down: Base, loras: Sequence[Lora | None], activation: str = "silu",
-    *, form: str = "auto", values: bool = True, overwrite: bool = False,
+    *, dropouts: Dropouts = None, form: str = "auto", values: bool = True, overwrite: bool = False,
     casts: tuple[Adapters | None, Adapters | None] = (None, None),
 ) -> Tensor:  # fmt: skip
     """y = down(act(gate(x)) * up(x)), each projection as `lora_linear`, in one autograd function.
@@ -104,7 +113,7 @@ def lora_mlp(
     Args:
         x: [..., D].
         gate, up: [I, D]. down: [O, I].
-        loras: of gate, up and down; None is a layer without adapter.
+        loras, dropouts: of gate, up and down; as in `lora_qkv`.
         activation: "silu" or "gelu_tanh".
         form: as in `lora_linear`; on a GPU "auto" takes "extended" where all of gate and up, or down, are
             quantised.
@@ -128,8 +137,9 @@ def lora_mlp(
         raise ValueError(f"gate and up have {gate.shape[0]} and {up.shape[0]} rows, expected the same number")
     _check(x, [gate, up], loras[:2], [None, None])
     _check(x, [down], loras[2:], [None], depth=gate.shape[0])
-    inner = _projections([gate, up], loras[:2], [None, None], form, has_room=True)
-    outer = _projections([down], loras[2:], [None], form, has_room=True)
+    applied = _applied(dropouts, loras)
+    inner = _projections([gate, up], loras[:2], [None, None], applied[:2], form, has_room=True)
+    outer = _projections([down], loras[2:], [None], applied[2:], form, has_room=True)
     options = (activation, values, overwrite, casts)
     y = _LoraMlp.apply(x.reshape(-1, x.shape[-1]), inner, outer, options, *_tensors(loras))
     return y.view(*x.shape[:-1], y.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
@@ -145,7 +155,8 @@ class _LoraProjections(torch.autograd.Function):
         if values:
             results, low = project(rows, adapters, frozen)
         else:
-            results, low = [rows.new_empty((len(rows), size)) for size in frozen.sizes], rows @ adapters.a.T
+            results = [rows.new_empty((len(rows), size)) for size in frozen.sizes]
+            low = low_products(rows, adapters, frozen.dropouts)
         ctx.save_for_backward(rows, low, adapters.a, *adapters.b)
         ctx.frozen, ctx.dtypes = frozen, _dtypes(tensors)
         ctx.set_materialize_grads(False)
@@ -209,7 +220,7 @@ class _LoraMlp(torch.autograd.Function):
         hidden = gate_gradients(both[:, :width], grad_hidden, ctx.activation, out=room[:, :width])
         grads = room[:, :width].split(inner.sizes, 1)
         if last_low is None:
-            last_low = hidden @ last.a.T
+            last_low = low_products(hidden, last, outer.dropouts)
         last_gradients = _adapter_gradients(
             [grad], last_low_grad, hidden, last_low, last, outer, ctx.dtypes[2:], wanted[8:]
         )
@@ -226,7 +237,7 @@ def _adapter_gradients(
     frozen: Projections, dtypes: Sequence[torch.dtype], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """(dA_1, dB_1, dA_2, dB_2, ..), None where not wanted."""
-    grads_a = a_gradients(low_grad, rows, adapters, dtypes) if any(wanted[::2]) else []
+    grads_a = a_gradients(low_grad, rows, adapters, frozen.dropouts, dtypes) if any(wanted[::2]) else []
     gradients: list[Tensor | None] = []
     for i, (grad, columns) in enumerate(zip(grads, adapters.columns, strict=True)):
         grad_a = grad_b = None
@@ -239,8 +250,9 @@ def _adapter_gradients(
 
 
 def _projections(
-    bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None], form: str, *, has_room: bool
-) -> Projections:
+    bases: Sequence[Base], loras: Sequence[Lora | None], biases: Sequence[Tensor | None],
+    dropouts: tuple[LoraDropout | None, ...], form: str, *, has_room: bool,
+) -> Projections:  # fmt: skip
     """The frozen part; "auto" decided. `has_room`: the buffers of "extended" cost no copies of activations."""
     if form not in (*FORMS, "auto"):
         raise ValueError(f"form {form!r}: expected one of auto, {', '.join(FORMS)}")
@@ -249,7 +261,20 @@ def _projections(
         form = "extended" if is_quantised and has_room and any(loras) else "accumulate"
         form = "two_pass" if bases[0].device.type == "cpu" else form
     scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
-    return Projections(tuple(bases), tuple(biases), scalings, form)
+    return Projections(tuple(bases), tuple(biases), scalings, dropouts, form)
+
+
+def _applied(dropouts: Dropouts, loras: Sequence[Lora | None]) -> tuple[LoraDropout | None, ...]:
+    """Those that drop something."""
+    if dropouts is None:
+        return (None,) * len(loras)
+    if len(dropouts) != len(loras):
+        raise ValueError(f"{len(dropouts)} dropouts, {len(loras)} loras: expected the same number")
+    for i, dropout in enumerate(dropouts):
+        if dropout is not None:
+            check_dropout(dropout, f"dropout {i}")
+    pairs = zip(dropouts, loras, strict=True)
+    return tuple(dropout if dropout and dropout.p and lora else None for dropout, lora in pairs)
 
 
 def _tensors(loras: Sequence[Lora | None]) -> list[Tensor | None]:

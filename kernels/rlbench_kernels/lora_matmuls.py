@@ -10,6 +10,9 @@ stacked A. Three forms of the rest, with the same meaning:
 
 Backward alike: "extended" is [dy_1 | dy_2 .. | dlow] [W_1; W_2; ..; A].
 
+With dropout low_i is drop_i(x) A_i^T, a mask a projection as in PEFT, so that there is a matmul for each; backward, the
+part of the gradient through A_i is dropped alike and added to that through the W_i, whatever the form.
+
 Shapes: N tokens, D in features, O_i out features, R_i ranks, O and R their sums over the projections.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlbench_kernels.fp8 import Fp8Weight, dequantize_fp8
+from rlbench_kernels.lora_dropout import LoraDropout, drop
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4
 
 Base = Tensor | Nf4Weight | Fp8Weight
@@ -36,6 +40,7 @@ class Projections:
     bases: tuple[Base, ...]  # each [O_i, D]
     biases: tuple[Tensor | None, ...]  # each [O_i]
     scalings: tuple[float, ...]
+    dropouts: tuple[LoraDropout | None, ...]  # of the input of A_i
     form: str
 
     @property
@@ -88,7 +93,7 @@ def project(
         out: [N, O] to write y_1, y_2, .. side by side into, or None for new tensors.
         room: a buffer [N, D + width] whose first columns are `rows`, or None. "extended" fills the others.
     """
-    low = rows @ adapters.a.T
+    low = low_products(rows, adapters, frozen.dropouts)
     if frozen.form == "extended":
         if room is None:
             room = _with_room(rows, adapters.width)
@@ -108,6 +113,17 @@ def project(
             y.addmm_(left, right)
         results.append(y)
     return results, low
+
+
+def low_products(rows: Tensor, adapters: Adapters, dropouts: Sequence[LoraDropout | None]) -> Tensor:
+    """low [N, R] = drop_i(rows) A_i^T, side by side."""
+    if not any(dropouts):
+        return rows @ adapters.a.T
+    low = rows.new_empty((len(rows), len(adapters.a)))
+    for b, columns, dropout in zip(adapters.b, adapters.columns, dropouts, strict=True):
+        if b is not None:
+            torch.mm(drop(rows, dropout), adapters.a[columns].T, out=low[:, columns])
+    return low
 
 
 def low_gradient(grads: Sequence[Tensor | None], adapters: Adapters, out: Tensor | None = None) -> Tensor:
@@ -134,27 +150,56 @@ def input_gradient(
     Args:
         room: a buffer [N, O + width] that holds all of dy, d low and zeros, for "extended"; None has it made.
     """
+    if any(frozen.dropouts):
+        return _dropped_input_gradient(grads, low_grad, adapters, frozen)
     if frozen.form == "extended":
         if room is None:
             room = _stacked_gradients(grads, low_grad, adapters, frozen)
         return room @ _stacked_weight(low_grad, adapters, frozen)
-    factors = [(grad, base) for grad, base in zip(grads, frozen.bases, strict=True) if grad is not None]
-    result: Tensor | None = None
-    if frozen.form == "accumulate" and len(adapters.a):
-        result = low_grad @ adapters.a
-    for grad, base in factors:
-        dense = _dense(base, grad)
-        result = grad @ dense if result is None else result.addmm_(grad, dense)
-    assert result is not None
-    if frozen.form == "two_pass" and len(adapters.a):
+    has_low = len(adapters.a) > 0
+    start = low_grad @ adapters.a if frozen.form == "accumulate" and has_low else None
+    result = _through_bases(grads, frozen.bases, start)
+    if frozen.form == "two_pass" and has_low:
         result.addmm_(low_grad, adapters.a)
     return result
 
 
-def a_gradients(low_grad: Tensor, rows: Tensor, adapters: Adapters, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """d A_i [R_i, D] = (d low)^T rows in one matmul; an empty tensor for a projection without adapter."""
-    stacked = _mm_in(low_grad.T, rows, torch.promote_types(rows.dtype, torch.float32))
-    return [stacked[columns].to(dtype) for columns, dtype in zip(adapters.columns, dtypes, strict=True)]
+def _dropped_input_gradient(
+    grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections
+) -> Tensor:
+    result = _through_bases(grads, frozen.bases, None)
+    for grad, columns, dropout in zip(grads, adapters.columns, frozen.dropouts, strict=True):
+        if grad is not None and columns.start < columns.stop:
+            drop(low_grad[:, columns] @ adapters.a[columns], dropout, add_to=result)
+    return result
+
+
+def _through_bases(grads: Sequence[Tensor | None], bases: Sequence[Base], result: Tensor | None) -> Tensor:
+    """[N, D]: the sum of dy_i W_i, added to `result` if there is one."""
+    for grad, base in zip(grads, bases, strict=True):
+        if grad is not None:
+            dense = _dense(base, grad)
+            result = grad @ dense if result is None else result.addmm_(grad, dense)
+    assert result is not None
+    return result
+
+
+def a_gradients(
+    low_grad: Tensor, rows: Tensor, adapters: Adapters, dropouts: Sequence[LoraDropout | None],
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:  # fmt: skip
+    """d A_i [R_i, D] = (d low_i)^T drop_i(rows); an empty tensor for a projection without adapter.
+
+    Without dropout in one matmul.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    parts = zip(adapters.columns, dropouts, dtypes, strict=True)
+    if any(dropouts):
+        return [
+            _mm_in(low_grad[:, columns].T, drop(rows, dropout), wide).to(dtype) for columns, dropout, dtype in parts
+        ]
+    stacked = _mm_in(low_grad.T, rows, wide)
+    return [stacked[columns].to(dtype) for columns, _, dtype in parts]
 
 
 def b_gradient(grad: Tensor, low: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -98,8 +98,9 @@ def model_rows(inputs: BaseInputs) -> list[PlanRow]:
 
 
 def _lora_rows(lora: LoraConfig) -> list[PlanRow]:
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
     return [
-        PlanRow("Model", "lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}"),
+        PlanRow("Model", "lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}{dropout}"),
         PlanRow("Model", "lora.init_from", lora.init_from or "none: random A, zero B"),
     ]
 

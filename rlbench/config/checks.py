@@ -25,15 +25,16 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_range(
-    key: str, value: float | None, *, low: float | None = None, high: float | None = None, is_low_open: bool = False
-) -> None:
+    key: str, value: float | None, *, low: float | None = None, high: float | None = None,
+    is_low_open: bool = False, is_high_open: bool = False,
+) -> None:  # fmt: skip
     """None passes: it stands for a derived value."""
     if value is None:
         return
     if low is not None and (value < low or (is_low_open and value == low)):
         raise ValueError(f"{key} is {value}, expected {'more than' if is_low_open else 'at least'} {low}")
-    if high is not None and value > high:
-        raise ValueError(f"{key} is {value}, expected at most {high}")
+    if high is not None and (value > high or (is_high_open and value == high)):
+        raise ValueError(f"{key} is {value}, expected {'less than' if is_high_open else 'at most'} {high}")
     if value != value:
         raise ValueError(f"{key} is {value}, expected a number")
 

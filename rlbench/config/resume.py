@@ -22,7 +22,7 @@ _WARN = (
     "name",
 )
 
-_FIXED = {"training.parameters": "lora"}  # inside of _WARN, but the checkpoint depends on it; what older runs had
+_FIXED = {"training.parameters": "lora", "lora.dropout": 0.0}  # whatever _WARN says; what runs before the key had
 
 _OF_THIS_MACHINE = ("hardware.", "rewards.num_workers")
 

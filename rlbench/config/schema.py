@@ -58,11 +58,15 @@ class LoraConfig:
     alpha: float = 32.0  # the scale of B A is alpha / rank
     targets: str = "all-linear"  # or a comma-separated list: q_proj,v_proj
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    # share of each adapter's input that is set to 0 in training forwards alone, the rest scaled up; 0: off. stage=rl
+    # refuses it: ratios and drift compare the trainer's logprobs with the sampler's, which drops nothing
+    dropout: float = 0.0
     init_from: str | None = None  # folder of a finished run or of a PEFT adapter: training starts from its weights
 
     def __post_init__(self) -> None:
         check_range("lora.rank", self.rank, low=1)
         check_range("lora.alpha", self.alpha, low=0, is_low_open=True)
+        check_range("lora.dropout", self.dropout, low=0, high=1, is_high_open=True)
 
 
 @dataclass
@@ -415,6 +419,11 @@ class RunConfig:
             )
         check_support(self.algorithm, self.sampling)
         check_full_training(self)
+        if self.lora.dropout and self.stage == "rl" and not self.chain:
+            raise ValueError(
+                f"lora.dropout is {self.lora.dropout}, but stage is rl, where the trainer's logprobs must be those of "
+                "the policy that sampled; expected 0, or another stage"
+            )
         self._check_reward_deadlines()
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
         if buffer > limit:

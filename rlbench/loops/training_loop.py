@@ -116,6 +116,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         self._evaluate_if_due(num_steps)
         while self.step < num_steps and self.stop.signal_number is None:
             self._before, self._is_changed = self._checkpoint_state(), False
+            self.parts.policy.begin_step(self.step + 1)
             self._step(num_steps)
             self._before = None
             self._evaluate_if_due(num_steps)

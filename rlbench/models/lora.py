@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlbench.config.schema import LoraConfig
 from rlbench.models.adapter import Adapter
+from rlbench.models.lora_dropout import SeededDropout, current_dropout
 from rlbench.models.quantised_linear import frozen_weight
 from rlbench_kernels import lora_linear
 
@@ -36,7 +37,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (PEFT takes floats)
-        lora_dropout=0.0,
+        lora_dropout=config.dropout,
         target_modules=targets,
         use_rslora=config.rslora,
         bias="none",
@@ -48,6 +49,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMo
             peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
         except ValueError as error:
             raise ValueError(f"lora.targets={config.targets}: {error}") from error
+    if config.dropout:
+        for name, layer in lora_layers(peft_model):
+            layer.lora_dropout[_ADAPTER] = SeededDropout(config.dropout, name)
     fuse_lora(peft_model)
     return peft_model
 
@@ -84,7 +88,7 @@ def unfuse_lora(model: nn.Module) -> None:
 
 
 class FusedLoraLinear(PeftLinear):
-    """PEFT's linear layer with `lora_linear` as its forward. No dropout, one adapter, never merged."""
+    """PEFT's linear layer with `lora_linear` as its forward. One adapter, never merged."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base = self.get_base_layer()
@@ -92,4 +96,5 @@ class FusedLoraLinear(PeftLinear):
         if self.disable_adapters:
             return base(x)
         lora_a, lora_b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
-        return lora_linear(x, frozen_weight(base), lora_a, lora_b, self.scaling[_ADAPTER], base.bias)  # type: ignore[arg-type]
+        scaling, dropout = self.scaling[_ADAPTER], current_dropout(self, _ADAPTER)
+        return lora_linear(x, frozen_weight(base), lora_a, lora_b, scaling, base.bias, dropout=dropout)  # type: ignore[arg-type]

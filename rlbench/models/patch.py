@@ -21,12 +21,14 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from rlbench.models.attention import AttentionContext, layer_scoring
+from rlbench.models.lora_dropout import current_dropout
 from rlbench.models.names import PATCHED_FAMILIES, POST_NORM_FAMILIES
 from rlbench.models.quantised_linear import frozen_weight
 from rlbench_kernels import (
     Adapters,
     Fp8Weight,
     Lora,
+    LoraDropout,
     Nf4Weight,
     add_rms_norm,
     apply_rope,
@@ -110,13 +112,12 @@ class KernelMlp(KernelModule):
     down_cast: Adapters | None = None
 
     def forward(self, x: Tensor, *, values: bool = True) -> Tensor:
-        (gate, of_gate, _), (up, of_up, _), (down, of_down, _) = map(
-            projection, (self.gate_proj, self.up_proj, self.down_proj)
-        )
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        (gate, of_gate, _), (up, of_up, _), (down, of_down, _) = map(projection, layers)
         loras = [of_gate, of_up, of_down]
         casts = self.inner_cast if any(loras[:2]) else None, self.down_cast if of_down else None
-        activation = _ACTIVATIONS[_activation(self)]
-        return lora_mlp(x, gate, up, down, loras, activation, values=values, overwrite=True, casts=casts)
+        options = {"dropouts": dropouts_of(*layers), "values": values, "overwrite": True, "casts": casts}
+        return lora_mlp(x, gate, up, down, loras, _ACTIVATIONS[_activation(self)], **options)
 
 
 class KernelAttention(KernelModule):
@@ -135,9 +136,11 @@ class KernelAttention(KernelModule):
         """[1, T, D] -> queries [1, H, T, d], keys and values [1, K, T, d]; queries and keys are rotated."""
         assert len(hidden_states) == 1
         has_norms = hasattr(self, "q_norm")  # whose gradients need their inputs
-        bases, loras, biases = zip(*map(projection, (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        bases, loras, biases = zip(*map(projection, layers), strict=True)
         cast = self.qkv_cast if any(loras) else None
-        results = lora_qkv(hidden_states[0], bases, loras, biases, values=values or has_norms, cast=cast)
+        options = {"dropouts": dropouts_of(*layers), "values": values or has_norms, "cast": cast}
+        results = lora_qkv(hidden_states[0], bases, loras, biases, **options)
         query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
         if has_norms:
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
@@ -156,7 +159,8 @@ class KernelAttention(KernelModule):
         output = attended.reshape(*attended.shape[:2], -1)
         if lora is None:
             return lora_qkv(output, [base], [None], [bias])[0]
-        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias, cast=self.o_cast)
+        (dropout,) = dropouts_of(self.o_proj)
+        return lora_linear(output, base, lora.a, lora.b, lora.scaling, bias, dropout=dropout, cast=self.o_cast)
 
 
 def run_once(function: Callable[..., Any], again: Callable[..., Any], *args: Any) -> Any:
@@ -258,6 +262,11 @@ def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight | Fp8Weight, Lora |
         return frozen_weight(base), None, base.bias
     lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight  # type: ignore[union-attr]
     return frozen_weight(base), Lora(lora_a, lora_b, layer.scaling[_ADAPTER]), base.bias  # type: ignore[arg-type]
+
+
+def dropouts_of(*layers: nn.Module) -> list[LoraDropout | None]:
+    """What each drops of its adapter's input in the current forward."""
+    return [current_dropout(layer, _ADAPTER) for layer in layers]
 
 
 _PARTS: dict[str, type] = {

@@ -6,7 +6,7 @@ Shapes: T packed tokens, N loss positions, V vocabulary, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rlbench.models.adapter_casts import cast_together
 from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_softcap, output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
+from rlbench.models.lora_dropout import ForwardCounter, forward_of
 from rlbench.models.patch import KernelLayer, describe, is_patch_useful, patch_model
 from rlbench.models.recompute import set_recompute
 from rlbench.models.warm_start import find_adapter
@@ -37,16 +38,20 @@ class Policy:
     `rlbench.models.full_policy` has the one whose every weight is trained.
     """
 
+    _training_forwards: ForwardCounter | None = None  # None: no dropout
+
     def __init__(self, base: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
         """
         Args:
             base: frozen model whose tensors are shared; its modules are not changed.
             lora: the `lora` part of the config.
-            seed: of the adapter's initial weights, where `lora.init_from` names none.
+            seed: of the adapter's initial weights, where `lora.init_from` names none, and of its dropout.
 
         Raises:
             ValueError: `lora.init_from` names no adapter that fits.
         """
+        if lora.dropout:
+            self._training_forwards = ForwardCounter(seed)
         tree = share_base(base)
         use_rlbench_attention(tree)
         self.model: PeftModel = add_lora(tree, lora, seed=seed)
@@ -94,16 +99,30 @@ class Policy:
         return []
 
     def hidden(self, microbatch: Microbatch) -> Tensor:
-        """Final hidden states [N, D] at the positions that predict the microbatch's targets."""
+        """Final hidden states [N, D] at the positions that predict the microbatch's targets.
+
+        With gradient, and in a rehearsal, lora.dropout is applied; each call of a step has masks of its own.
+        """
         context = PackedAttention(microbatch.layout, self.head_weight.dtype)
-        output = self._tree.base_model(
-            input_ids=microbatch.token_ids[None],
-            position_ids=microbatch.position_ids[None],
-            use_cache=False,
-            attention_context=context,
-        )
+        counter = self._training_forwards
+        with forward_of(counter.next() if counter else None):
+            output = self._tree.base_model(
+                input_ids=microbatch.token_ids[None],
+                position_ids=microbatch.position_ids[None],
+                use_cache=False,
+                attention_context=context,
+            )
         progress.mark()
         return output.last_hidden_state[0][microbatch.predict_rows]
+
+    def begin_step(self, step: int) -> None:
+        """Let the masks of dropout be those of an optimizer step, from 1, whatever was computed before."""
+        if self._training_forwards:
+            self._training_forwards.begin_step(step)
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Inside, forwards without gradient drop what as many forwards with gradient, made after it, will drop."""
+        return self._training_forwards.rehearsal() if self._training_forwards else nullcontext()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

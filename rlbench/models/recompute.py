@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlbench.models.lora_dropout import current_forward, forward_of
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 from rlbench.models.offload import HostMemory
 from rlbench.models.patch import KernelLayer, KernelModule, combined, run_once
@@ -89,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, function: Callable[..., Any], again: Callable[..., Any], marker: Tensor, *args: Any
     ) -> Any:  # fmt: skip
         del marker
-        ctx.again = again
+        ctx.again, ctx.training_forward = again, current_forward()
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
         ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
         with torch.no_grad():
@@ -103,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
             next(tensors).detach().requires_grad_(needed) if other is None else other
             for other, needed in zip(ctx.others, ctx.needs_input_grad[3:], strict=True)
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), forward_of(ctx.training_forward):
             results = ctx.again(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if grad is not None and y.requires_grad]

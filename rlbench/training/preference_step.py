@@ -185,7 +185,8 @@ def _gradients(
     objective = _objective(policy, batch, config, reference)
     pairs = None if config.needs_whole_step else batch.pairs_by_microbatch()
     if pairs is None:
-        gradients, sums, all_logprobs = _whole_step(policy, batch, config, ref_logps, objective, temperature)
+        with policy.rehearsal():
+            gradients, sums, all_logprobs = _whole_step(policy, batch, config, ref_logps, objective, temperature)
         for microbatch, gradient in zip(batch.microbatches, gradients, strict=True):
             (sequence_logps(policy, microbatch, temperature) * gradient).sum().backward()
         return _finished(sums, objective), all_logprobs

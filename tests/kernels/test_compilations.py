@@ -15,6 +15,7 @@ import torch
 import rlbench_kernels
 from rlbench_kernels import (
     Lora,
+    LoraDropout,
     SharedPromptLayout,
     add_rms_norm,
     apply_rope,
@@ -136,6 +137,11 @@ def run_linear_token_loss(n):
     loss.backward()
 
 
+def dropouts(n):
+    """A seed a call and layer; the third is small and a multiple of 16."""
+    return [LoraDropout(0.1, 2**62 + n), LoraDropout(0.1, 2**62 + 16 * n), LoraDropout(0.1, 16 * n)]
+
+
 def run_attention(n):
     layout = SharedPromptLayout.from_lengths([(n, [n // 2, n // 3])], DEVICE)
     size = layout.num_tokens
@@ -165,6 +171,12 @@ OPS = {
     "lora_linear": lambda n: back(lora_linear(new(n, DEPTH), BASE, *PROJECTION)),
     "lora_qkv": lambda n: back(*lora_qkv(new(n, DEPTH), [BASE] * 3, [PROJECTION] * 3)),
     "lora_mlp": lambda n: back(lora_mlp(new(n, DEPTH), BASE, BASE, BASE, [PROJECTION] * 3)),
+    "lora_qkv with dropout": lambda n: back(
+        *lora_qkv(new(n, DEPTH), [BASE] * 3, [PROJECTION] * 3, dropouts=dropouts(n))
+    ),
+    "lora_mlp with dropout": lambda n: back(
+        lora_mlp(new(n, DEPTH), BASE, BASE, BASE, [PROJECTION] * 3, dropouts=dropouts(n))
+    ),
     "dequantize_nf4": lambda n: dequantize_nf4(quantize_nf4(torch.ones(n, DEPTH, device=DEVICE, dtype=DTYPE))),
     "packed_attention": run_attention,
 }  # fmt: skip

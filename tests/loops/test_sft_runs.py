@@ -1,6 +1,7 @@
 """Supervised fine-tuning end to end on the tiny model: the loss falls, a stopped run continues, GRPO starts from it."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -80,6 +81,31 @@ def test_a_stopped_run_continues_bit_for_bit(finished, overrides, tmp_path, how)
     assert comparable(tmp_path / "run") == comparable(finished[1])
     ours, theirs = (find_checkpoint(f)[0].state["adapter_fingerprint"] for f in (tmp_path / "run", finished[1]))
     assert ours == theirs
+
+
+def test_a_run_with_dropout_continues_bit_for_bit(finished, overrides, tmp_path):
+    arguments = [*overrides, "lora.dropout=0.3", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+    whole = run(*arguments, "hydra.run.dir=run", folder=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "dropout 0.3" in whole.stdout
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for step in (12, 16):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{step:06d}")
+
+    resumed = run(*arguments, "resume=again", folder=tmp_path)
+
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "8 steps are done" in resumed.stdout
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "run")
+    ours, theirs = (find_checkpoint(tmp_path / f)[0].state["adapter_fingerprint"] for f in ("again", "run"))
+    assert ours == theirs
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.3
+    losses, without = (
+        [line["loss/nll"] for line in read_metrics(folder / "metrics.jsonl", "train")]
+        for folder in (tmp_path / "run", finished[1])
+    )
+    assert losses[0] == without[0] and all(a != b for a, b in zip(losses[1:], without[1:], strict=True))  # B is zero
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_grpo_starts_from_the_adapter(finished, tiny_overrides, tmp_path):

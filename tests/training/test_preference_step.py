@@ -9,7 +9,9 @@ from rlbench.config.schema import LoraConfig
 from rlbench.data.preferences import PreferenceRow
 from rlbench.models.base import share_base
 from rlbench.models.lora import add_lora, unfuse_lora
+from rlbench.models.policy import Policy
 from rlbench.training.preference_step import (
+    PreferenceBatch,
     held_out_preferences,
     make_batch,
     preference_step,
@@ -40,12 +42,19 @@ def make_rows(seed: int = 0, *, is_unpaired: bool = False) -> list[PreferenceRow
     ]
 
 
-def captured(policy, rows, config, budget, reference=None):
-    class Capture(torch.optim.SGD):
-        def step(self, closure=None):
-            self.captured = gradients(policy.model)
+class Capture(torch.optim.SGD):
+    """Keeps the gradients of `policy` instead of making a step."""
 
-    optimizer = Capture(policy.parameters(), lr=0.0)
+    def __init__(self, policy):
+        super().__init__(policy.parameters(), lr=0.0)
+        self.policy = policy
+
+    def step(self, closure=None):
+        self.captured = gradients(self.policy.model)
+
+
+def captured(policy, rows, config, budget, reference=None):
+    optimizer = Capture(policy)
     batch = make_batch(rows, config, tokens_per_microbatch=budget, device=CPU)
     held_out = held_out_preferences(policy, batch, config, reference=reference)
     result = preference_step(policy, batch, optimizer, config, max_grad_norm=0, reference=reference)
@@ -196,3 +205,20 @@ def test_wpo_weights_are_those_of_full_logits(tiny_base):
     metrics, _, _ = captured(make_policy(tiny_base), rows, PreferenceConfig(wpo=True), 24)
 
     assert metrics["preference/wpo_weight"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1000, 24])
+def test_under_dropout_both_forwards_of_the_whole_step_have_the_same_masks(tiny_base, budget, monkeypatch):
+    """The gradient is that of the one forward, though the first of the two has none."""
+
+    def of_step():
+        policy = Policy(tiny_base, LoraConfig(rank=4, alpha=8, dropout=0.3), seed=0)
+        randomise(policy.model)
+        batch = make_batch(make_rows(), PreferenceConfig(), tokens_per_microbatch=budget, device=CPU)
+        optimizer = Capture(policy)
+        preference_step(policy, batch, optimizer, PreferenceConfig(), max_grad_norm=0, reference=None)
+        return optimizer.captured
+
+    expected = of_step()
+    monkeypatch.setattr(PreferenceBatch, "pairs_by_microbatch", lambda _: None)
+    assert_same(of_step(), expected)
