@@ -21,6 +21,8 @@ def short_collections():
     """What was imported is garbage for no collection; runs collect fully to measure memory."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

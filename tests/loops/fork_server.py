@@ -4,19 +4,22 @@ As `python -m rlbench` or `python -c`, but for the seconds of imports: an own pr
 folder, exit status and an interpreter's end. What a new interpreter does is `run_afresh`'s to prove (conftest.py).
 """
 
+import atexit
 import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
 import struct
 import sys
 
-STATUS = struct.Struct(
-    "i"
-)  # on the status pipe: the process id, then the exit status, minus the signal if one ended it
+import numpy
+import torch
+
+STATUS = struct.Struct("i")  # on the status pipe: the process id, then the exit status or minus the signal's number
 PRELOADED = (
     "hydra.main",
     "datasets",
@@ -75,17 +78,23 @@ def begin(request: dict, output: int, errors: int, status: int) -> dict:
     os.environ.clear()
     os.environ.update(request["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for seed in (random.seed, numpy.random.seed, torch.seed):  # no two interpreters draw the same
+        seed()
     return request
 
 
 def measure_once() -> None:
-    """How fast the machine multiplies is measured here, on one thread, not by every run anew."""
-    import torch
-
+    """How fast the machine multiplies is measured here, in a process of its own, not by every run anew."""
     from rlbench.models import device
 
-    torch.set_num_threads(1)
-    rates = device._matmul_gflops("cpu")
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, json.dumps(device._matmul_gflops("cpu")).encode())
+        os._exit(0)
+    os.wait()
+    rates = json.loads(os.read(reading, 1 << 12))
+    os.close(reading)
+    os.close(writing)
     device._matmul_gflops = lambda _: dict(rates)
 
 
@@ -96,6 +105,7 @@ def main() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has no thread but the one that forks"
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # for what reports, at an interpreter's end, objects that are still there
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = "" if request["program"] else request["folder"]
     sys.argv = ["-c", *request["arguments"]]
