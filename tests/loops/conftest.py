@@ -19,8 +19,6 @@ ENVIRONMENT = {
     "WANDB_MODE": "disabled",
     "COLUMNS": "160",
 }
-
-
 SERVER = ForkServer(ENVIRONMENT)
 
 
