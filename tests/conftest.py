@@ -1,8 +1,11 @@
+import gc
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlbench.models import device
 from rlbench.models.base import load_base
 from tests.tiny import save_tiny_model
 
@@ -11,6 +14,23 @@ from tests.tiny import save_tiny_model
 def one_thread():
     """Models are tiny, and two files of tests run at a time: more threads would wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_collections():
+    """What was imported is garbage for no collection; runs collect fully to measure memory."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement():
+    """How fast the machine multiplies is measured once, not by every run in this process anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_matmul_gflops", cache(device._matmul_gflops))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,20 @@ class TinyModel:
         self.tokenizer = _character_tokenizer(config.vocab_size)
         self.tokenizer.save_pretrained(folder)
         peft_config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+        # Many checks draw a prompt's next token again and again.
+        self._base_logits = lru_cache(maxsize=64)(lambda token_ids: self._forward(self.model, token_ids))
         self._peft = get_peft_model(copy.deepcopy(self.model), peft_config)
 
     def logits(self, token_ids: Sequence[int], adapter: Adapter | None) -> Tensor:
         """float32 [L, V]."""
-        model = self.model if adapter is None else self._adapted(adapter)
+        if adapter is None:
+            return self._base_logits(tuple(token_ids)).clone()
+        return self._forward(self._adapted(adapter), tuple(token_ids))
+
+    @staticmethod
+    def _forward(model: nn.Module, token_ids: tuple[int, ...]) -> Tensor:
         with torch.inference_mode():
-            return model(input_ids=torch.tensor([list(token_ids)])).logits[0]
+            return model(input_ids=torch.tensor([token_ids])).logits[0]
 
     def make_adapter(self, seed: int) -> Adapter:
         """Random, non-zero, on every linear layer but the head; float32."""

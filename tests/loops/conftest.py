@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.loops.forked import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -16,16 +19,33 @@ ENVIRONMENT = {
     "WANDB_MODE": "disabled",
     "COLUMNS": "160",
 }
+SERVER = ForkServer(ENVIRONMENT)
 
 
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "rlbench", *overrides]
+@pytest.fixture(scope="session", autouse=True)
+def end_of_the_fork_server() -> Iterator[None]:
+    yield
+    SERVER.close()
 
 
-def run(*overrides: str, folder: Path, **options) -> subprocess.CompletedProcess:
+def run(*overrides: str, folder: Path, program: str = "") -> subprocess.CompletedProcess:
+    """`python -m rlbench overrides` in `folder`, or `python -c program overrides`, without the time of its imports."""
+    process = SERVER.start([*overrides], folder, program=program)
+    out, errors = process.communicate(timeout=200)
+    return subprocess.CompletedProcess([*overrides], process.wait(0), out, errors)
+
+
+def run_afresh(*overrides: str, folder: Path) -> subprocess.CompletedProcess:
+    """The same in a new interpreter: each command and each stage has a test that does this."""
     return subprocess.run(
-        command(*overrides), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, **options
-    )
+        [sys.executable, "-m", "rlbench", *overrides], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+
+
+def start(*overrides: str, folder: Path) -> ForkedProcess:
+    """`run` that goes on, with its errors among its output."""
+    return SERVER.start([*overrides], folder, are_merged=True)
 
 
 @pytest.fixture(scope="session")

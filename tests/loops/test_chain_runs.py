@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rlbench.training.checkpoint import find_checkpoint
-from tests.loops.conftest import run
-from tests.loops.test_rl_runs import start, wait_for
+from tests.loops.conftest import run, run_afresh, start
+from tests.loops.test_rl_runs import wait_for
 from tests.loops.test_user_errors import check
 
 FOLDERS = ["1_sft", "2_grpo", "3_dpo"]
@@ -29,7 +29,7 @@ def overrides(tiny_overrides) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    done = run(*overrides, "hydra.run.dir=run", folder=folder)
+    done = run_afresh(*overrides, "hydra.run.dir=run", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, folder / "run"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.data.code_files import ROWS, write
-from tests.loops.conftest import run
+from tests.loops.conftest import run, run_afresh
 
 
 def overrides(name: str, tiny_folder, folder) -> list[str]:
@@ -43,7 +43,9 @@ def test_the_code_experiment_is_planned(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_reward_trial_runs_the_rows_own_solutions(name, tiny_folder, tmp_path):
-    done = run("reward", "test", *overrides(name, tiny_folder, tmp_path), "--json", "trial.json", folder=tmp_path)
+    done = run_afresh(
+        "reward", "test", *overrides(name, tiny_folder, tmp_path), "--json", "trial.json", folder=tmp_path
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "programs run in the sandbox backend" in " ".join(done.stdout.split())

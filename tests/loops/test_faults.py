@@ -39,7 +39,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ from rlbench.tracking.jsonl import read_metrics
 from rlbench.tracking.rollout_store import read_rollouts
 from rlbench.tracking.run_lock import RunLock
 from rlbench.training.checkpoint import find_checkpoint
-from tests.loops.conftest import ENVIRONMENT, run
+from tests.loops.conftest import run
 from tests.loops.test_rl_runs import comparable, sampled
 from tests.tiny import save_tiny_model
 
@@ -95,10 +94,7 @@ def test_a_fault_ends_the_run_within_the_step(tiny_overrides, tmp_path, fault):
     body, message = FAULTS[fault]
     overrides = [*tiny_overrides, "training.num_steps=5", "evaluation.num_prompts=0", "hydra.run.dir=run"]
 
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(body=body), *overrides],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
+    done = run(*overrides, program=PROGRAM.format(body=body), folder=tmp_path)
 
     assert done.returncode == 6, done.stdout + done.stderr
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
@@ -235,10 +231,7 @@ engine.finished_outputs, engine.VllmEngine.generate = dies, generate
 
 def run_with(fault: str, overrides: list[str], folder: Path) -> subprocess.CompletedProcess:
     program = INJECTED[fault] + "import sys\nfrom rlbench.__main__ import main\nsys.argv[0] = 'rlbench'\nmain()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *overrides, "evaluation.num_prompts=0"],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
+    return run(*overrides, "evaluation.num_prompts=0", program=program, folder=folder)
 
 
 def test_a_batch_without_finite_gradient_is_kept_and_three_in_a_row_stop_the_run(tiny_overrides, tmp_path):

@@ -1,8 +1,6 @@
 """Runs that hang, or take too long to stop: they end by themselves, and go on from the last whole step."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +8,8 @@ import pytest
 
 from rlbench.tracking.jsonl import read_metrics
 from rlbench.training.checkpoint import find_checkpoint
-from tests.loops.conftest import ENVIRONMENT, run
+from tests.loops.conftest import SERVER, run
+from tests.loops.forked import ForkedProcess
 from tests.loops.test_rl_runs import comparable, sampled
 
 # Each is called at the start of `step` and must not come back.
@@ -49,13 +48,10 @@ main()
 """
 
 
-def start_hanging(phase: str, how: str, call: int, overrides: list[str], folder: Path) -> subprocess.Popen:
+def start_hanging(phase: str, how: str, call: int, overrides: list[str], folder: Path) -> ForkedProcess:
     module, name = PLACES[phase]
     program = PROGRAM.format(module=module, name=name, body=HANGS[how], call=call)
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *overrides, "hydra.run.dir=run"], cwd=folder, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    return SERVER.start([*overrides, "hydra.run.dir=run"], folder, program=program)
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +139,7 @@ main()
 """
     overrides = [*tiny_overrides, "training.num_steps=1", "evaluation.num_prompts=0", "hydra.run.dir=run"]
 
-    done = subprocess.run(
-        [sys.executable, "-c", program, *overrides, "+watchdog.phase_limits_s.generation=1"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = run(*overrides, "+watchdog.phase_limits_s.generation=1", program=program, folder=tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl", "train")
@@ -196,7 +189,7 @@ def test_what_was_before_the_step_that_is_given_up_is_saved(settings, undisturbe
     goes_on_like(undisturbed, settings, tmp_path)
 
 
-def wait_for_steps(run_folder: Path, num_steps: int, process: subprocess.Popen) -> None:
+def wait_for_steps(run_folder: Path, num_steps: int, process: ForkedProcess) -> None:
     metrics, deadline = run_folder / "metrics.jsonl", time.monotonic() + 90
     while not metrics.exists() or metrics.read_text().count('"phase": "train"') < num_steps:
         assert process.poll() is None, process.communicate()

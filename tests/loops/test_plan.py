@@ -5,11 +5,11 @@ import json
 import pytest
 
 from rlbench.tracking.jsonl import read_metrics
-from tests.loops.conftest import run
+from tests.loops.conftest import run, run_afresh
 
 
 def test_a_plan_measures_prints_and_leaves_the_numbers(tiny_overrides, tmp_path):
-    done = run("plan", *tiny_overrides, "training.num_steps=3", "hydra.run.dir=plan", folder=tmp_path)
+    done = run_afresh("plan", *tiny_overrides, "training.num_steps=3", "hydra.run.dir=plan", folder=tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())

@@ -7,16 +7,16 @@ from statistics import fmean, median
 
 import pytest
 
-from tests.loops.conftest import run
+from tests.loops.conftest import run, run_afresh
 
 STOPS = f"sampling.stop_token_ids={list(range(2, 32))}"  # 30 of 98 tokens end a completion: next to none is cut
 SMALL = ["--prompts", "12", "--samples", "8", "hydra.run.dir=flight", "algorithm.group_size=4"]
 
 
-def fly(tiny_overrides, folder: Path, reward: str, *overrides: str):
+def fly(tiny_overrides, folder: Path, reward: str, *overrides: str, launch=run):
     """The finished process and the JSON that it wrote."""
     kept = [o for o in tiny_overrides if not o.startswith(("+rewards", "rewards", "algorithm.group_size"))]
-    done = run(
+    done = launch(
         "preflight",
         *kept,
         f"+rewards.components.accuracy={{path:tests.loops.planted_rewards.{reward}}}",
@@ -37,7 +37,7 @@ def names(result) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def healthy(tiny_overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("healthy")
-    return *fly(tiny_overrides, folder, "half", STOPS), folder / "flight"
+    return *fly(tiny_overrides, folder, "half", STOPS, launch=run_afresh), folder / "flight"
 
 
 def test_a_healthy_policy_is_go_without_a_word_against_it(healthy):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from tests.loops.conftest import run
+from tests.loops.conftest import run, run_afresh
 
 NUM_STEPS = 6
 
@@ -22,7 +22,7 @@ def recorded(tiny_overrides, tmp_path_factory) -> Path:
 
 
 def test_fifty_rollouts_are_replayed_token_for_token(recorded):
-    done = run("replay", "run", "--count", "50", folder=recorded.parent)
+    done = run_afresh("replay", "run", "--count", "50", folder=recorded.parent)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": identical, ") == 50 and "50 of 50 rollouts are identical" in done.stdout
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_sentence(recorded, arguments, sentence):
 
 
 def test_the_same_rewards_give_the_recorded_values(recorded):
-    done = run("rescore", "run", folder=recorded.parent)
+    done = run_afresh("rescore", "run", folder=recorded.parent)
 
     assert done.returncode == 0, done.stdout + done.stderr
     num_rollouts = NUM_STEPS * 32

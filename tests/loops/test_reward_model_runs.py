@@ -8,8 +8,8 @@ import pytest
 
 from rlbench.tracking.jsonl import read_metrics
 from rlbench.training.checkpoint import find_checkpoint
-from tests.loops.conftest import run
-from tests.loops.test_rl_runs import comparable, start, wait_for
+from tests.loops.conftest import run, run_afresh, start
+from tests.loops.test_rl_runs import comparable, wait_for
 from tests.loops.test_user_errors import check
 from tests.tiny import CHARACTERS, save_tiny_model
 
@@ -41,7 +41,7 @@ def overrides(tiny_folder, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    done = run("+exp=reward_model_gsm8k", *overrides, "hydra.run.dir=run", folder=folder)
+    done = run_afresh("+exp=reward_model_gsm8k", *overrides, "hydra.run.dir=run", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, folder / "run"
 

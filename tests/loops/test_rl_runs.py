@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlbench.tracking.jsonl import read_metrics
 from rlbench.tracking.rollout_store import read_rollouts
 from rlbench.training.checkpoint import find_checkpoint, read_checkpoint
-from tests.loops.conftest import ENVIRONMENT, command, run
+from tests.loops.conftest import run, run_afresh, start
+from tests.loops.forked import ForkedProcess
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_overrides, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     folder = tmp_path_factory.mktemp("finished")
-    done = run(*tiny_overrides, "training.num_steps=24", "hydra.run.dir=run", folder=folder)
+    done = run_afresh(*tiny_overrides, "training.num_steps=24", "hydra.run.dir=run", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, folder / "run"
 
@@ -122,18 +123,6 @@ def sampled(run_folder: Path) -> dict[str, list]:
     }
 
 
-def start(*overrides: str, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*overrides), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=hear_ctrl_c,
-    )  # fmt: skip
-
-
-def hear_ctrl_c() -> None:
-    """A shell's background jobs, this test among them perhaps, ignore SIGINT and hand that down."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
     arguments = [*tiny_overrides, "training.num_steps=24", "checkpoint.every_steps=2"]
@@ -221,15 +210,14 @@ def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
     assert not (tmp_path / "sweep" / "1").exists() and "Traceback" not in output
 
 
-def read_until(text: str, process: subprocess.Popen) -> None:
-    assert process.stdout is not None
+def read_until(text: str, process: ForkedProcess) -> None:
     lines = [""]
     while text not in lines[-1]:
         lines.append(process.stdout.readline())
         assert lines[-1], "".join(lines)
 
 
-def wait_for(condition, process: subprocess.Popen, timeout_s: float = 90) -> None:
+def wait_for(condition, process: ForkedProcess, timeout_s: float = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]

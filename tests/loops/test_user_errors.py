@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.loops.conftest import run
+from tests.loops.conftest import run, run_afresh
 
 ROW = json.dumps({"question": "1+1", "answer": "2"})
 
@@ -64,7 +64,7 @@ def test_config_errors_name_the_key_without_importing_torch(tmp_path, name):
     overrides, message = CONFIG_ERRORS[name]
 
     with cpu_seconds() as seconds:
-        done = run(*overrides, folder=tmp_path)
+        done = run_afresh(*overrides, folder=tmp_path)
 
     check(done, message)
     assert seconds[0] < 2  # 0.3 to 0.5 s; importing torch costs more than 2
@@ -72,7 +72,7 @@ def test_config_errors_name_the_key_without_importing_torch(tmp_path, name):
 
 def test_help_lists_commands_experiments_and_groups_at_once(tmp_path):
     with cpu_seconds() as seconds:
-        done = run("--help", folder=tmp_path)
+        done = run_afresh("--help", folder=tmp_path)
 
     assert done.returncode == 0
     for expected in ("+exp=grpo_gsm8k", "train", "optim", "resume="):
@@ -90,7 +90,7 @@ def test_cfg_job_prints_the_composed_config_and_runs_nothing(tmp_path):
 
 def test_a_missing_data_file(tmp_path):
     with cpu_seconds() as seconds:
-        done = run("+exp=grpo_gsm8k", "data.path=nothing.jsonl", folder=tmp_path)
+        done = run_afresh("+exp=grpo_gsm8k", "data.path=nothing.jsonl", folder=tmp_path)
 
     check(done, "data.path is nothing.jsonl, but there is no such file")
     assert seconds[0] < 2
