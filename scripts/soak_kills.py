@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rlbench.training.checkpoint import find_checkpoint  # noqa: E402
-from tests.loops.conftest import ENVIRONMENT, command  # noqa: E402
+from tests.loops.conftest import ENVIRONMENT  # noqa: E402
 from tests.loops.test_rl_runs import comparable, sampled  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
@@ -44,7 +44,12 @@ def overrides(folder: Path, num_steps: int) -> list[str]:
 def start(arguments: list[str], folder: Path) -> subprocess.Popen:
     log = (folder / "log.txt").open("a")
     return subprocess.Popen(
-        command(*arguments), cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        [sys.executable, "-m", "rlbench", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 

@@ -88,7 +88,10 @@ def check_packing(base, budget):
 
     assert (len(batches) > 1) == (budget == 17)
     for (name, ours), theirs in zip(gradients(packed.model).items(), gradients(plain.model).values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+        rounding = 1e-5 * max(1.0, theirs.abs().max().item())  # of float32 sums, which memory's alignment moves
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=rounding, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_reference_policy_is_the_base_without_the_adapter(tiny_base):
