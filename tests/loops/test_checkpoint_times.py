@@ -43,7 +43,7 @@ CLOCK = Clock()
 def saved_steps(monkeypatch, *, num_steps: int, step_s: float, save_s: float, every_steps: int | None) -> list[int]:
     config = RunConfig()
     config.training.num_steps, config.checkpoint.every_steps = num_steps, every_steps
-    policy = SimpleNamespace(weights=lambda: SimpleNamespace(fingerprint=lambda: ""))
+    policy = SimpleNamespace(weights=lambda: SimpleNamespace(fingerprint=lambda: ""), begin_step=lambda *position: None)
     stop = StopRequest(print, grace_s=1.0)
     loop = CountingLoop(
         inputs=SimpleNamespace(config=config, model=SimpleNamespace(name="none")),

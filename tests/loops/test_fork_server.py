@@ -35,6 +35,7 @@ def afresh(program: str, folder, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=folder, env=ENVIRONMENT | {"OPENBLAS_NUM_THREADS": "1"},
         capture_output=True, text=True, stdin=subprocess.DEVNULL, start_new_session=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it ignored
     )  # fmt: skip
 
 
