@@ -86,7 +86,7 @@ def prepare(config: RunConfig) -> Inputs:
         ValueError: anything a user can get wrong.
     """
     from rlbench.models.fit import trim_kv_cache
-    from rlbench.models.memory import derive_dequantize
+    from rlbench.models.memory import derive_dense_copies
 
     basis = prepare_base(config)
     derived = basis.derived + derive_drift_limits(config)
@@ -106,7 +106,7 @@ def prepare(config: RunConfig) -> Inputs:
     )
     text_config = _text_config(basis.model)
     derived = trim_kv_cache(config, text_config, longest_sequence(inputs), derived)
-    return replace(inputs, derived=derived + derive_dequantize(config, basis.facts, text_config))
+    return replace(inputs, derived=derived + derive_dense_copies(config, basis.facts, text_config))
 
 
 def shared_fields(basis: BaseInputs, **changes: Any) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
             device=device,
             dtype=config.model.dtype,
             quantization=config.model.quantization,
-            dequantize=bool(config.engine.dequantize),
+            dense_copies=config.engine.dense_copies or "none",
             max_model_len=longest_sequence(inputs),
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=None if config.training.parameters == FULL else config.lora.rank,

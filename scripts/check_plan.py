@@ -53,13 +53,13 @@ GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, wh
     ("qwen2.5-1.5b", "none", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_LARGE],
     ("llama-3.1-8b", "nf4", "GRPO, completions of 512"): [
         "+exp=grpo_gsm8k",
-        "engine.dequantize=true",
+        "engine.dense_copies=merged",
         "sampling.max_tokens=512",
         *_SMALL,
     ],
     ("llama-3.1-8b", "nf4", "PPO, completions of 512"): [
         "+exp=ppo_gsm8k",
-        "engine.dequantize=false",
+        "engine.dense_copies=none",
         "algorithm.critic.warmup_steps=0",
         "sampling.max_tokens=512",
         *_SMALL,

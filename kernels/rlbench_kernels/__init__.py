@@ -9,6 +9,7 @@ from rlbench_kernels.logprobs import logprobs
 from rlbench_kernels.lora_dropout import LoraDropout, seeded_dropout
 from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
 from rlbench_kernels.lora_matmuls import Adapters
+from rlbench_kernels.merge_lora import merge_lora_
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from rlbench_kernels.norms import add_rms_norm, forked_rms_norm, rms_norm
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
@@ -36,6 +37,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "merge_lora_",
     "packed_attention",
     "quantize_fp8",
     "quantize_nf4",

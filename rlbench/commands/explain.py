@@ -162,7 +162,7 @@ def _kept(config: RunConfig) -> list[Derivation]:
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
     from rlbench.models.fit import fit_sizes
-    from rlbench.models.memory import derive_dequantize, derive_recompute
+    from rlbench.models.memory import derive_dense_copies, derive_recompute
 
     derived = derive(config, facts)
     is_read = config.hardware.profile == "gpu"
@@ -170,12 +170,12 @@ def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     if text_config is not None:
         derived = fit_sizes(config, facts, text_config, derived)
     if text_config is not None or not is_read:
-        derived += derive_recompute(config, facts, text_config) + derive_dequantize(config, facts, text_config)
+        derived += derive_recompute(config, facts, text_config) + derive_dense_copies(config, facts, text_config)
     else:
         reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
         open_keys = {"training.recompute": config.training.recompute == AUTO}
-        open_keys["engine.dequantize"] = config.stage == "rl" and config.engine.dequantize is None
-        values = {"training.recompute": AUTO, "engine.dequantize": None}
+        open_keys["engine.dense_copies"] = config.stage == "rl" and config.engine.dense_copies is None
+        values = {"training.recompute": AUTO, "engine.dense_copies": None}
         derived += [Derivation(key=k, value=values[k], reason=reason) for k, is_left in open_keys.items() if is_left]
     return derived + (derive_drift_limits(config) if config.stage == "rl" else [])
 

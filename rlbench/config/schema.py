@@ -216,8 +216,9 @@ class EngineConfig:
     max_num_seqs: int | None = None  # most sequences decoded together
     kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
     share: bool | None = None  # one copy of the base for engine and trainer
-    # vllm on a GPU, NF4 base: its linear layers also in 16 bits while it generates; faster, given back while training
-    dequantize: bool | None = None
+    # vllm on a GPU: 16-bit copies of the linear layers while it generates; faster, given back while training.
+    # none | base: of an NF4 base | merged: with the adapter in them, bfloat16
+    dense_copies: str | None = None
     deterministic: bool = False  # vllm on a GPU: kernels whose results do not depend on the batch; slower
 
     def __post_init__(self) -> None:
@@ -227,6 +228,8 @@ class EngineConfig:
                 f"engine.kind is {self.kind} and engine.recorded_from is {self.recorded_from}; expected both "
                 "engine=recorded and the folder of a run, or neither"
             )
+        if self.dense_copies is not None:
+            check_choice("engine.dense_copies", self.dense_copies, ["none", "base", "merged"])
         check_range("engine.max_num_seqs", self.max_num_seqs, low=1)
         check_range("engine.kv_cache_gib", self.kv_cache_gib, low=0, is_low_open=True)
 

@@ -54,6 +54,19 @@ def check_fp8(device: str, dtype: str) -> None:
         )
 
 
+def check_dense_copies(kind: str, device: str, dtype: str, quantization: str, lora_rank: int | None) -> None:
+    """Raises ValueError where there is nothing to copy or to merge, or no way to."""
+    can_merge = quantization in ("none", "nf4") and dtype == "bfloat16" and lora_rank is not None
+    is_possible = device == "cuda" and (quantization == "nf4" if kind == "base" else can_merge)
+    if kind != "none" and not is_possible:
+        expected = {"base": "an NF4 base", "merged": "an NF4 or dense base, model.dtype=bfloat16 and an adapter"}[kind]
+        trained = "an adapter" if lora_rank is not None else "all weights"
+        raise ValueError(
+            f"engine.dense_copies is {kind}, which needs a GPU, {expected}; found {device}, model.quantization="
+            f"{quantization}, model.dtype={dtype}, {trained} trained"
+        )
+
+
 def _cpu_head_sizes() -> list[int]:
     with clean_start():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore

@@ -5,6 +5,8 @@ What it does around vLLM:
   (`rlbench.engine.vllm_worker`); without a slot it writes all weights of the model
   (`rlbench.engine.vllm_full_weights`);
 - cached prefixes are keyed by the adapter's version and fingerprint, and dropped at each `sync`;
+- on a GPU it may compute with 16-bit copies of its linear layers that have the adapter in them
+  (`rlbench.engine.merged_adapter`); then vLLM is started without LoRA;
 - on a GPU logits are float32: in bf16 their steps are 0.06 to 0.12 nats, most of the gap to the trainer;
 - sampling logprobs are vLLM's `processed_logprobs`: after penalties, temperature, min_p, top_k, top_p and
   renormalisation; the plain ones come beside them (`rlbench.engine.vllm_sampler`);
@@ -29,9 +31,9 @@ import torch
 from safetensors.torch import save_file
 
 from rlbench.config.vllm_version import check_vllm_version
-from rlbench.engine.dense_copies import DEQUANTIZE
+from rlbench.engine.dense_copies import DENSE_COPIES
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
-from rlbench.engine.vllm_checks import check_fp8, check_model, slot_rank
+from rlbench.engine.vllm_checks import check_dense_copies, check_fp8, check_model, slot_rank
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
@@ -76,7 +78,7 @@ class VllmEngine:
         dtype: str,
         device: str = "cpu",
         quantization: str = "none",
-        dequantize: bool = False,
+        dense_copies: str = "none",
         max_model_len: int,
         max_num_seqs: int,
         lora_rank: int | None,
@@ -92,7 +94,8 @@ class VllmEngine:
             device: "cpu" or "cuda".
             quantization: "none", "nf4" or "fp8": linear layers but the head are quantised while they are loaded, in
                 FP8 with one scale a row; inputs are then rounded to FP8 too, with one scale a token.
-            dequantize: of an NF4 base on a GPU, hold the linear layers in `dtype` too while awake.
+            dense_copies: on a GPU hold the linear layers in `dtype` too while awake: "base", of an NF4 base, or
+                "merged", in bfloat16 with the adapter in them.
             dtype: of weights, activations and LoRA buffers: "float32" (CPU only), "bfloat16" or "float16".
             max_model_len: most tokens of prompt and completion together; at most the model's own context.
             max_num_seqs: most sequences decoded together; more samples are run in waves.
@@ -119,9 +122,11 @@ class VllmEngine:
             )
         if quantization == "fp8":
             check_fp8(device, dtype)
+        check_dense_copies(dense_copies, device, dtype, quantization, lora_rank)
         self._platform = device
         of_lora: dict[str, Any] = {}
-        if lora_rank is not None:
+        self._trains_all, self._merges = lora_rank is None, dense_copies == "merged"
+        if lora_rank is not None and not self._merges:
             of_lora = {
                 "enable_lora": True,
                 "max_loras": 1,
@@ -142,7 +147,7 @@ class VllmEngine:
                 "cudagraph_capture_sizes": _graph_sizes(max_num_seqs),
                 "cudagraph_specialize_lora": False,  # all but the checks' batches have the adapter
             }
-            options["additional_config"] = {DEQUANTIZE: dequantize}
+            options["additional_config"] = {DENSE_COPIES: dense_copies}
         if quantization != "none":
             options["quantization"] = _QUANTIZATIONS[quantization]
         with clean_start():
@@ -166,8 +171,14 @@ class VllmEngine:
                 **options,
             )
             self._slot_shapes: dict[str, tuple[int, int, int]] = {}
-            self._adapter_request = None  # None: no slot, all weights are synced
-            if lora_rank is not None:
+            self._adapter_request = None  # None: no slot, all weights are synced or the adapter is merged
+            if lora_rank is not None and self._merges:
+                self._slot_shapes = {
+                    name: (*shape, slot_rank(lora_rank))
+                    for name, shape in self._call("rlbench_merged_shapes").items()
+                    if name.rpartition(".")[2] in lora_targets
+                }
+            elif lora_rank is not None:
                 self._slot_shapes = self._call("rlbench_slot_shapes")
                 self._adapter_request = self._register_zero_adapter()
                 if self._platform == "cpu":
@@ -192,10 +203,13 @@ class VllmEngine:
         return self._call("rlbench_base_weights")
 
     def held_adapter(self) -> Adapter:
-        """See `Engine.held_adapter`: vLLM's stacked buffers."""
-        if self._adapter_request is None:
+        """See `Engine.held_adapter`: vLLM's stacked buffers, or what is merged into the dense copies."""
+        if self._trains_all:
             return Adapter(lora_a={}, lora_b={}, scaling=1.0)
-        lora_a, lora_b = self._call("rlbench_held_adapter", _ADAPTER_ID)
+        if self._merges:
+            lora_a, lora_b = self._call("rlbench_held_merged")
+        else:
+            lora_a, lora_b = self._call("rlbench_held_adapter", _ADAPTER_ID)
         return Adapter(lora_a=lora_a, lora_b=lora_b, scaling=1.0)
 
     def held_weights(self) -> dict[str, torch.Tensor]:
@@ -221,6 +235,7 @@ class VllmEngine:
 
         Raises:
             ValueError: also for a temperature between 0 and 0.01, which vLLM would raise to 0.01.
+            EngineCorruptedError: what it computed with is not base and adapter merged.
         """
         check_requests(prompt_token_ids, seeds, "seeds", [sampling.max_tokens] * len(seeds), self._context)
         check_sampling(sampling, has_tokenizer=self._has_tokenizer)
@@ -235,6 +250,12 @@ class VllmEngine:
                 on_finished(index, completions[index])
 
         self._run(prompt_token_ids, requests, use_adapter=True, take=take)
+        if self._merges and (number := self._call("rlbench_num_differing")):
+            raise EngineCorruptedError(
+                f"{number} matrices that the engine sampled with are not its base with adapter "
+                f"{self.adapter_fingerprint} merged: the memory of its dense copies was changed "
+                "(engine.dense_copies=none does without them)"
+            )
         ordered = [completions[index] for index in range(len(seeds))]
         if not sampling.is_guided:
             return ordered
@@ -289,16 +310,20 @@ class VllmEngine:
         """
         if version < self.policy_version:
             raise ValueError(f"sync to policy_version {version}, but the engine already has {self.policy_version}")
-        if isinstance(weights, Weights) != (self._adapter_request is None):
-            expected = "all weights" if self._adapter_request is None else "an adapter"
+        if isinstance(weights, Weights) != self._trains_all:
+            expected = "all weights" if self._trains_all else "an adapter"
             raise ValueError(f"sync of {type(weights).__name__}, but this engine was started for {expected}")
         fingerprint = weights.fingerprint()
         if isinstance(weights, Weights):
             self._call("rlbench_write_weights", weights)
         else:
             self._check_adapter(weights)
-            self._check_slot()
-            self._call("rlbench_write_adapter", _ADAPTER_ID, weights.lora_a, weights.lora_b, weights.scaling)
+            tensors = (weights.lora_a, weights.lora_b, weights.scaling)
+            if self._merges:
+                self._call("rlbench_load_merged", *tensors, fingerprint)
+            else:
+                self._check_slot()
+                self._call("rlbench_write_adapter", _ADAPTER_ID, *tensors)
         self._drop_prefixes()
         self.adapter_fingerprint = fingerprint
         self.policy_version = version
@@ -325,7 +350,7 @@ class VllmEngine:
         if self._is_asleep:
             self._call("rlbench_take_kv_cache")
             self._is_asleep = False
-            if self._adapter_request is not None:  # else the base is what is trained
+            if not self._trains_all:  # else the base is what is trained
                 self.check_canary()
 
     def check_canary(self) -> None:
@@ -371,11 +396,12 @@ class VllmEngine:
         A batch is all with or all without the adapter (`OneAdapterMatmul`).
         """
         self.wake()
-        is_full = self._adapter_request is None
-        has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT and not is_full
-        if has_adapter:
+        has_adapter = use_adapter and self.adapter_fingerprint != BASE_FINGERPRINT and not self._trains_all
+        if self._merges:
+            self._call("rlbench_use_merged", has_adapter)
+        elif has_adapter:
             self._check_slot()
-        salt = self._cache_salt(has_adapter or is_full)
+        salt = self._cache_salt(has_adapter or self._trains_all)
         with untouched_random_state(), self._no_compilation():
             request_ids = self._llm.enqueue(
                 [{"prompt_token_ids": list(prompt), "cache_salt": salt} for prompt in prompts],

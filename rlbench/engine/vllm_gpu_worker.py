@@ -1,8 +1,8 @@
 """vLLM's GPU worker with our adapter sync, whose weights stay on the device while its KV memory is given back.
 
-vLLM's sleep mode unmaps everything in its memory pool. Only keys and values are put there, and dense copies of an NF4
-base (`rlbench.engine.dense_copies`), so that the trainer can go on computing with vLLM's weight tensors while the
-engine sleeps. Addresses stay the same: CUDA graphs stay valid.
+vLLM's sleep mode unmaps everything in its memory pool. Only keys and values are put there, and dense copies of the
+linear layers (`rlbench.engine.dense_copies`), so that the trainer can go on computing with vLLM's weight tensors while
+the engine sleeps. Addresses stay the same: CUDA graphs stay valid.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from vllm.device_allocator import get_mem_allocator_instance  # pyright: ignore[reportMissingImports]
 from vllm.v1.worker.gpu_worker import Worker  # pyright: ignore[reportMissingImports]
 
-from rlbench.engine.dense_copies import DEQUANTIZE, DenseCopies
-from rlbench.engine.vllm_worker import AdapterWorker, nf4_layers
+from rlbench.engine.dense_copies import DENSE_COPIES, DenseCopies
+from rlbench.engine.merged_adapter import MergedAdapter, MergedAdapterCalls
+from rlbench.engine.vllm_worker import AdapterWorker, linear_layers
 from rlbench.models.device_cap import exclude_released
 
 
-class SharedBaseWorker(AdapterWorker, Worker):
+class SharedBaseWorker(AdapterWorker, MergedAdapterCalls, Worker):
     """For `LLM(worker_cls=...)` with `enable_cumem_allocator=True`."""
 
     rlbench_copies: DenseCopies | None = None
@@ -28,11 +29,15 @@ class SharedBaseWorker(AdapterWorker, Worker):
         """Before anything is compiled or captured, the layers get what they will compute with."""
         super().load_model(**named)
         options = self.vllm_config.additional_config
-        if isinstance(options, dict) and options.get(DEQUANTIZE):
-            layers = nf4_layers(self.model_runner.get_model())
-            with get_mem_allocator_instance().use_memory_pool(tag=DEQUANTIZE):
-                self.rlbench_copies = DenseCopies(layers, self.model_config.dtype)
-            self.rlbench_copies.fill()
+        kind = options.get(DENSE_COPIES, "none") if isinstance(options, dict) else "none"
+        if kind == "none":
+            return
+        layers = linear_layers(self.model_runner.get_model(), only_nf4=kind == "base")
+        with get_mem_allocator_instance().use_memory_pool(tag=DENSE_COPIES):
+            self.rlbench_copies = DenseCopies(layers, self.model_config.dtype)
+        self.rlbench_copies.fill()
+        if kind == "merged":
+            self.rlbench_merged = MergedAdapter(self.rlbench_copies)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         return super()._maybe_get_memory_pool_context(tag) if tag == "kv_cache" else nullcontext()
@@ -53,6 +58,8 @@ class SharedBaseWorker(AdapterWorker, Worker):
         get_mem_allocator_instance().wake_up()
         for cache in self.model_runner.kv_caches:
             cache.zero_()
-        if self.rlbench_copies:
+        if hasattr(self, "rlbench_merged"):
+            self.rlbench_merged.forget()  # the next batch says what is wanted
+        elif self.rlbench_copies:
             self.rlbench_copies.fill()
         self.model_runner.post_kv_cache_wake_up()

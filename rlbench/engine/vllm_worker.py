@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlbench.engine.dense_copies import LinearLayer
 from rlbench.engine.vllm_full_weights import held_weights, write_weights
 from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
@@ -199,15 +200,33 @@ def _adapter_slots(manager: Any) -> dict[str, AdapterSlot]:
     return slots
 
 
-def nf4_layers(model: nn.Module) -> dict[nn.Module, EngineWeight]:
-    """Every linear layer of vLLM's model whose weight bitsandbytes quantised."""
-    found = {}
-    for layer in model.modules():
-        weight = layer._parameters.get("weight")
-        parts = _nf4_parts(weight)
-        if weight is not None and parts:
-            found[layer] = EngineWeight(weight.data, parts)
+def linear_layers(model: nn.Module, *, only_nf4: bool) -> list[LinearLayer]:
+    """Every linear layer of vLLM's model but the head; or those alone whose weight bitsandbytes quantised.
+
+    Raises:
+        ValueError: a layer that fuses other matrices than vLLM's table of its model says.
+    """
+    found = []
+    fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    for full_name, layer in model.named_modules():
+        weight, path = layer._parameters.get("weight"), full_name.removesuffix(".base_layer")
+        states = [state for _, state in _nf4_parts(weight)]
+        if weight is None or not (states or (not only_nf4 and is_linear(layer))):
+            continue
+        parent, _, name = path.rpartition(".")
+        num_rows: Any = [state.shape[0] for state in states] or layer.output_partition_sizes
+        names = [".".join(filter(None, (parent, part))) for part in fused.get(name, [name])]
+        if len(names) != len(num_rows):
+            raise ValueError(f"engine.dense_copies: vLLM fuses {len(num_rows)} matrices in {path}, expected {names}")
+        depth = states[0].shape[1] if states else weight.shape[1]
+        pairs = zip(names, map(int, num_rows), strict=True)
+        found.append(LinearLayer(layer, EngineWeight(weight.data, _nf4_parts(weight)), tuple(pairs), depth))
     return found
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of vLLM's and no table of a vocabulary."""
+    return hasattr(layer, "output_partition_sizes") and not hasattr(layer, "org_vocab_size")
 
 
 def _nf4_parts(parameter: Any) -> tuple[tuple[Tensor, Any], ...]:

@@ -118,34 +118,44 @@ def derive_recompute(config: RunConfig, facts: HardwareFacts, text_config: Any) 
     return found
 
 
-def derive_dequantize(config: RunConfig, facts: HardwareFacts, text_config: Any) -> list[Derivation]:
-    """Fill engine.dequantize in place where it is left open.
+def derive_dense_copies(config: RunConfig, facts: HardwareFacts, text_config: Any) -> list[Derivation]:
+    """Fill engine.dense_copies in place where it is left open.
 
     Args:
-        text_config: of the model, from transformers; read for an NF4 base alone.
+        text_config: of the model, from transformers; read where there is something to copy.
 
     Raises:
-        ValueError: it is true where there is nothing to dequantise.
+        ValueError: it is set where there is nothing to copy or to merge.
     """
-    engine = config.engine
+    engine, model = config.engine, config.model
     if config.stage != "rl":
         return []
-    is_quantized = engine.kind == "vllm" and config.model.quantization == "nf4"
-    if engine.dequantize and not is_quantized:
+    is_vllm = engine.kind == "vllm" and facts.device == "cuda"
+    can_copy = is_vllm and model.quantization == "nf4"
+    has_adapter = config.training.parameters != ALL_WEIGHTS
+    can_merge = is_vllm and model.quantization in ("nf4", "none") and model.dtype == "bfloat16" and has_adapter
+    needs = {"base": (can_copy, "nf4"), "merged": (can_merge, "nf4 or none, model.dtype=bfloat16, an adapter trained")}
+    if engine.dense_copies in needs and not needs[engine.dense_copies][0]:
         raise ValueError(
-            f"engine.dequantize is true, which needs engine=vllm and model.quantization=nf4; found "
-            f"engine={engine.kind}, model.quantization={config.model.quantization}"
+            f"engine.dense_copies is {engine.dense_copies}, which needs engine=vllm on a GPU and model.quantization="
+            f"{needs[engine.dense_copies][1]}; found engine={engine.kind} on {facts.device}, "
+            f"model.quantization={model.quantization}, model.dtype={model.dtype}, "
+            f"training.parameters={config.training.parameters}"
         )
-    if engine.dequantize is not None:
+    if engine.dense_copies is not None:
         return []
-    engine.dequantize, reason = False, "there is no NF4 base in vLLM"
-    if is_quantized:
+    engine.dense_copies, reason = (
+        "none",
+        "only vLLM on a GPU has them, of an NF4 base or with an adapter in bfloat16",
+    )
+    if can_copy or can_merge:
         shape = LayerShape.from_config(text_config)
         dense = shape.num_layers * shape.linear_weights * item_bytes(config) / GIB
         left = memory_room(config, facts, text_config) / GIB - (engine.kv_cache_gib or 0.0)
-        engine.dequantize = dense <= left
-        reason = f"takes {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
-    return [Derivation(key="engine.dequantize", value=engine.dequantize, reason=reason)]
+        if dense <= left:
+            engine.dense_copies = "merged" if can_merge else "base"
+        reason = f"take {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
+    return [Derivation(key="engine.dense_copies", value=engine.dense_copies, reason=reason)]
 
 
 def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[str, int, str]:

@@ -143,6 +143,16 @@ def vllm_subject(tiny: TinyModel) -> Iterator[Subject]:
     engine.close()
 
 
+@contextmanager
+def vllm_merged_subject(tiny: TinyModel) -> Iterator[Subject]:
+    from tests.engine.cpu_merged import merges_on_cpu
+
+    with merges_on_cpu():
+        engine = start_vllm(tiny, with_tokenizer=True, dense_copies="merged")
+    yield _subject(engine, tiny)
+    engine.close()
+
+
 def start_vllm(tiny: TinyModel, **options: Any) -> Any:
     """A small VllmEngine, or a skip where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:  # not importorskip: importing vllm is the engine's business
@@ -159,4 +169,5 @@ FACTORIES: dict[str, Callable[[TinyModel], Any]] = {
     "hf": hf_subject,
     "scripted": scripted_subject,
     "vllm": vllm_subject,
+    "vllm with a merged adapter": vllm_merged_subject,
 }

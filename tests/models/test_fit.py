@@ -7,7 +7,7 @@ import pytest
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, RunConfig
 from rlbench.models.fit import fit_sizes, trim_kv_cache
-from rlbench.models.memory import derive_dequantize, derive_recompute
+from rlbench.models.memory import derive_dense_copies, derive_recompute
 
 GIB = 2**30
 
@@ -56,7 +56,7 @@ def derived(name, memory_gib, config, longest=None, uncapped_gib=None) -> dict[s
     found += derive_recompute(config, facts, shape)
     if longest is not None:
         found = trim_kv_cache(config, shape, longest, found)
-    found += derive_dequantize(config, facts, shape)
+    found += derive_dense_copies(config, facts, shape)
     return {d.key: d for d in found}
 
 
@@ -67,7 +67,7 @@ def config_of(quantization="none", max_tokens=1024) -> RunConfig:
 
 
 def generation_gib(name, config) -> float:
-    dense = DENSE_GIB[name] if config.engine.dequantize else 0.0
+    dense = DENSE_GIB[name] if config.engine.dense_copies != "none" else 0.0
     return BASE_GIB[name, config.model.quantization] + config.engine.kv_cache_gib + dense + 1.5  # graphs
 
 
