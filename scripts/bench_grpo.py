@@ -12,7 +12,8 @@ layers, a reward of random numbers, so that every group teaches. Each implementa
                since it cannot hand a quantised base to vLLM
 
 Lengths are forced where requests enter vLLM (`LLMEngine.add_request`), alike for all. The first step is warm-up. Times
-are of whole steps, medians of the others; "device" memory is the highest that the driver reported in use. Floors: of
+are of whole steps, medians of the others; "device" memory is the highest that the driver reported in use. The gap is
+what each trainer reports of its own rollouts, |engine - trainer| of a token's logprob. Floors: of
 the update 4 x weights x tokens FLOPs at the measured matmul rate; of generation the weights' bytes read once a token of
 the longest completion at the measured copy rate, or 2 x weights x tokens FLOPs, whichever is longer.
 """
@@ -40,6 +41,7 @@ from bench_workers import matmul_tflops, rows_of_process, write_result
 from random_models import num_weights, random_model, text_of
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 16, 16, 200
+GAP = "logprob gap of sampled tokens, engine to trainer, mean"
 MEAN_LENGTH, MAX_LENGTH = 800, 2048
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -169,6 +171,7 @@ def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, m
     report("step", statistics.median(line["time/step_s"] for line in found), "s")
     for phase in phases:
         report(phase, statistics.median(line.get(f"time/{phase}_s", 0.0) for line in found), "s")
+    report(GAP, statistics.median(line["drift/logprob_gap_mean"] for line in found), "nats")
     report("completion tokens of a step", found[-1]["completion/num_tokens"], "tokens")
     report("engine and trainer, allocated", 1024 * max(line["memory/peak_gib"] for line in found), "MiB")
 
@@ -193,6 +196,7 @@ def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make
 
     LLM.generate = timed
     ends: list[float] = []
+    gaps: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
@@ -204,6 +208,11 @@ def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make
             ends.append(time.perf_counter())
             report(f"step {len(ends) - 1}, of them generation", generated[-1], "s")  # a time limit may end it
             report(f"step {len(ends) - 1}", ends[-1] - ends[-2], "s")
+
+        def on_log(self, *arguments: Any, logs: Any = None, **named: Any) -> None:
+            if logs and "sampling/sampling_logp_difference/mean" in logs:
+                gaps.append(logs["sampling/sampling_logp_difference/mean"])
+                report(f"step {len(gaps)}, {GAP}", gaps[-1], "nats")
 
     with tempfile.TemporaryDirectory() as name:
         rows = write_rows(Path(name), shape, NUM_PROMPTS * steps).read_text().splitlines()
