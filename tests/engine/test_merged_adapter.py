@@ -87,6 +87,20 @@ def test_a_new_adapter_is_merged_into_the_base_and_not_into_the_last_one(merged)
     assert merged.merged.num_differing() == 0
 
 
+def test_copies_are_written_when_their_content_changes_alone(merged, monkeypatch):
+    fill, written = merged.merged.copies.fill, []
+    monkeypatch.setattr(
+        merged.merged.copies, "fill", lambda *given: (written.append(given[0] is not None), fill(*given))
+    )
+    merged.merged.use(with_adapter=False)
+    merged.merged.load(*adapter(), SCALING, A)
+    for _ in range(3):
+        merged.merged.use(with_adapter=True)
+    merged.merged.use(with_adapter=False)
+
+    assert written == [True, False]
+
+
 def test_the_rounding_follows_the_fingerprint(merged):
     found = []
     for fingerprint in (A, B):
