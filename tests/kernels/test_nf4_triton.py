@@ -10,7 +10,7 @@ from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import FORMS
 from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
 from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
-from tests.kernels.test_lora_linear import (
+from tests.kernels.lora_cases import (
     DEPTH,
     INNER,
     KINDS,
