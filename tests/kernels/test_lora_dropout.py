@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rlbench_kernels import Lora, LoraDropout, lora_linear, lora_mlp, lora_qkv, seeded_dropout
-from rlbench_kernels.lora_matmuls import FORMS
+from rlbench_kernels.lora_dropout import drop
+from rlbench_kernels.lora_matmuls import FORMS, Projections, cast_adapters, input_gradient
 from tests.kernels.lora_cases import (
     ALL_FORMS,
     DEPTH,
@@ -13,11 +14,14 @@ from tests.kernels.lora_cases import (
     OPTIONS,
     TOLERANCE,
     adapter,
+    base,
     check_finite_differences,
     check_mlp,
     check_projections,
     check_same,
     check_same_gradients,
+    error,
+    exact_base,
     leaves_of,
     mlp_bases,
     peft_layer,
@@ -128,6 +132,29 @@ def test_torchs_random_state_is_neither_read_nor_moved():
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_without_values_and_in_the_same_memory(form, kind, options):
     check_same_gradients(form, kind, options, dropouts=DROPOUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_that_lie_in_a_buffer_meet_all_bases_in_one_matmul(dtype, kind):
+    """Bit for bit: a matmul a base would round the sum once more in bfloat16."""
+    bases, sizes = [base(o, DEPTH, kind=kind, dtype=dtype, seed=o) for o in (96, 32)], (96, 32)
+    like = torch.empty(0, dtype=dtype)
+    loras = [adapter(o, DEPTH, seed=o) for o in sizes]
+    adapters = cast_adapters([t.detach() for lora in loras for t in lora[:2]], (0.7, 0.7), DEPTH, like)
+    room = random(5, sum(sizes) + adapters.width, dtype=dtype)
+    grads, low_grad = room[:, :128].split(sizes, 1), room[:, 128:136]
+    frozen = Projections(tuple(bases), (None, None), (0.7, 0.7), tuple(DROPOUTS[:2]), "extended")
+
+    found = input_gradient(grads, low_grad, adapters, frozen, room=room)
+
+    expected = room[:, :128] @ torch.cat([exact_base(weight).to(dtype) for weight in bases])
+    for columns, dropout in zip(adapters.columns, DROPOUTS, strict=False):
+        drop(low_grad[:, columns] @ adapters.a[columns], dropout, add_to=expected)
+    assert torch.equal(found, expected)
+    base_by_base = input_gradient(grads, low_grad, adapters, frozen)
+    assert error(found, base_by_base) < TOLERANCE[dtype]
+    assert dtype == torch.float64 or not torch.equal(found, base_by_base)
 
 
 @pytest.mark.parametrize("form", FORMS)
