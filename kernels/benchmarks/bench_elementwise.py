@@ -1,7 +1,7 @@
 """Memory-bound operations in bf16: rlbench against its peers and the copy bandwidth of the same run.
 
 usage: python kernels/benchmarks/bench_elementwise.py --out kernels/benchmarks/results/elementwise_DEVICE.json
-Llama-3.1-8B shapes, 16384 tokens; logits of 8192 tokens. Bytes are those that any implementation must read and write:
+16384 tokens; logits of 8192 tokens. Bytes are those that any implementation must read and write:
 inputs once, outputs once. Peers that work in place get a copy of their input outside of the timing.
 """
 
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Prepared, main, relative_error
+from model_shapes import MODELS, ModelShape
 from torch import Tensor
 
-TOKENS, HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCABULARY = 16384, 4096, 14336, 32, 8, 128, 128256
-CASES = ["rms_norm", "add_rms_norm", "swiglu", "rope", "logprobs"]
+TOKENS = 16384
+OPS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "logprobs")
+CASES = [f"{model} {op}" for model in ("Llama-3.1-8B", "Qwen2.5-7B") for op in OPS]
 PROVIDERS = ("rlbench", "liger", "unsloth", "trl", "compile", "torch")
 os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
 EPS = 1e-5
@@ -68,40 +70,42 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def prepare(provider: str, case: str) -> Prepared:
-    function = FUNCTIONS[case].get(provider)
+    model, op = case.split()
+    function = FUNCTIONS[op].get(provider)
     if provider in ("torch", "compile"):
-        function = lambda: PLAIN[case] if provider == "torch" else torch.compile(PLAIN[case])  # noqa: E731
+        function = lambda: PLAIN[op] if provider == "torch" else torch.compile(PLAIN[op])  # noqa: E731
     if function is None:
         return Prepared({})
-    return MAKE[case](function())
+    return MAKE[op](function(), MODELS[model])
 
 
-def make_norm(function: Callable) -> Prepared:
-    weight = random(HIDDEN)
-    return differentiate(lambda x: function(x, weight), [random(TOKENS, HIDDEN).requires_grad_()],
+def make_norm(function: Callable, model: ModelShape) -> Prepared:
+    weight = random(model.hidden)
+    return differentiate(lambda x: function(x, weight), [random(TOKENS, model.hidden).requires_grad_()],
                          lambda x: norm(x, weight.double()))  # fmt: skip
 
 
-def make_add_norm(function: Callable) -> Prepared:
-    weight = random(HIDDEN)
+def make_add_norm(function: Callable, model: ModelShape) -> Prepared:
+    weight = random(model.hidden)
 
     def exact(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return norm(x + residual, weight.double()), x + residual
 
-    leaves = [random(TOKENS, HIDDEN, seed=i).requires_grad_() for i in range(2)]
+    leaves = [random(TOKENS, model.hidden, seed=i).requires_grad_() for i in range(2)]
     prepared = differentiate(lambda x, r: function(x, r, weight), leaves, exact)
     # backward: the sum and both gradients in, one gradient out, which serves x and the residual
     return Prepared(prepared.calls, prepared.values, dict(prepared.num_bytes) | {"backward": 4 * size(leaves[0])})
 
 
-def make_swiglu(function: Callable) -> Prepared:
-    leaves = [random(TOKENS, INTER, seed=i).requires_grad_() for i in range(2)]
+def make_swiglu(function: Callable, model: ModelShape) -> Prepared:
+    leaves = [random(TOKENS, model.intermediate, seed=i).requires_grad_() for i in range(2)]
     return differentiate(function, leaves, lambda gate, up: F.silu(gate) * up)
 
 
-def make_rope(function: Callable) -> Prepared:
-    q, k = random(TOKENS, HEADS, DIM).requires_grad_(), random(TOKENS, KV_HEADS, DIM, seed=1).requires_grad_()
-    angle = torch.arange(TOKENS, device="cuda")[:, None] / 10000 ** (torch.arange(0, DIM, 2, device="cuda") / DIM)
+def make_rope(function: Callable, model: ModelShape) -> Prepared:
+    dim, heads = model.head_dim, (model.heads, model.kv_heads)
+    q, k = (random(TOKENS, n, dim, seed=i).requires_grad_() for i, n in enumerate(heads))
+    angle = torch.arange(TOKENS, device="cuda")[:, None] / 10000 ** (torch.arange(0, dim, 2, device="cuda") / dim)
     angle = torch.cat([angle, angle], -1)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     prepared = differentiate(lambda q, k: function(q, k, cos, sin), [q, k],
@@ -118,10 +122,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return one(q), one(k)
 
 
-def make_logprobs(function: Callable) -> Prepared:
+def make_logprobs(function: Callable, model: ModelShape) -> Prepared:
     rows = 8192
-    logits = (random(rows, VOCABULARY) * 2).requires_grad_()
-    targets = torch.randint(VOCABULARY, (rows,), device="cuda")
+    logits = (random(rows, model.vocabulary) * 2).requires_grad_()
+    targets = torch.randint(model.vocabulary, (rows,), device="cuda")
     found = function(logits, targets)
     upstream = torch.randn(rows, device="cuda")
     wide = logits.detach()[:256].double().requires_grad_()
@@ -209,7 +213,7 @@ FUNCTIONS: dict[str, dict[str, Callable[[], Callable]]] = {
     | ({"liger": liger(case)} if case in ("rms_norm", "swiglu", "rope") else {})
     | ({"unsloth": unsloth(case)} if case in ("rms_norm", "logprobs") else {})
     | ({"trl": trl} if case == "logprobs" else {})
-    for case in CASES
+    for case in OPS
 }
 PLAIN: dict[str, Callable] = {
     "rms_norm": norm,

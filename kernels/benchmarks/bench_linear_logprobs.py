@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import torch
 from harness import Prepared, extra_memory, main, relative_error
+from model_shapes import MODELS
 from torch import Tensor
 
-SHAPES = {"Llama-3.1-8B": (4096, 128256), "Qwen2.5-7B": (3584, 152064)}
-CASES = [f"{name} N={rows} llm" for name in SHAPES for rows in (8192, 16384)] + [
-    "Llama-3.1-8B N=8192 flat", "Llama-3.1-8B N=8192 sharp",
-]  # fmt: skip
+CASES = [
+    f"{model} N={kind}"
+    for model in ("Llama-3.1-8B", "Qwen2.5-7B")
+    for kind in ("8192 llm", "16384 llm", "8192 flat", "8192 sharp")
+]
 PROVIDERS = (
     "two_matmuls", "rlbench", "rlbench_logprobs", "rlbench_sparse", "rlbench_support", "rlbench_top_p", "rlbench_lora",
     "unsloth_zoo", "trl", "liger", "cce", "compile", "compile_support", "compile_lora", "float32",
@@ -39,7 +41,7 @@ class Inputs(NamedTuple):
 
 def make_inputs(case: str) -> Inputs:
     name, rows, regime = case.split()
-    depth, vocabulary = SHAPES[name]
+    depth, vocabulary = MODELS[name].hidden, MODELS[name].vocabulary
     num_rows = int(rows.removeprefix("N="))
     torch.manual_seed(0)
     weight = (torch.randn(vocabulary, depth, device="cuda") * 0.02).bfloat16()

@@ -1,7 +1,7 @@
 """Training attention over packed groups in bf16: one shared prompt a group against a prompt per completion.
 
 usage: python kernels/benchmarks/bench_packed_attention.py --out kernels/benchmarks/results/packed_attention_DEVICE.json
-Llama-3.1-8B heads, 4 groups. `unshared` is flash attention over prompt + completion, as many prompts as completions;
+4 groups. `unshared` is flash attention over prompt + completion, as many prompts as completions;
 the ideal is its time times `score_frac`, the share of the score matrix that is left. Both by torch's flash attention
 (`flash`) and by FlashAttention 4 (`flash4`). `sdpa_padded` pads every completion to the longest.
 """
@@ -15,52 +15,55 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Prepared, extra_memory, main, relative_error
+from model_shapes import MODELS, ModelShape
 
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 
-HEADS, KV_HEADS, DIM, PROMPT, NUM_GROUPS, GROUP_SIZE = 32, 8, 128, 512, 4, 16
-CASES = [
+NUM_GROUPS = 4
+GROUPS = (
     "prompt 512, 16 completions of 100 to 800",
     "prompt 200, 8 completions of 50 to 1000",
     "prompt 512, 8 completions of 1500 to 2500",
     "prompt 384, 1 completions of 16000 to 16000",
-]
+)
+CASES = [f"{model} {group}" for model in ("Llama-3.1-8B", "Qwen2.5-7B") for group in GROUPS]
 PROVIDERS = ("rlbench:flash4", "rlbench:flash", "unshared:flash4", "unshared:flash", "sdpa_padded")
 
 
 def groups_of(case: str) -> list[tuple[int, list[int]]]:
-    words = case.replace(",", "").split()
-    prompt, size, low, high = int(words[1]), int(words[2]), int(words[5]), int(words[7])
+    _, _, prompt, size, _, _, low, _, high = case.replace(",", "").split()
     generator = torch.Generator().manual_seed(0)
-    return [(prompt, torch.randint(low, high + 1, (size,), generator=generator).tolist()) for _ in range(NUM_GROUPS)]
+    lengths = torch.randint(int(low), int(high) + 1, (NUM_GROUPS, int(size)), generator=generator).tolist()
+    return [(int(prompt), completions) for completions in lengths]
 
 
-def inputs(num_tokens: int) -> Any:
+def inputs(model: ModelShape, num_tokens: int) -> Any:
     """q, k and v."""
-    shapes = [(num_tokens, HEADS, DIM), (num_tokens, KV_HEADS, DIM), (num_tokens, KV_HEADS, DIM)]
-    return [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    heads = (model.heads, model.kv_heads, model.kv_heads)
+    return [torch.randn(num_tokens, n, model.head_dim, device="cuda").bfloat16().requires_grad_() for n in heads]
 
 
 def prepare(provider: str, case: str) -> Prepared:
     groups = groups_of(case)
     torch.manual_seed(0)
-    scale = DIM**-0.5
+    model = MODELS[case.split()[0]]
+    scale = model.head_dim**-0.5
     provider, _, os.environ["RLBENCH_ATTENTION"] = provider.partition(":")
     if provider == "rlbench":
-        leaves = inputs(sum(p + sum(c) for p, c in groups))
+        leaves = inputs(model, sum(p + sum(c) for p, c in groups))
         layout = SharedPromptLayout.from_lengths(groups, "cuda")
         call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
     elif provider == "unshared":
         lengths = [p + n for p, completions in groups for n in completions]
-        leaves = inputs(sum(lengths))
+        leaves = inputs(model, sum(lengths))
         layout = SharedPromptLayout.from_lengths([(n, []) for n in lengths], "cuda")
         call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
     else:
         del os.environ["RLBENCH_ATTENTION"]
         longest = max(p + max(c) for p, c in groups)
         count = sum(len(c) for _, c in groups)
-        leaves = [x.view(count, longest, -1, DIM).transpose(1, 2).detach().requires_grad_()
-                  for x in inputs(count * longest)]  # fmt: skip
+        leaves = [x.view(count, longest, -1, model.head_dim).transpose(1, 2).detach().requires_grad_()
+                  for x in inputs(model, count * longest)]  # fmt: skip
         call = lambda: F.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)  # noqa: E731
     upstream = torch.randn_like(call())
 
@@ -74,7 +77,7 @@ def prepare(provider: str, case: str) -> Prepared:
     values = {"extra_memory": extra_memory(step), "tokens": (float(sum(p + sum(c) for p, c in groups)), "1")}
     values["score_frac"] = (score_share(groups), "of unshared")
     if provider == "rlbench" and len(groups[0][1]) > 1:
-        values |= gradient_errors(groups)
+        values |= gradient_errors(model, groups[0])
     return Prepared({"forward": forward, "forward_backward": step}, values)
 
 
@@ -84,12 +87,12 @@ def score_share(groups: list[tuple[int, list[int]]]) -> float:
     return shared / sum((p + n) ** 2 / 2 for p, c in groups for n in c)
 
 
-def gradient_errors(groups: list[tuple[int, list[int]]]) -> dict[str, tuple[float, str]]:
-    """The first group: gradients with the shared prompt against those with a prompt per completion, in float32."""
-    prompt, completions = groups[0]
-    leaves = inputs(prompt + sum(completions))
-    layout = SharedPromptLayout.from_lengths([groups[0]], "cuda")
-    out = packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=DIM**-0.5)
+def gradient_errors(model: ModelShape, group: tuple[int, list[int]]) -> dict[str, tuple[float, str]]:
+    """Of one group: gradients with the shared prompt against those with a prompt per completion, in float32."""
+    prompt, completions = group
+    leaves = inputs(model, prompt + sum(completions))
+    layout = SharedPromptLayout.from_lengths([group], "cuda")
+    out = packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=model.head_dim**-0.5)
     upstream = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, upstream)
     wide = [x.detach().float().requires_grad_() for x in leaves]

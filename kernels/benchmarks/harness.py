@@ -84,7 +84,9 @@ def calibrate() -> dict[str, float]:
     return {"matmul_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * 2**31 / copy / 1e9}
 
 
-def main(doc: str, providers: Sequence[str], cases: Sequence[str], prepare: Prepare, *, pause_ms: float = 1.0) -> None:
+def main(
+    doc: str | None, providers: Sequence[str], cases: Sequence[str], prepare: Prepare, *, pause_ms: float = 1.0
+) -> None:
     """Command line of a benchmark file: the parent, or with --worker one provider."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", choices=providers)

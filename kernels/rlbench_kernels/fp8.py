@@ -1,5 +1,7 @@
 """Matrices in FP8 with one scale a row: weight[o, d] = code[o, d] * scale[o], codes in float8_e4m3fn.
 
+One scale for the whole matrix is a view of it on every row, `scale.expand(O, 1)`.
+
 Shapes: O out features, D in features.
 Source: Micikevicius et al. 2022, arXiv:2209.05433, section 3; vLLM 0.26, Fp8PtpcOnlineLinearMethod in
 model_executor/layers/quantization/online/fp8.py.
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlbench_kernels.launch import use_triton
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 1 / (LARGEST * 512)  # of a row of zeros too
@@ -21,6 +25,8 @@ SMALLEST_SCALE = 1 / (LARGEST * 512)  # of a row of zeros too
 class Fp8Weight:
     """A frozen matrix [O, D]; `codes` and `scale` may be views of someone else's bytes.
 
+    vLLM keeps codes as [D, O] over rows of D codes, maybe padded: their transpose is such a view.
+
     Example:
         >>> weight = quantize_fp8(torch.tensor([[1.0, -1.75], [0.0, 0.5]]))
         >>> dequantize_fp8(weight)
@@ -29,7 +35,7 @@ class Fp8Weight:
     """
 
     codes: Tensor  # float8_e4m3fn [O, D], unit stride along D
-    scale: Tensor  # float32 [O, 1]
+    scale: Tensor  # float32 [O, 1], any strides
     dtype: torch.dtype  # of the matrix that was quantised, and of the dense result
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ def quantize_fp8(tensor: Tensor) -> Fp8Weight:
 def dequantize_fp8(weight: Fp8Weight, out: Tensor | None = None) -> Tensor:
     """The dense matrix [O, D]: code * scale in float32, rounded once to the result's dtype.
 
+    One launch on CUDA; PyTorch operations, which pass over the result twice, elsewhere and for float64.
+
     Args:
         weight: see `Fp8Weight`.
         out: [O, D], any floating dtype of 16 bits or more and any strides, e.g. the first D columns of a wider buffer;
@@ -92,4 +100,14 @@ def dequantize_fp8(weight: Fp8Weight, out: Tensor | None = None) -> Tensor:
         raise ValueError(f"out: floating [{weight.shape[0]}, {weight.shape[1]}], got {out.dtype} {[*out.shape]}")
     if out.device != weight.device:
         raise ValueError(f"out is on {out.device}, the weight on {weight.device}")
+    if use_triton(out.device) and out.dtype != torch.float64 and out.numel() > 0:
+        from rlbench_kernels.fp8_triton import launch_dequantize
+
+        launch_dequantize(weight, out)
+        return out
+    return reference_dequantize(weight, out)
+
+
+def reference_dequantize(weight: Fp8Weight, out: Tensor) -> Tensor:
+    """As `dequantize_fp8` in PyTorch: the meaning of the op, and its CPU version."""
     return out.copy_(weight.codes).mul_(weight.scale)  # the codes are exact in 16 bits

@@ -10,8 +10,10 @@ stacked A. Three forms of the rest, with the same meaning:
 
 Backward alike: "extended" is [dy_1 | dy_2 .. | dlow] [W_1; W_2; ..; A].
 
-With dropout low_i is drop_i(x) A_i^T, a mask a projection as in PEFT, so that there is a matmul for each; backward, the
-part of the gradient through A_i is dropped alike and added to that through the W_i, whatever the form.
+With dropout low_i is drop_i(x) A_i^T, a mask a projection as in PEFT, so that there is a matmul for each; the rest of
+the forward pass is the same. Backward, the part of the gradient through A_i is dropped alike and added to that through
+the W_i, whatever the form: a mask lies on the product dlow_i A_i, not on a factor, so that A is no row of "extended".
+Where dy lies in a buffer for it, the W_i stay one matmul [dy_1 | dy_2 ..] [W_1; W_2; ..]; making one would copy dy.
 
 Shapes: N tokens, D in features, O_i out features, R_i ranks, O and R their sums over the projections.
 """
@@ -151,7 +153,7 @@ def input_gradient(
         room: a buffer [N, O + width] that holds all of dy, d low and zeros, for "extended"; None has it made.
     """
     if any(frozen.dropouts):
-        return _dropped_input_gradient(grads, low_grad, adapters, frozen)
+        return _dropped_input_gradient(grads, low_grad, adapters, frozen, room)
     if frozen.form == "extended":
         if room is None:
             room = _stacked_gradients(grads, low_grad, adapters, frozen)
@@ -165,9 +167,13 @@ def input_gradient(
 
 
 def _dropped_input_gradient(
-    grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections
+    grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections, room: Tensor | None
 ) -> Tensor:
-    result = _through_bases(grads, frozen.bases, None)
+    if frozen.form == "extended" and room is not None:
+        size = sum(frozen.sizes)
+        result = room[:, :size] @ _stacked_weight(low_grad, adapters, frozen)[:size]
+    else:
+        result = _through_bases(grads, frozen.bases, None)
     for grad, columns, dropout in zip(grads, adapters.columns, frozen.dropouts, strict=True):
         if grad is not None and columns.start < columns.stop:
             drop(low_grad[:, columns] @ adapters.a[columns], dropout, add_to=result)

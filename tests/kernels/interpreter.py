@@ -10,6 +10,12 @@ import pytest
 import torch
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+gpu = pytest.mark.gpu
+needs_device = pytest.mark.skipif(
+    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
+needs_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 on_cpu = pytest.mark.skipif(
     IS_INTERPRETED or torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
     reason="triton is not installed, or there is a GPU for the kernels",
@@ -24,3 +30,10 @@ def run_interpreted(file: str) -> None:
     root = here.parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 values in `dtype` as a kernel stores them: the interpreter truncates to bfloat16."""
+    if IS_INTERPRETED and dtype == torch.bfloat16:
+        return (values.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    return values.to(dtype)

@@ -19,6 +19,7 @@ from rlbench_kernels import (
     SharedPromptLayout,
     add_rms_norm,
     apply_rope,
+    dequantize_fp8,
     dequantize_nf4,
     forked_rms_norm,
     geglu,
@@ -29,6 +30,7 @@ from rlbench_kernels import (
     lora_mlp,
     lora_qkv,
     packed_attention,
+    quantize_fp8,
     quantize_nf4,
     rms_norm,
     support_thresholds,
@@ -178,6 +180,7 @@ OPS = {
         lora_mlp(new(n, DEPTH), BASE, BASE, BASE, [PROJECTION] * 3, dropouts=dropouts(n))
     ),
     "dequantize_nf4": lambda n: dequantize_nf4(quantize_nf4(torch.ones(n, DEPTH, device=DEVICE, dtype=DTYPE))),
+    "dequantize_fp8": lambda n: dequantize_fp8(quantize_fp8(torch.ones(n, DEPTH, device=DEVICE, dtype=DTYPE))),
     "packed_attention": run_attention,
 }  # fmt: skip
 WITHOUT_KERNELS = {"lora_linear", "lora_qkv"}  # library matmuls

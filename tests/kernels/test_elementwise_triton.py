@@ -4,35 +4,17 @@ import pytest
 import torch
 
 from rlbench_kernels import add_rms_norm, apply_rope, geglu, logprobs, rms_norm, swiglu
-from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
+from tests.kernels.interpreter import DEVICE, IS_INTERPRETED, gpu, needs_device, needs_gpu, on_cpu, run_interpreted
 from tests.kernels.test_logprobs import expected as exact_logprobs
 from tests.kernels.test_norms import error, exact_norm
 from tests.kernels.test_rope import angles
 
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # relative Frobenius error of one rounding to the dtype and of float32 sums; the interpreter truncates to bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3 if IS_INTERPRETED else 3e-3}
 DTYPES = tuple(TOLERANCE)
 OFFSETS = (0.0, 1.0)
 OPS = {"swiglu": swiglu, "geglu": geglu}
-gpu = pytest.mark.gpu
-needs_device = pytest.mark.skipif(
-    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-needs_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def triton_and_poisoned_memory(monkeypatch):
-    """What a kernel does not write stays nan."""
-    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned_memory")
 
 
 def random(*shape, dtype, seed=0, scale=1.0):

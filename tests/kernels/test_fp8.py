@@ -60,6 +60,14 @@ def test_the_dense_matrix_is_the_product_in_float64_rounded_once(dtype, shape):
     assert found.dtype == dtype and torch.equal(found, product.to(dtype))
 
 
+def test_one_scale_of_the_whole_matrix_is_a_view_of_it_on_every_row():
+    weight = Fp8Weight(
+        torch.tensor([[1.0, -3.5], [2.0, 448.0]]).to(FP8), torch.tensor(0.25).expand(2, 1), torch.float32
+    )
+
+    assert dequantize_fp8(weight).tolist() == [[0.25, -0.875], [0.5, 112.0]]
+
+
 def test_it_writes_into_the_first_columns_of_a_wider_buffer_in_any_dtype():
     weight = quantize_fp8(matrix((6, 32), torch.bfloat16))
     buffer = torch.full((6, 40), float("nan"), dtype=torch.float32)

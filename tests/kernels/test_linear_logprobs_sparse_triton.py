@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlbench_kernels import SparseGradient, linear_logprobs, linear_token_loss
-from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
+from tests.kernels.interpreter import DEVICE, IS_INTERPRETED, gpu, needs_device, on_cpu, run_interpreted
 from tests.kernels.test_linear_logprobs import OPTIONS, columns, error, expected, inputs, options
 from tests.kernels.test_linear_logprobs_sparse import (
     block_errors,
@@ -16,9 +16,8 @@ from tests.kernels.test_linear_logprobs_sparse import (
     policy_loss,
     weighted_errors,
 )
-from tests.kernels.test_linear_logprobs_triton import DEVICE, fused, needs_device, small_tiles, to_device  # noqa: F401
+from tests.kernels.test_linear_logprobs_triton import fused, small_tiles, to_device  # noqa: F401
 
-gpu = pytest.mark.gpu
 ROWS = 8  # of a chunk, and so of a block, in the fixtures
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlbench_kernels import linear_logprobs, linear_token_loss
-from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
+from tests.kernels.interpreter import DEVICE, IS_INTERPRETED, gpu, needs_device, on_cpu, run_interpreted
 from tests.kernels.test_linear_logprobs import (
     OPTIONS,
     clipped_loss,
@@ -17,40 +17,26 @@ from tests.kernels.test_linear_logprobs import (
     options,
 )
 
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
-gpu = pytest.mark.gpu
-needs_device = pytest.mark.skipif(
-    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(triton_backend, monkeypatch):
     from rlbench_kernels import linear_logprobs_triton
 
-    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
     monkeypatch.setattr(linear_logprobs_triton, "_MAX_TILE", 128)
     monkeypatch.setattr(linear_logprobs_triton, "_MAX_ROWS", 8)
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """The fused kernel on small tiles, also in float32 under the interpreter; what is not written stays nan."""
+def fused(triton_backend, poisoned_memory, monkeypatch):
+    """The fused kernel on small tiles, also in float32 under the interpreter."""
     from rlbench_kernels import linear_logprobs_fused_triton as module
 
-    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
     if IS_INTERPRETED:
         monkeypatch.setattr(module, "can_fuse", lambda hidden, head: head.lora is None)
         for name, value in {"_ROWS": 8, "_BLOCK_M": 16, "_BLOCK_N": 64, "_BLOCK_K": 16}.items():
             monkeypatch.setattr(module, name, value)
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
-
-
-def poisoned(tensor):
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def to_device(*tensors):

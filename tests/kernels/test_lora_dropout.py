@@ -4,20 +4,27 @@ import pytest
 import torch
 
 from rlbench_kernels import Lora, LoraDropout, lora_linear, lora_mlp, lora_qkv, seeded_dropout
-from rlbench_kernels.lora_dropout import keep_mask
-from rlbench_kernels.lora_matmuls import FORMS
-from tests.kernels.test_lora_linear import (
+from rlbench_kernels.lora_dropout import drop
+from rlbench_kernels.lora_matmuls import FORMS, Projections, cast_adapters, input_gradient
+from tests.kernels.lora_cases import (
     ALL_FORMS,
     DEPTH,
-    INNER,
     KINDS,
+    MLP_SIZES,
+    OPTIONS,
     TOLERANCE,
     adapter,
     base,
-    check,
+    check_finite_differences,
+    check_mlp,
+    check_projections,
+    check_same,
+    check_same_gradients,
     error,
-    exact_projection,
+    exact_base,
     leaves_of,
+    mlp_bases,
+    peft_layer,
     random,
     saved_bytes,
     to,
@@ -25,101 +32,50 @@ from tests.kernels.test_lora_linear import (
 
 P = 0.3
 DROPOUTS = [LoraDropout(P, seed) for seed in (11, 12, 13)]
-MLP_SIZES = ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
-
-
-def exact_dropped(x, weight, lora, dropout, bias=None):
-    """As PEFT: the base sees x itself."""
-    if lora is None or dropout is None:
-        return exact_projection(x, weight, lora, bias)
-    mask = keep_mask(x.flatten(0, -2).shape, dropout, x.device).view(x.shape)
-    y = exact_projection(x, weight, None, bias)
-    return y + lora.scaling * ((x * mask / (1 - dropout.p)) @ lora.a.double().T) @ lora.b.double().T
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_projections_match_float64(dtype, form, kind):
-    sizes, ranks = (96, 32, 32), (4, 3, 8)
-    bases = [base(o, DEPTH, kind=kind, dtype=dtype, seed=i) for i, o in enumerate(sizes)]
-    biases = [None, random(32, dtype=dtype), None]
-    exact_loras = [adapter(o, DEPTH, r, seed=i) for i, (o, r) in enumerate(zip(sizes, ranks, strict=True))]
-    master = torch.float64 if dtype == torch.float64 else torch.float32
     for absent, undropped in ((None, None), (1, None), (None, 2)):
-        exact_used = [None if i == absent else lora for i, lora in enumerate(exact_loras)]
         dropouts = [None if i == undropped else dropout for i, dropout in enumerate(DROPOUTS)]
-        loras = [to(lora, master) for lora in exact_used]
-        exact_x = random(2, 5, DEPTH).to(dtype).double().requires_grad_()
-        x = exact_x.detach().to(dtype).requires_grad_()
-        results = lora_qkv(x, bases, loras, biases, dropouts=dropouts, form=form)
-        parts = zip(bases, exact_used, dropouts, biases, strict=True)
-        exact = [exact_dropped(exact_x, *part) for part in parts]
-        check(results, exact, leaves_of(x, loras), leaves_of(exact_x, exact_used), TOLERANCE[dtype])
+        check_projections(dtype, form, kind, absent=absent, dropouts=dropouts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_mlp_matches_float64(dtype, form, kind):
-    weights = [base(*size, kind=kind, dtype=dtype, seed=i) for i, size in enumerate(MLP_SIZES)]
-    master = torch.float64 if dtype == torch.float64 else torch.float32
     for absent in (None, 0, 2):
-        exact_used = [None if i == absent else adapter(*size, 3, seed=i) for i, size in enumerate(MLP_SIZES)]
-        loras = [to(lora, master) for lora in exact_used]
-        exact_x = random(2, 5, DEPTH).to(dtype).double().requires_grad_()
-        x = exact_x.detach().to(dtype).requires_grad_()
-        y = lora_mlp(x, *weights, loras, dropouts=DROPOUTS, form=form)
-        gate, up = (exact_dropped(exact_x, weights[i], exact_used[i], DROPOUTS[i]) for i in (0, 1))
-        exact = exact_dropped(torch.nn.functional.silu(gate) * up, weights[2], exact_used[2], DROPOUTS[2])
-        check([y], [exact], leaves_of(x, loras), leaves_of(exact_x, exact_used), TOLERANCE[dtype])
+        check_mlp(dtype, form, kind, absent=absent, dropouts=DROPOUTS)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_finite_differences_with_the_seed_fixed(form):
-    weights = [base(6, 5, kind="dense", dtype=torch.float64, seed=i) for i in range(2)]
-    down = base(5, 6, kind="dense", dtype=torch.float64, seed=2)
-    loras = [adapter(6, 5, 2), adapter(6, 5, 3, seed=1), adapter(5, 6, 2, seed=2)]
-
-    def call(x, *tensors):
-        parts = [Lora(a, b, 0.7) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
-        return (
-            *lora_qkv(x, weights, parts[:2], dropouts=DROPOUTS[:2], form=form),
-            lora_mlp(x, *weights, down, parts, dropouts=DROPOUTS, form=form),
-            seeded_dropout(x, DROPOUTS[0]),
-        )
-
-    x = random(3, 5).requires_grad_()
-    assert torch.autograd.gradcheck(call, leaves_of(x, loras))
+    check_finite_differences(form, lambda x: [seeded_dropout(x, DROPOUTS[0])], DROPOUTS)
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_same_as_peft_with_the_same_mask(form, dtype, monkeypatch):
     library = pytest.importorskip("peft", reason="peft is not installed")
-    config = library.LoraConfig(r=4, lora_alpha=8, lora_dropout=P, target_modules=["0"])
-    (peft,) = library.inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(DEPTH, 48))).to(dtype)
-    peft.base_layer.requires_grad_(False)
-    a, b = peft.lora_A["default"].weight, peft.lora_B["default"].weight
-    torch.nn.init.normal_(b)
+    peft, a, b = peft_layer(library, dtype, lora_dropout=P)
     x = random(7, DEPTH, dtype=dtype).requires_grad_()
     planted = torch.rand(7, DEPTH, generator=torch.Generator().manual_seed(1)) > P
     monkeypatch.setattr("rlbench_kernels.lora_dropout.keep_mask", lambda *_: planted)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, *_: x * planted / (1 - p))
 
-    bias = peft.base_layer.bias
-    y = lora_linear(x, peft.base_layer.weight, a, b, 2.0, bias, dropout=LoraDropout(P, 0), form=form)
-    assert 0.5 < planted.double().mean() < 0.9 and error(y, peft(x)) < TOLERANCE[dtype]
-    weights = random(7, 48, dtype=dtype)
-    mine = torch.autograd.grad((y * weights).sum(), [x, a, b])
-    theirs = torch.autograd.grad((peft(x) * weights).sum(), [x, a, b])
-    assert all(error(m, t) < TOLERANCE[dtype] for m, t in zip(mine, theirs, strict=True))
+    assert 0.5 < planted.double().mean() < 0.9
+    linear = peft.base_layer
+    y = lora_linear(x, linear.weight, a, b, 2.0, linear.bias, dropout=LoraDropout(P, 0), form=form)
+    check_same(y, peft(x), [x, a, b], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_dropout_and_at_p_0_the_bits_are_the_same(form, kind):
-    weights = [base(*size, kind=kind, dtype=torch.bfloat16, seed=i) for i, size in enumerate(MLP_SIZES)]
+    weights = mlp_bases(kind, torch.bfloat16)
     loras = [to(adapter(*size, seed=i), torch.float32) for i, size in enumerate(MLP_SIZES)]
     x = random(2, 5, DEPTH, dtype=torch.bfloat16).requires_grad_()
     found = []
@@ -173,31 +129,37 @@ def test_torchs_random_state_is_neither_read_nor_moved():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", [{"values": False}, {"overwrite": True}, {"values": False, "overwrite": True}])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_without_values_and_in_the_same_memory(form, kind, options):
-    """They are those of the plain call, bit for bit."""
-    weights = [base(*size, kind=kind, dtype=torch.float32, seed=i) for i, size in enumerate(MLP_SIZES)]
-    loras = [to(adapter(*size, 3, seed=i), torch.float32) for i, size in enumerate(MLP_SIZES)]
-    x, weight = random(2, 5, DEPTH, dtype=torch.float32).requires_grad_(), random(2, 5, DEPTH, dtype=torch.float32)
-    leaves = leaves_of(x, loras)
-    expected = torch.autograd.grad(lora_mlp(x, *weights, loras, dropouts=DROPOUTS, form=form), leaves, weight)
-    again = lora_mlp(x, *weights, loras, dropouts=DROPOUTS, form=form, **options)
-    for grad, exact in zip(torch.autograd.grad(again, leaves, weight), expected, strict=True):
-        assert torch.equal(grad, exact)
-    if "values" in options:
-        used, both = leaves_of(x, loras[:2]), DROPOUTS[:2]
-        first, second = (
-            lora_qkv(x, weights[:2], loras[:2], dropouts=both, form=form, values=values) for values in (True, False)
-        )
-        grads = [random(*y.shape, dtype=torch.float32) for y in first]
-        expected = torch.autograd.grad(first, used, grads)
-        for grad, exact in zip(torch.autograd.grad(second, used, grads), expected, strict=True):
-            assert torch.equal(grad, exact)
+    check_same_gradients(form, kind, options, dropouts=DROPOUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_that_lie_in_a_buffer_meet_all_bases_in_one_matmul(dtype, kind):
+    """Bit for bit: a matmul a base would round the sum once more in bfloat16."""
+    bases, sizes = [base(o, DEPTH, kind=kind, dtype=dtype, seed=o) for o in (96, 32)], (96, 32)
+    like = torch.empty(0, dtype=dtype)
+    loras = [adapter(o, DEPTH, seed=o) for o in sizes]
+    adapters = cast_adapters([t.detach() for lora in loras for t in lora[:2]], (0.7, 0.7), DEPTH, like)
+    room = random(5, sum(sizes) + adapters.width, dtype=dtype)
+    grads, low_grad = room[:, :128].split(sizes, 1), room[:, 128:136]
+    frozen = Projections(tuple(bases), (None, None), (0.7, 0.7), tuple(DROPOUTS[:2]), "extended")
+
+    found = input_gradient(grads, low_grad, adapters, frozen, room=room)
+
+    expected = room[:, :128] @ torch.cat([exact_base(weight).to(dtype) for weight in bases])
+    for columns, dropout in zip(adapters.columns, DROPOUTS, strict=False):
+        drop(low_grad[:, columns] @ adapters.a[columns], dropout, add_to=expected)
+    assert torch.equal(found, expected)
+    base_by_base = input_gradient(grads, low_grad, adapters, frozen)
+    assert error(found, base_by_base) < TOLERANCE[dtype]
+    assert dtype == torch.float64 or not torch.equal(found, base_by_base)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_as_many_bytes_are_saved_as_without(form):
-    weights = [base(*size, kind="nf4", dtype=torch.bfloat16) for size in MLP_SIZES]
+    weights = mlp_bases("nf4", torch.bfloat16)
     loras = [to(adapter(*size), torch.float32) for size in MLP_SIZES]
     x = random(7, DEPTH, dtype=torch.bfloat16).requires_grad_()
     for call in (
@@ -209,7 +171,7 @@ def test_as_many_bytes_are_saved_as_without(form):
 
 
 def test_no_tokens_and_unused_results():
-    weights = [base(*size, kind="dense", dtype=torch.float32) for size in MLP_SIZES]
+    weights = mlp_bases("dense", torch.float32)
     loras = [to(adapter(*size), torch.float32) for size in MLP_SIZES]
     x = torch.empty(0, DEPTH, requires_grad=True)
     lora_mlp(x, *weights, loras, dropouts=DROPOUTS).sum().backward()

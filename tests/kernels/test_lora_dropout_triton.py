@@ -6,29 +6,12 @@ import torch
 from rlbench_kernels import Lora, LoraDropout, lora_mlp, lora_qkv, seeded_dropout
 from rlbench_kernels.lora_dropout import drop
 from rlbench_kernels.lora_matmuls import FORMS
-from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
+from tests.kernels.interpreter import DEVICE, IS_INTERPRETED, gpu, needs_device, on_cpu, run_interpreted
 
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if IS_INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 P, SEED = 0.3, 2**62 + 0xF0003039  # both words used to the top
 WORD = 2**32
-gpu = pytest.mark.gpu
-needs_device = pytest.mark.skipif(
-    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-
-
-@pytest.fixture(autouse=True)
-def triton_and_poisoned_memory(monkeypatch):
-    """What a kernel does not write stays nan."""
-    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned_memory")
 
 
 def philox(counter, key):

@@ -9,10 +9,17 @@ from rlbench_kernels import Fp8Weight, Lora, Nf4Weight, dequantize_nf4, lora_mlp
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import FORMS
 from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
-from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
-from tests.kernels.test_lora_linear import (
+from tests.kernels.interpreter import (
+    DEVICE,
+    gpu,
+    needs_device,
+    needs_gpu,
+    on_cpu,
+    rounded,
+    run_interpreted,
+)
+from tests.kernels.lora_cases import (
     DEPTH,
-    INNER,
     KINDS,
     adapter,
     base,
@@ -21,23 +28,14 @@ from tests.kernels.test_lora_linear import (
     exact_mlp,
     exact_projection,
     leaves_of,
+    mlp_bases,
     random,
     to,
 )
 from tests.kernels.test_nf4 import DTYPES, bits, matrix
 
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
-gpu = pytest.mark.gpu
-needs_device = pytest.mark.skipif(
-    not IS_INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-needs_gpu = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend(monkeypatch):
-    monkeypatch.setenv("RLBENCH_KERNELS", "triton")
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned_memory")
 
 
 def move(weight, device):
@@ -69,11 +67,8 @@ def nested_weight(shape, dtype, *, blocksize=64, nested_blocksize=4):
 
 
 def expected_dense(weight):
-    """The reference on CPU; Triton's interpreter truncates float32 to bfloat16, so it is held to the truncation."""
-    if IS_INTERPRETED and weight.dtype == torch.bfloat16:
-        exact = reference_dequantize(weight, torch.empty(weight.shape))
-        return (exact.view(torch.int32) & -65536).view(torch.float32).bfloat16()
-    return reference_dequantize(weight, torch.empty(weight.shape, dtype=weight.dtype))
+    """The reference on CPU."""
+    return rounded(reference_dequantize(weight, torch.empty(weight.shape)), weight.dtype)
 
 
 @gpu
@@ -126,12 +121,11 @@ def test_one_launch_for_double_quantisation_too(monkeypatch):
 
 @gpu
 @needs_device
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
 @pytest.mark.parametrize("form", FORMS)
-def test_lora_over_nf4_matches_float64(form):
-    qkv = [move(base(o, DEPTH, kind="nf4", dtype=None, seed=o), DEVICE) for o in (96, 32, 32)]
-    mlp = [
-        move(base(*size, kind="nf4", dtype=None), DEVICE) for size in ((INNER, DEPTH), (INNER, DEPTH), (DEPTH, INNER))
-    ]
+def test_lora_over_quantised_bases_matches_float64(form, kind):
+    qkv = [move(base(o, DEPTH, kind=kind, dtype=None, seed=o), DEVICE) for o in (96, 32, 32)]
+    mlp = [move(weight, DEVICE) for weight in mlp_bases(kind, None)]
     compare(qkv, mlp, 7, torch.float32, form, tolerance=1e-5)
 
 
