@@ -1,6 +1,6 @@
 """`python -m rlbench explain +exp=... [overrides] [KEY ...]`: every value of a run and where it comes from.
 
-No run starts: no weights are loaded, nothing is written.
+No run starts: no weights are loaded, nothing is written. The rows are read where the KV cache depends on them.
 """
 
 from __future__ import annotations
@@ -161,37 +161,68 @@ def _kept(config: RunConfig) -> list[Derivation]:
 
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
-    from rlbench.models.fit import fit_sizes
-    from rlbench.models.memory import derive_dequantize, derive_recompute
+    from rlbench.models.fit import derive_engine_memory, derive_sizes
 
     derived = derive(config, facts)
-    is_read = config.hardware.profile == "gpu"
-    text_config = _text_config(config) if is_read else None
-    if text_config is not None:
-        derived = fit_sizes(config, facts, text_config, derived)
-    if text_config is not None or not is_read:
-        derived += derive_recompute(config, facts, text_config) + derive_dequantize(config, facts, text_config)
+    is_gpu = config.hardware.profile == "gpu"
+    place = _model_place(config) if is_gpu else None
+    text_config = _text_config(place) if place else None
+    if text_config is not None or not is_gpu:
+        derived = derive_sizes(config, facts, text_config, derived)
+        longest = _longest_sequence(config, text_config, place, derived)
+        derived = derive_engine_memory(config, facts, text_config, longest, derived)
     else:
-        reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
-        open_keys = {"training.recompute": config.training.recompute == AUTO}
-        open_keys["engine.dequantize"] = config.stage == "rl" and config.engine.dequantize is None
-        values = {"training.recompute": AUTO, "engine.dequantize": None}
-        derived += [Derivation(key=k, value=values[k], reason=reason) for k, is_left in open_keys.items() if is_left]
+        derived += list(_left_open(config))
     return derived + (derive_drift_limits(config) if config.stage == "rl" else [])
 
 
-def _text_config(config: RunConfig) -> Any:
-    """Of the model, if it is on this machine or the hub answers; None if not. A hub is asked for config.json alone."""
-    from transformers import AutoConfig
+def _left_open(config: RunConfig) -> Iterator[Derivation]:
+    reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
+    if config.training.recompute == AUTO:
+        yield Derivation(key="training.recompute", value=AUTO, reason=reason)
+    if config.stage == "rl" and config.engine.dequantize is None:
+        yield Derivation(key="engine.dequantize", value=None, reason=reason)
 
+
+def _longest_sequence(config: RunConfig, text_config: Any, place: str | None, derived: Sequence[Derivation]) -> int:
+    """Of a run whose KV cache is derived, found in its rows as the run finds it; else 0, which nothing reads.
+
+    Raises:
+        ValueError: the rows or the tokenizer cannot be had, or a prompt is too long: the run could not start.
+    """
+    if place is None or not any(d.key == "engine.kv_cache_gib" for d in derived):
+        return 0
+    from transformers import AutoTokenizer
+
+    from rlbench.build import longest_sequence, prompt_sets, read_rows
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"model.path: {place} has no tokenizer that can be read ({reason}); expected one") from error
+    rows = read_rows(config)
+    return longest_sequence(config, *prompt_sets(config, rows, tokenizer, int(text_config.max_position_embeddings)))
+
+
+def _model_place(config: RunConfig) -> str | None:
+    """A folder of this machine, or a name that the hub may answer for; None if there is neither.
+
+    A hub is asked for config.json and the tokenizer alone.
+    """
     from rlbench.data.hub import hub_problem
     from rlbench.models.source import find_local_model
 
-    place = find_local_model(config.model) or (config.model.path if hub_problem() is None else None)
-    if place is None:
-        return None
+    found = find_local_model(config.model)
+    return str(found) if found else (config.model.path if hub_problem() is None else None)
+
+
+def _text_config(place: str) -> Any:
+    """None if there is no config.json."""
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(str(place)).get_text_config()
+        return AutoConfig.from_pretrained(place).get_text_config()
     except (OSError, ValueError):
         return None
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.schema import RunConfig
+from rlbench.models.layer_shape import GIB, LayerShape, base_bytes
 from rlbench.models.memory import (
-    GIB,
-    LayerShape,
     backward_bytes,
-    base_bytes,
+    derive_dequantize,
+    derive_recompute,
     item_bytes,
     kept_bytes,
     memory_room,
@@ -24,6 +24,30 @@ _LEAST_SEQS = 8  # decoded together
 _KV = "engine.kv_cache_gib"
 _SEQS = "engine.max_num_seqs"
 _TOKENS = "training.tokens_per_microbatch"
+
+
+def derive_sizes(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """`fit_sizes`, and what is recomputed with these sizes: all that is known before rows are read.
+
+    Raises:
+        ValueError: as `fit_sizes`.
+    """
+    found = fit_sizes(config, facts, text_config, derived)
+    return found + derive_recompute(config, facts, text_config)
+
+
+def derive_engine_memory(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """`trim_kv_cache`, and whether a dense base has room beside what is left of the cache.
+
+    Raises:
+        ValueError: as `derive_dequantize`.
+    """
+    found = trim_kv_cache(config, text_config, longest_tokens, derived)
+    return found + derive_dequantize(config, facts, text_config)
 
 
 def fit_sizes(

@@ -1,78 +1,19 @@
-"""How much device memory a step takes: which layers are recomputed, and whether generation has room for a dense base.
-
-Shapes: T packed tokens, D hidden, H query heads, K key-value heads, d head dimension, I intermediate.
-"""
+"""How much device memory a step takes: which layers are recomputed, whether generation has room for a dense base."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.full_training import FULL as ALL_WEIGHTS
 from rlbench.config.schema import AUTO, RunConfig
-from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FAMILIES, QK_NORM_FAMILIES
+from rlbench.models.layer_shape import GIB, LayerShape, base_bytes
+from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 
-GIB = 2**30
-# Of one number of a linear layer. nf4: 4 bits, a byte for 64 of them, a float32 for 256 of those. fp8: a float32 a row.
-_QUANTISED_BYTES = {"nf4": 0.516, "fp8": 1.002}
 _SHARE = 0.9  # of the memory that a phase may fill
 _ADAMW_BYTES = 16  # of one trained number: itself, its gradient and two moments in float32
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
 _VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
-    """What decides how much a decoder layer keeps."""
-
-    num_layers: int
-    hidden: int  # D
-    query: int  # H d
-    key: int  # K d
-    intermediate: int  # I
-    has_qk_norm: bool
-    has_post_norms: bool = False  # behind attention and MLP
-
-    @property
-    def linear_weights(self) -> int:
-        """Numbers in the matrices of one layer."""
-        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
-
-    @property
-    def adapter_width(self) -> int:
-        """Inputs and outputs of the linear layers of one layer: numbers of an adapter of rank 1."""
-        return 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key) + 3 * (self.hidden + self.intermediate)
-
-    @classmethod
-    def from_config(cls, config: Any) -> LayerShape:
-        """
-        Args:
-            config: the text config of a transformers model.
-        """
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            query=heads * dim,
-            key=(config.num_key_value_heads or heads) * dim,
-            intermediate=config.intermediate_size,
-            has_qk_norm=any(config.model_type.startswith(family) for family in QK_NORM_FAMILIES),
-            has_post_norms=config.model_type in POST_NORM_FAMILIES,
-        )
-
-    def kept(self, mode: str) -> int:
-        """Numbers that a kernel-backed layer keeps for each token until its backward pass."""
-        if mode == FULL:
-            return self.hidden
-        around = 2 * self.hidden + 2 * self.query + 2 * self.key  # both residuals, q, k, v, attention's output
-        post_norm = self.hidden if self.has_post_norms else 0  # its input
-        if mode == MLP:
-            return around + post_norm
-        qk_norm = self.query + self.key if self.has_qk_norm else 0
-        # both norms' outputs, gate and up
-        return around + qk_norm + 2 * post_norm + 2 * self.hidden + 2 * self.intermediate
 
 
 def kept_bytes(shape: LayerShape, mode: str, num_recomputed: int, num_tokens: int, item_bytes: int) -> int:
@@ -190,13 +131,6 @@ def memory_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> in
         trained = base_bytes(shape, text_config, 1, quantization="none")
     reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB
     return int(_SHARE * facts.memory_gib * GIB - base - _ADAMW_BYTES * trained - reserved)
-
-
-def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, quantization: str) -> int:
-    """Bytes of the frozen weights."""
-    linear = shape.num_layers * shape.linear_weights
-    tables = text_config.vocab_size * shape.hidden * (1 if text_config.tie_word_embeddings else 2)
-    return int(linear * _QUANTISED_BYTES.get(quantization, item_bytes) + tables * item_bytes)
 
 
 def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:

@@ -6,7 +6,8 @@ import torch
 from rlbench.config.derive import HardwareFacts
 from rlbench.config.schema import LoraConfig, RunConfig, TrainingConfig
 from rlbench.data.packing import pack
-from rlbench.models.memory import LayerShape, base_bytes, choose_recompute, derive_recompute, kept_bytes
+from rlbench.models.layer_shape import LayerShape, base_bytes
+from rlbench.models.memory import choose_recompute, derive_recompute, kept_bytes
 from rlbench.models.offload import HostMemory
 from rlbench.models.patch import patch_model, unpatch_model
 from rlbench.models.policy import Policy
