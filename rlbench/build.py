@@ -14,6 +14,7 @@ from rlbench.config.schema import LoraConfig, RunConfig, SamplingConfig
 from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
+from rlbench.models.held_models import has_reference
 from rlbench.models.source import ResolvedModel, resolve_model
 from rlbench.models.warm_start import find_adapter, frozen_adapter
 from rlbench.records import SamplingParams
@@ -192,14 +193,11 @@ def build(inputs: Inputs) -> Parts:
         if device == "cpu":
             torch.set_num_threads(config.hardware.num_threads or 1)
         base, engine = _base_and_engine(inputs, device, recorded)
-        is_full = config.training.parameters == FULL
         frozen = frozen_base(base, config)
         policy, optimizer = policy_and_optimizer(base, frozen, config)
         critic, critic_optimizer = _critic(base, config)
         if recorded is None:
             _attach_reward_models(scorer, frozen, config)
-        is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
-        has_reference = (config.algorithm.reference_refresh_steps > 0 or is_start) and not is_full
         return Parts(
             base=base,
             policy=policy,
@@ -209,7 +207,7 @@ def build(inputs: Inputs) -> Parts:
             teacher=_teacher(frozen, inputs, device),
             critic=critic,
             critic_optimizer=critic_optimizer,
-            reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
+            reference=Policy(base, config.lora, seed=config.seed) if has_reference(config) else None,
         )
     except BaseException:
         scorer.close()

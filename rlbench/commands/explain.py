@@ -139,7 +139,7 @@ def _explained(
 
 
 def _derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
-    """Fill in place what a run fills, by the same functions.
+    """Fill in place what a run fills, by the same functions. A hub is asked for config.json and the tokenizer alone.
 
     Raises:
         ValueError: as `derive`.
@@ -162,11 +162,12 @@ def _kept(config: RunConfig) -> list[Derivation]:
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
     from rlbench.models.fit import derive_engine_memory, derive_sizes
+    from rlbench.models.source import model_place, read_text_config
 
     derived = derive(config, facts)
     is_gpu = config.hardware.profile == "gpu"
-    place = _model_place(config) if is_gpu else None
-    text_config = _text_config(place) if place else None
+    place = model_place(config.model) if is_gpu else None
+    text_config = read_text_config(place) if place else None
     if text_config is not None or not is_gpu:
         derived = derive_sizes(config, facts, text_config, derived)
         longest = _longest_sequence(config, text_config, place, derived)
@@ -203,28 +204,6 @@ def _longest_sequence(config: RunConfig, text_config: Any, place: str | None, de
         raise ValueError(f"model.path: {place} has no tokenizer that can be read ({reason}); expected one") from error
     rows = read_rows(config)
     return longest_sequence(config, *prompt_sets(config, rows, tokenizer, int(text_config.max_position_embeddings)))
-
-
-def _model_place(config: RunConfig) -> str | None:
-    """A folder of this machine, or a name that the hub may answer for; None if there is neither.
-
-    A hub is asked for config.json and the tokenizer alone.
-    """
-    from rlbench.data.hub import hub_problem
-    from rlbench.models.source import find_local_model
-
-    found = find_local_model(config.model)
-    return str(found) if found else (config.model.path if hub_problem() is None else None)
-
-
-def _text_config(place: str) -> Any:
-    """None if there is no config.json."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(place).get_text_config()
-    except (OSError, ValueError):
-        return None
 
 
 def _selected(run: ExplainedRun, keys: Sequence[str]) -> ExplainedRun:

@@ -192,7 +192,7 @@ def test_what_cannot_run_here_is_shown_with_the_reason(capsys, monkeypatch):
     assert "gpu" in shown.out and shown.err.startswith("error: hardware.profile is gpu, but torch sees no CUDA device")
 
     monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: replace(NO_GPU, **GPU))
-    monkeypatch.setattr("rlbench.data.hub.hub_problem", lambda: "offline")
+    monkeypatch.setattr("rlbench.models.source.hub_problem", lambda: "offline")
     found = by_key("model.path=nobody/nothing")
     assert found["hardware.profile"].value == "gpu" and found["engine.max_num_seqs"].value == 256
     recompute = found["training.recompute"]
