@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain as joined
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlbench.config.chain import stage_configs, stage_name, unread_sections
 from rlbench.config.compose import explain_dashed_setting, resolve_model_shorthand, to_run_config, unknown_key
 from rlbench.config.derive import Derivation, derive
+from rlbench.config.full_training import high_lr_note
 from rlbench.config.key_docs import key_doc, schema_file
 from rlbench.config.resume import keep_derived
 from rlbench.config.schema import AUTO, STAGES, RunConfig
@@ -40,6 +41,7 @@ class ExplainedRun:
     stage: str
     settings: list[Setting]
     problems: list[str]  # what could not be derived here, in sentences
+    lr_note: str = ""  # of an optim.lr that is set and unusual
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -73,6 +75,8 @@ def explain(arguments: Sequence[str]) -> int:
         if run.title:
             console.note(f"\n{run.title}, stage={run.stage}")
         console.plan(list(_rows(run, keys, only_changed)))
+        if run.lr_note and any(setting.key == "optim.lr" for setting in run.settings):
+            console.warning(f"optim.lr is {run.lr_note}")
     problems = dict.fromkeys(problem for run in runs for problem in run.problems)
     for problem in problems:
         print(f"error: {problem}; so nothing was derived", file=sys.stderr)
@@ -135,7 +139,8 @@ def _explained(
     except ValueError as error:
         filled, derived, problems = config, list(given), [str(error)]
     found = settings(filled, layers, derived)
-    return ExplainedRun(title=title, stage=config.stage, settings=found, problems=problems)
+    note = "" if problems else high_lr_note(filled)
+    return ExplainedRun(title=title, stage=config.stage, settings=found, problems=problems, lr_note=note)
 
 
 def _derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
@@ -208,7 +213,7 @@ def _longest_sequence(config: RunConfig, text_config: Any, place: str | None, de
 
 def _selected(run: ExplainedRun, keys: Sequence[str]) -> ExplainedRun:
     chosen = [s for s in run.settings if not keys or any(_is_in(s.key, key) for key in keys)]
-    return ExplainedRun(title=run.title, stage=run.stage, settings=chosen, problems=run.problems)
+    return replace(run, settings=chosen)
 
 
 def _is_in(key: str, prefix: str) -> bool:

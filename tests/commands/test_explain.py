@@ -146,6 +146,17 @@ def test_changed_values_come_first_and_can_be_shown_alone(capsys):
     assert "optim.lr" in text and "optim.beta1" not in text and "composed of conf/hardware/auto.yaml" in text
 
 
+def test_the_learning_rate_of_all_weights_is_derived_and_that_of_an_experiment_is_named(capsys):
+    every = ["+exp=grpo_gsm8k", "training.parameters=full", "optim.lr"]
+    assert explain([*every, "optim.lr=null"]) == 0
+    shown = capsys.readouterr().out
+    assert "1e-06" in shown and "the default of TRL's GRPOConfig" in shown and "warning" not in shown
+
+    assert explain(every) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.0003" in shown and "optim.lr is 300 times 1e-06, which optim.lr=null would take" in shown
+
+
 def test_a_key_that_is_named_shows_the_comment_beside_it(capsys):
     assert explain(["+exp=dapo_gsm8k", "algorithm.clip_ratio_high"]) == 0
     text = capsys.readouterr().out
