@@ -91,12 +91,8 @@ def _rewards(config: RunConfig, shape: LayerShape) -> list[HeldModel]:
         trained = find_trained_rewards(config)
     except ValueError:  # `build.prepare` says what is wrong; of a chain, an earlier stage may still write it
         return [HeldModel(name="the reward model", uncounted="not there yet, not counted")]
-    return [
-        HeldModel(
-            name=f"reward model {name}", num_bytes=_FROZEN_BYTES * shape.adapter_numbers(reward.lora.rank)
-        )  # fmt: skip
-        for name, reward in trained.items()
-    ]
+    sizes = {name: _FROZEN_BYTES * shape.adapter_numbers(reward.lora.rank) for name, reward in trained.items()}
+    return [HeldModel(name=f"reward model {name}", num_bytes=size) for name, size in sizes.items()]
 
 
 def _teacher(config: RunConfig, shape: LayerShape) -> list[HeldModel]:
