@@ -14,6 +14,7 @@ from rlbench.config.schema import LoraConfig, RunConfig, SamplingConfig
 from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
 from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
+from rlbench.models.held_models import has_reference
 from rlbench.models.source import ResolvedModel, resolve_model
 from rlbench.models.warm_start import find_adapter, frozen_adapter
 from rlbench.records import SamplingParams
@@ -85,28 +86,45 @@ def prepare(config: RunConfig) -> Inputs:
     Raises:
         ValueError: anything a user can get wrong.
     """
-    from rlbench.models.fit import trim_kv_cache
-    from rlbench.models.memory import derive_dense_copies
+    from rlbench.models.fit import derive_engine_memory
 
     basis = prepare_base(config)
     derived = basis.derived + derive_drift_limits(config)
-    train_rows, eval_rows = split_rows(config, basis.rows)
     find_trained_rewards(config)
-    limit = basis.context_tokens - config.sampling.max_tokens
-    reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
-
-    def prompts(selected: Any, split: str) -> PromptSet:
-        return make_prompts(selected, split, config.data, basis.tokenizer, max_prompt_tokens=limit, limit_reason=reason)
-
-    inputs = Inputs(
-        **shared_fields(basis, derived=derived),
-        train=prompts(train_rows, "train"),
-        evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
+    train, evaluation = prompt_sets(config, basis.rows, basis.tokenizer, basis.context_tokens)
+    longest = longest_sequence(config, train, evaluation)
+    return Inputs(
+        **shared_fields(
+            basis, derived=derive_engine_memory(config, basis.facts, _text_config(basis.model), longest, derived)
+        ),
+        train=train,
+        evaluation=evaluation,
         stop_token_ids=_stop_token_ids(basis, config.sampling),
     )
-    text_config = _text_config(basis.model)
-    derived = trim_kv_cache(config, text_config, longest_sequence(inputs), derived)
-    return replace(inputs, derived=derived + derive_dense_copies(config, basis.facts, text_config))
+
+
+def prompt_sets(
+    config: RunConfig, rows: dict[str, LoadedRows], tokenizer: Any, context_tokens: int
+) -> tuple[PromptSet, PromptSet | None]:
+    """Training prompts and held-out prompts (None: no evaluation) of an online run.
+
+    Args:
+        config: derived.
+        rows: from `read_rows`.
+        context_tokens: most tokens of a prompt and a completion.
+
+    Raises:
+        ValueError: as `make_prompts`.
+    """
+    limit = context_tokens - config.sampling.max_tokens
+    reason = f"the model's context of {context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
+
+    def prompts(selected: Any, split: str) -> PromptSet:
+        return make_prompts(selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason)
+
+    train_rows, eval_rows = split_rows(config, rows)
+    has_evaluation = eval_rows is not None and len(eval_rows)
+    return prompts(train_rows, "train"), prompts(eval_rows, "test") if has_evaluation else None
 
 
 def shared_fields(basis: BaseInputs, **changes: Any) -> dict[str, Any]:
@@ -129,15 +147,11 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
     find_adapter(config.lora)
     _check_teacher(config)
     _check_model_exists(config)
-    rows = {"train": load_rows(config.data, "train", row_problem)}
-    has_test = config.data.path is None or config.data.eval_path is not None
-    if has_test and config.evaluation.num_prompts != 0:
-        rows["test"] = load_rows(config.data, "test", row_problem)
+    rows = read_rows(config, row_problem)
 
     from rlbench.models.device import hardware_facts
     from rlbench.models.device_cap import set_device_cap
-    from rlbench.models.fit import fit_sizes
-    from rlbench.models.memory import derive_recompute
+    from rlbench.models.fit import derive_sizes
 
     facts = hardware_facts(config.hardware.profile, config.hardware.memory_gib)
     if facts.device == "cuda":
@@ -146,8 +160,7 @@ def prepare_base(config: RunConfig, row_problem: RowProblem | None = None) -> Ba
     model = resolve_model(config.model)
     from transformers import AutoTokenizer
 
-    derived = fit_sizes(config, facts, _text_config(model), derived)
-    derived += derive_recompute(config, facts, _text_config(model))
+    derived = derive_sizes(config, facts, _text_config(model), derived)
     tokenizer = AutoTokenizer.from_pretrained(str(model.folder), local_files_only=True)
     return BaseInputs(
         config=config,
@@ -180,14 +193,11 @@ def build(inputs: Inputs) -> Parts:
         if device == "cpu":
             torch.set_num_threads(config.hardware.num_threads or 1)
         base, engine = _base_and_engine(inputs, device, recorded)
-        is_full = config.training.parameters == FULL
         frozen = frozen_base(base, config)
         policy, optimizer = policy_and_optimizer(base, frozen, config)
         critic, critic_optimizer = _critic(base, config)
         if recorded is None:
             _attach_reward_models(scorer, frozen, config)
-        is_start = config.algorithm.pairs.is_on and config.preference.reference == "start"
-        has_reference = (config.algorithm.reference_refresh_steps > 0 or is_start) and not is_full
         return Parts(
             base=base,
             policy=policy,
@@ -197,7 +207,7 @@ def build(inputs: Inputs) -> Parts:
             teacher=_teacher(frozen, inputs, device),
             critic=critic,
             critic_optimizer=critic_optimizer,
-            reference=Policy(base, config.lora, seed=config.seed) if has_reference else None,
+            reference=Policy(base, config.lora, seed=config.seed) if has_reference(config) else None,
         )
     except BaseException:
         scorer.close()
@@ -369,7 +379,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
             dtype=config.model.dtype,
             quantization=config.model.quantization,
             dense_copies=config.engine.dense_copies or "none",
-            max_model_len=longest_sequence(inputs),
+            max_model_len=longest_sequence(config, inputs.train, inputs.evaluation),
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=None if config.training.parameters == FULL else config.lora.rank,
             kv_cache_gib=config.engine.kv_cache_gib or 1.0,
@@ -387,10 +397,10 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
     return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64, tokenizer=inputs.tokenizer)
 
 
-def longest_sequence(inputs: Inputs) -> int:
+def longest_sequence(config: RunConfig, train: PromptSet, evaluation: PromptSet | None) -> int:
     """Tokens of the longest prompt plus the longest completion."""
-    prompts = [*inputs.train.prompts, *(inputs.evaluation.prompts if inputs.evaluation else ())]
-    return longest_prompt_tokens(prompts) + inputs.config.sampling.max_tokens
+    prompts = [*train.prompts, *(evaluation.prompts if evaluation else ())]
+    return longest_prompt_tokens(prompts) + config.sampling.max_tokens
 
 
 def _check_model_exists(config: RunConfig) -> None:
@@ -420,6 +430,22 @@ def _stop_token_ids(basis: BaseInputs, sampling: SamplingConfig) -> tuple[int, .
             raise ValueError(f"sampling.stop_token_ids names {token_id}, but {model.name} has tokens 0 to {last}")
     ids |= set(sampling.stop_token_ids)
     return tuple(sorted(ids))
+
+
+def read_rows(config: RunConfig, row_problem: RowProblem | None = None) -> dict[str, LoadedRows]:
+    """Rows by split; "test" where there is one of its own and it is read.
+
+    Args:
+        row_problem: as in `load_rows`.
+
+    Raises:
+        ValueError: as `load_rows`.
+    """
+    rows = {"train": load_rows(config.data, "train", row_problem)}
+    has_test = config.data.path is None or config.data.eval_path is not None
+    if has_test and config.evaluation.num_prompts != 0:
+        rows["test"] = load_rows(config.data, "test", row_problem)
+    return rows
 
 
 def split_rows(config: RunConfig, rows: dict[str, LoadedRows]) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """`python -m rlbench explain +exp=... [overrides] [KEY ...]`: every value of a run and where it comes from.
 
-No run starts: no weights are loaded, nothing is written.
+No run starts: no weights are loaded, nothing is written. The rows are read where the KV cache depends on them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain as joined
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlbench.config.chain import stage_configs, stage_name, unread_sections
 from rlbench.config.compose import explain_dashed_setting, resolve_model_shorthand, to_run_config, unknown_key
 from rlbench.config.derive import Derivation, derive
+from rlbench.config.full_training import high_lr_note
 from rlbench.config.key_docs import key_doc, schema_file
 from rlbench.config.resume import keep_derived
 from rlbench.config.schema import AUTO, STAGES, RunConfig
@@ -40,6 +41,7 @@ class ExplainedRun:
     stage: str
     settings: list[Setting]
     problems: list[str]  # what could not be derived here, in sentences
+    lr_note: str = ""  # of an optim.lr that is set and unusual
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -73,6 +75,8 @@ def explain(arguments: Sequence[str]) -> int:
         if run.title:
             console.note(f"\n{run.title}, stage={run.stage}")
         console.plan(list(_rows(run, keys, only_changed)))
+        if run.lr_note and any(setting.key == "optim.lr" for setting in run.settings):
+            console.warning(f"optim.lr is {run.lr_note}")
     problems = dict.fromkeys(problem for run in runs for problem in run.problems)
     for problem in problems:
         print(f"error: {problem}; so nothing was derived", file=sys.stderr)
@@ -135,11 +139,12 @@ def _explained(
     except ValueError as error:
         filled, derived, problems = config, list(given), [str(error)]
     found = settings(filled, layers, derived)
-    return ExplainedRun(title=title, stage=config.stage, settings=found, problems=problems)
+    note = "" if problems else high_lr_note(filled)
+    return ExplainedRun(title=title, stage=config.stage, settings=found, problems=problems, lr_note=note)
 
 
 def _derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
-    """Fill in place what a run fills, by the same functions.
+    """Fill in place what a run fills, by the same functions. A hub is asked for config.json and the tokenizer alone.
 
     Raises:
         ValueError: as `derive`.
@@ -161,44 +166,54 @@ def _kept(config: RunConfig) -> list[Derivation]:
 
 def _derive_open(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     from rlbench.checks.limits import derive_drift_limits
-    from rlbench.models.fit import fit_sizes
-    from rlbench.models.memory import derive_dense_copies, derive_recompute
+    from rlbench.models.fit import derive_engine_memory, derive_sizes
+    from rlbench.models.source import model_place, read_text_config
 
     derived = derive(config, facts)
-    is_read = config.hardware.profile == "gpu"
-    text_config = _text_config(config) if is_read else None
-    if text_config is not None:
-        derived = fit_sizes(config, facts, text_config, derived)
-    if text_config is not None or not is_read:
-        derived += derive_recompute(config, facts, text_config) + derive_dense_copies(config, facts, text_config)
+    is_gpu = config.hardware.profile == "gpu"
+    place = model_place(config.model) if is_gpu else None
+    text_config = read_text_config(place) if place else None
+    if text_config is not None or not is_gpu:
+        derived = derive_sizes(config, facts, text_config, derived)
+        longest = _longest_sequence(config, text_config, place, derived)
+        derived = derive_engine_memory(config, facts, text_config, longest, derived)
     else:
-        reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
-        open_keys = {"training.recompute": config.training.recompute == AUTO}
-        open_keys["engine.dense_copies"] = config.stage == "rl" and config.engine.dense_copies is None
-        values = {"training.recompute": AUTO, "engine.dense_copies": None}
-        derived += [Derivation(key=k, value=values[k], reason=reason) for k, is_left in open_keys.items() if is_left]
+        derived += list(_left_open(config))
     return derived + (derive_drift_limits(config) if config.stage == "rl" else [])
 
 
-def _text_config(config: RunConfig) -> Any:
-    """Of the model, if it is on this machine or the hub answers; None if not. A hub is asked for config.json alone."""
-    from transformers import AutoConfig
+def _left_open(config: RunConfig) -> Iterator[Derivation]:
+    reason = "left to the run's start: it needs the model's config.json, which cannot be had here"
+    if config.training.recompute == AUTO:
+        yield Derivation(key="training.recompute", value=AUTO, reason=reason)
+    if config.stage == "rl" and config.engine.dense_copies is None:
+        yield Derivation(key="engine.dense_copies", value=None, reason=reason)
 
-    from rlbench.data.hub import hub_problem
-    from rlbench.models.source import find_local_model
 
-    place = find_local_model(config.model) or (config.model.path if hub_problem() is None else None)
-    if place is None:
-        return None
+def _longest_sequence(config: RunConfig, text_config: Any, place: str | None, derived: Sequence[Derivation]) -> int:
+    """Of a run whose KV cache is derived, found in its rows as the run finds it; else 0, which nothing reads.
+
+    Raises:
+        ValueError: the rows or the tokenizer cannot be had, or a prompt is too long: the run could not start.
+    """
+    if place is None or not any(d.key == "engine.kv_cache_gib" for d in derived):
+        return 0
+    from transformers import AutoTokenizer
+
+    from rlbench.build import longest_sequence, prompt_sets, read_rows
+
     try:
-        return AutoConfig.from_pretrained(str(place)).get_text_config()
-    except (OSError, ValueError):
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"model.path: {place} has no tokenizer that can be read ({reason}); expected one") from error
+    rows = read_rows(config)
+    return longest_sequence(config, *prompt_sets(config, rows, tokenizer, int(text_config.max_position_embeddings)))
 
 
 def _selected(run: ExplainedRun, keys: Sequence[str]) -> ExplainedRun:
     chosen = [s for s in run.settings if not keys or any(_is_in(s.key, key) for key in keys)]
-    return ExplainedRun(title=run.title, stage=run.stage, settings=chosen, problems=run.problems)
+    return replace(run, settings=chosen)
 
 
 def _is_in(key: str, prefix: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rlbench.build import BaseInputs, Inputs
-from rlbench.config.full_training import FULL, needs_frozen_copy
+from rlbench.config.full_training import FULL, high_lr_note, needs_frozen_copy
 from rlbench.config.schema import LoraConfig
 from rlbench.data.prompts import longest_prompt_tokens
 from rlbench.tracking.console import PlanRow
@@ -24,9 +25,8 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows += [row("Rewards", "rewards.num_workers")]
     sizes = ("hardware.profile", "hardware.num_threads", "engine.kind", "engine.max_num_seqs", "training.num_steps",
              "algorithm.prompts_per_step", "algorithm.group_size", "sampling.max_tokens",
-             "training.tokens_per_microbatch", *recompute_keys(inputs), "evaluation.num_prompts",
-             "optim.lr")  # fmt: skip
-    rows += [row("Sizes", key) for key in sizes]
+             "training.tokens_per_microbatch", *recompute_keys(inputs), "evaluation.num_prompts")  # fmt: skip
+    rows += [*(row("Sizes", key) for key in sizes), lr_row(inputs)]
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
         rows += [row("Sizes", "engine.kv_cache_gib"), row("Sizes", "engine.dense_copies")]
@@ -84,6 +84,12 @@ def row_maker(inputs: BaseInputs) -> Callable[[str, str], PlanRow]:
         return PlanRow(section, key, str(value), f"derived: {reasons[key]}" if key in reasons else "")
 
     return row
+
+
+def lr_row(inputs: BaseInputs) -> PlanRow:
+    """optim.lr, with its reason, or what there is to say of one that is set."""
+    row = row_maker(inputs)("Sizes", "optim.lr")
+    return row if row.reason else replace(row, reason=high_lr_note(inputs.config))
 
 
 def model_rows(inputs: BaseInputs) -> list[PlanRow]:

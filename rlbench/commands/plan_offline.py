@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlbench.build import BaseInputs
 from rlbench.build_offline import PreferenceInputs, SftInputs
-from rlbench.commands.plan import loss_rows, model_rows, recompute_keys, row_maker, source_rows
+from rlbench.commands.plan import loss_rows, lr_row, model_rows, recompute_keys, row_maker, source_rows
 from rlbench.tracking.console import PlanRow
 
 
@@ -57,8 +57,8 @@ def _pair_rows(inputs: PreferenceInputs) -> list[PlanRow]:
 def size_rows(inputs: BaseInputs) -> list[PlanRow]:
     row = row_maker(inputs)
     keys = ("hardware.profile", "hardware.num_threads", "training.num_steps", "training.tokens_per_microbatch",
-            *recompute_keys(inputs), "evaluation.num_prompts", "optim.lr")  # fmt: skip
-    return [row("Sizes", key) for key in keys]
+            *recompute_keys(inputs), "evaluation.num_prompts")  # fmt: skip
+    return [*(row("Sizes", key) for key in keys), lr_row(inputs)]
 
 
 def files_row(run_folder: Path) -> PlanRow:

@@ -115,7 +115,7 @@ def _fly(inputs: Any, parts: Any, num_prompts: int, samples_per_prompt: int, fol
     numbers = measure(sampled.groups, config)
     with console.phase("timing an update"):
         times = preflight_probe.predict_times(inputs, parts, sampled, numbers)
-    findings = judge(numbers, config, longest_sequence(inputs))
+    findings = judge(numbers, config, longest_sequence(config, inputs.train, inputs.evaluation))
     shortest, longest = _extremes(sampled.groups)
     num_steps = config.training.num_steps or 0
     if config.tracking.quiet:

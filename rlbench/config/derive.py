@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rlbench.config.full_training import FULL
+from rlbench.config.full_training import FULL, default_lr
 from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
 
@@ -110,6 +110,7 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         if config.stage == "rl" or not key.startswith(STAGES[config.stage]):
             fill(key, value, reason)
     fill("model.dtype", *_dtype(facts))
+    fill("optim.lr", *default_lr(config))
     if config.stage == "rl":
         _derive_online(config, facts, fill)
     if config.stage == "preference":

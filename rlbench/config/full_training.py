@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 LORA, FULL = "lora", "full"
 PARAMETERS = [LORA, FULL]
+_HIGH = 10.0  # times the usual learning rate
+_ADAPTER_LR = 1e-4
+_FULL_LR = {"rl": (1e-6, "GRPOConfig"), "sft": (2e-5, "SFTConfig"), "preference": (1e-6, "DPOConfig")}
 
 
 def check_full_training(config: RunConfig) -> None:
@@ -42,6 +45,33 @@ def check_full_training(config: RunConfig) -> None:
             "a reference that follows is an adapter on a frozen base",
             "0",
         )
+
+
+def default_lr(config: RunConfig) -> tuple[float, str]:
+    """optim.lr where the user set none, and why.
+
+    Source: `learning_rate` in trl/trainer/grpo_config.py, sft_config.py and dpo_config.py of
+    https://github.com/huggingface/trl at 006d32c9, 016013e8 and 3da24240.
+    """
+    if config.training.parameters != FULL:
+        return _ADAPTER_LR, "of an adapter, in every stage"
+    lr, name = _FULL_LR[config.stage]
+    return lr, f"training.parameters is full: the default of TRL's {name}, which trains all weights too"
+
+
+def high_lr_note(config: RunConfig) -> str:
+    """What to say of an optim.lr that is set, in an experiment's file perhaps for an adapter; empty if it is usual.
+
+    Args:
+        config: derived.
+    """
+    if config.training.parameters != FULL:
+        return ""
+    usual, reason = default_lr(config)
+    chosen = config.optim.lr or usual
+    if chosen < _HIGH * usual:
+        return ""
+    return f"{chosen / usual:.0f} times {usual:g}, which optim.lr=null would take ({reason})"
 
 
 def check_chain(config: RunConfig) -> None:

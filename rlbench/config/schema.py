@@ -263,7 +263,8 @@ class OptimConfig:
     # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes) | muon: of matrices torch's
     # Muon with updates of AdamW's size, AdamW of norms, biases, embeddings and the head
     name: str = "adamw"
-    lr: float = 1e-4  # the highest learning rate, reached after the warm-up
+    # the highest learning rate, reached after the warm-up; null: derived from training.parameters and stage
+    lr: float | None = None
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second moment
     momentum: float | None = None  # optim.name=muon: decay of the matrices' momentum; null: 0.95
@@ -294,7 +295,7 @@ class OptimConfig:
 @dataclass
 class TrainingConfig:
     # lora: an adapter, see `lora` | full: all weights, with float32 masters of a bfloat16 model. Full training takes 18
-    # bytes a weight with AdamW, and usually a tenth to a hundredth of an adapter's optim.lr
+    # bytes a weight with AdamW; an optim.lr that is set for an adapter is far too high for it
     parameters: str = LORA
     num_steps: int | None = None  # optimizer steps
     tokens_per_microbatch: int | None = None  # packed tokens of one forward

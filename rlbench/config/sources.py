@@ -42,7 +42,7 @@ class Setting:
     """One value of a run.
 
     Example:
-        Setting(key="optim.lr", value=3e-4, default=1e-4, layers=("conf/exp/grpo_gsm8k.yaml",))
+        Setting(key="optim.lr", value=3e-4, default=None, layers=("conf/exp/grpo_gsm8k.yaml",))
     """
 
     key: str

@@ -8,14 +8,16 @@ from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.schema import RunConfig
+from rlbench.models.held_models import HeldModel, beside_words, held_models
+from rlbench.models.layer_shape import GIB, LayerShape, base_bytes, forward_bytes, item_bytes, key_numbers
 from rlbench.models.memory import (
-    GIB,
-    LayerShape,
     backward_bytes,
-    base_bytes,
-    item_bytes,
+    derive_dense_copies,
+    derive_recompute,
+    generation_room,
     kept_bytes,
     memory_room,
+    uncounted_words,
 )
 from rlbench.models.names import FULL, PATCHED_FAMILIES
 
@@ -24,6 +26,30 @@ _LEAST_SEQS = 8  # decoded together
 _KV = "engine.kv_cache_gib"
 _SEQS = "engine.max_num_seqs"
 _TOKENS = "training.tokens_per_microbatch"
+
+
+def derive_sizes(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """`fit_sizes`, and what is recomputed with these sizes: all that is known before rows are read.
+
+    Raises:
+        ValueError: as `fit_sizes`.
+    """
+    found = fit_sizes(config, facts, text_config, derived)
+    return found + derive_recompute(config, facts, text_config)
+
+
+def derive_engine_memory(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """`trim_kv_cache`, and whether dense copies have room beside what is left of the cache.
+
+    Raises:
+        ValueError: as `derive_dense_copies`.
+    """
+    found = trim_kv_cache(config, text_config, longest_tokens, derived)
+    return found + derive_dense_copies(config, facts, text_config)
 
 
 def fit_sizes(
@@ -44,21 +70,21 @@ def fit_sizes(
     Raises:
         ValueError: the base leaves too little room for the least sizes.
     """
-    if config.hardware.profile == "cpu" or text_config.model_type not in PATCHED_FAMILIES:
+    if config.hardware.profile == "cpu":
         return list(derived)
-    shape, room = LayerShape.from_config(text_config), memory_room(config, facts, text_config)
-    values = {}
-    is_open = {d.key for d in derived}
+    if text_config.model_type not in PATCHED_FAMILIES:
+        why = f"not made smaller for this card: {uncounted_words(text_config.model_type)}"
+        return [replace(d, reason=f"{d.reason}; {why}") if d.key in (_TOKENS, _KV, _SEQS) else d for d in derived]
+    found, is_open = list(derived), {d.key for d in derived}
     if _TOKENS in is_open:
-        values[_TOKENS] = _microbatch_tokens(config, facts, shape, text_config, room)
+        found = _replaced(config, found, {_TOKENS: _microbatch_tokens(config, facts, text_config)})
     if config.stage == "rl" and config.engine.kind in ("vllm", "hf"):
-        token_bytes = kv_token_bytes(shape, config)
+        room, token_bytes = generation_room(config, facts, text_config), kv_token_bytes(text_config, config)
         if _KV in is_open:
-            values[_KV] = _kv_cache_gib(config, facts, text_config, room, token_bytes)
-            config.engine.kv_cache_gib = values[_KV][0]
+            found = _replaced(config, found, {_KV: _kv_cache_gib(config, facts, text_config, room, token_bytes)})
         if _SEQS in is_open:
-            values[_SEQS] = _max_num_seqs(config, room, token_bytes)
-    return _replaced(config, derived, values)
+            found = _replaced(config, found, {_SEQS: _max_num_seqs(config, room, token_bytes)})
+    return found
 
 
 def trim_kv_cache(
@@ -79,32 +105,40 @@ def trim_kv_cache(
     seqs = config.engine.max_num_seqs or 1
     # A block of 16 tokens is not shared out, and vLLM keeps one for itself; to the next 0.1 GiB.
     num_tokens = 16 * (seqs * -(-longest_tokens // 16) + 1)
-    most = num_tokens * kv_token_bytes(LayerShape.from_config(text_config), config)
+    most = num_tokens * kv_token_bytes(text_config, config)
     gib = -(-most * 10 // GIB) / 10
     if gib >= (config.engine.kv_cache_gib or 0.0):
         return list(derived)
     return _replaced(config, derived, {_KV: (gib, f"{seqs} sequences of {longest_tokens} tokens fill no more")})
 
 
-def kv_token_bytes(shape: LayerShape, config: RunConfig) -> int:
+def kv_token_bytes(text_config: Any, config: RunConfig) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return 2 * shape.num_layers * shape.key * item_bytes(config)
+    return 2 * text_config.num_hidden_layers * key_numbers(text_config) * item_bytes(config)
 
 
-def _microbatch_tokens(
-    config: RunConfig, facts: HardwareFacts, shape: LayerShape, text_config: Any, room: int
-) -> tuple[int, str] | None:
+def _microbatch_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[int, str] | None:
     """The most tokens that fit with all layers recomputed; None: the profile's own."""
-    wanted, item = config.training.tokens_per_microbatch or 1, item_bytes(config)
+    room, held = memory_room(config, facts, text_config), held_models(config, text_config)
+    wanted = config.training.tokens_per_microbatch or 1
     least = max(_LEAST_TOKENS, 2 * config.sampling.max_tokens) if config.stage == "rl" else _LEAST_TOKENS
     tokens = wanted
     while tokens >= min(least, wanted):
-        needed = kept_bytes(shape, FULL, shape.num_layers, tokens, item) + backward_bytes(shape, tokens, item)
+        needed = _least_training_bytes(config, LayerShape.from_config(text_config), tokens, held)
         if needed <= room:
-            reason = f"gpu profile: {wanted} tokens do not fit in the {room / GIB:.1f} GiB beside the base"
+            left = f"{room / GIB:.1f} GiB beside the base{beside_words(held)}"
+            reason = f"gpu profile: {wanted} tokens do not fit in the {left}"
             return None if tokens == wanted else (tokens, f"{reason}, of {facts.memory_words}")
         tokens //= 2
     raise ValueError(_no_room(config, facts, text_config, f"{min(least, wanted)} tokens of training", needed, room))
+
+
+def _least_training_bytes(config: RunConfig, shape: LayerShape, tokens: int, held: Sequence[HeldModel]) -> int:
+    """Of a forward and backward pass with all layers recomputed, or of a larger teacher's forward pass."""
+    item = item_bytes(config)
+    kept = kept_bytes(shape, FULL, shape.num_layers, tokens, item)
+    others = [forward_bytes(model.shape, tokens, item) for model in held if model.shape is not None]
+    return max(kept + backward_bytes(shape, tokens, item, has_dropout=config.lora.dropout > 0), *others, 0)
 
 
 def _kv_cache_gib(
@@ -118,7 +152,8 @@ def _kv_cache_gib(
         raise ValueError(_no_room(config, facts, text_config, what, least, room))
     if gib == wanted:
         return gib, f"40% of {facts.memory_words}; given back while training"
-    return gib, f"what is left beside the base, up to 90% of {facts.memory_words}; given back while training"
+    beside = beside_words(held_models(config, text_config))
+    return gib, f"what is left beside the base{beside}, up to 90% of {facts.memory_words}; given back while training"
 
 
 def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, str] | None:
@@ -138,8 +173,12 @@ def _no_room(config: RunConfig, facts: HardwareFacts, text_config: Any, what: st
     expected = "a smaller model.path" if kind == "nf4" else "model.quantization=nf4 or a smaller model.path"
     if config.training.parameters == "full":
         expected = "training.parameters=lora or a smaller model.path"
+    held = held_models(config, text_config)
+    if any(model.shape is not None for model in held):
+        expected += " or algorithm.teacher.model"
+    beside = f"; beside it are{beside_words(held)[1:]}" if held else ""
     return (
-        f"model.path does not fit: its base takes {base:.1f} GiB (model.quantization={kind}), which leaves "
+        f"model.path does not fit: its base takes {base:.1f} GiB (model.quantization={kind}){beside}, which leaves "
         f"{max(0, room) / GIB:.1f} GiB of {facts.memory_words}, and {what} need {needed / GIB:.1f}; expected {expected}"
     )
 

@@ -1,78 +1,19 @@
-"""How much device memory a step takes: which layers are recomputed, and whether generation has room for a dense base.
-
-Shapes: T packed tokens, D hidden, H query heads, K key-value heads, d head dimension, I intermediate.
-"""
+"""How much device memory a step takes: which layers are recomputed, whether generation has room for a dense base."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.full_training import FULL as ALL_WEIGHTS
 from rlbench.config.schema import AUTO, RunConfig
-from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES, POST_NORM_FAMILIES, QK_NORM_FAMILIES
+from rlbench.models.held_models import ADAMW_BYTES, beside_words, has_reward_model, held_models
+from rlbench.models.layer_shape import GIB, LayerShape, base_bytes, forward_bytes, item_bytes
+from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
 
-GIB = 2**30
-# Of one number of a linear layer. nf4: 4 bits, a byte for 64 of them, a float32 for 256 of those. fp8: a float32 a row.
-_QUANTISED_BYTES = {"nf4": 0.516, "fp8": 1.002}
 _SHARE = 0.9  # of the memory that a phase may fill
-_ADAMW_BYTES = 16  # of one trained number: itself, its gradient and two moments in float32
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
 _VLLM_GIB = 1.5  # its graphs and workspaces; its keys and values are given back while training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
-    """What decides how much a decoder layer keeps."""
-
-    num_layers: int
-    hidden: int  # D
-    query: int  # H d
-    key: int  # K d
-    intermediate: int  # I
-    has_qk_norm: bool
-    has_post_norms: bool = False  # behind attention and MLP
-
-    @property
-    def linear_weights(self) -> int:
-        """Numbers in the matrices of one layer."""
-        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
-
-    @property
-    def adapter_width(self) -> int:
-        """Inputs and outputs of the linear layers of one layer: numbers of an adapter of rank 1."""
-        return 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key) + 3 * (self.hidden + self.intermediate)
-
-    @classmethod
-    def from_config(cls, config: Any) -> LayerShape:
-        """
-        Args:
-            config: the text config of a transformers model.
-        """
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            query=heads * dim,
-            key=(config.num_key_value_heads or heads) * dim,
-            intermediate=config.intermediate_size,
-            has_qk_norm=any(config.model_type.startswith(family) for family in QK_NORM_FAMILIES),
-            has_post_norms=config.model_type in POST_NORM_FAMILIES,
-        )
-
-    def kept(self, mode: str) -> int:
-        """Numbers that a kernel-backed layer keeps for each token until its backward pass."""
-        if mode == FULL:
-            return self.hidden
-        around = 2 * self.hidden + 2 * self.query + 2 * self.key  # both residuals, q, k, v, attention's output
-        post_norm = self.hidden if self.has_post_norms else 0  # its input
-        if mode == MLP:
-            return around + post_norm
-        qk_norm = self.query + self.key if self.has_qk_norm else 0
-        # both norms' outputs, gate and up
-        return around + qk_norm + 2 * post_norm + 2 * self.hidden + 2 * self.intermediate
 
 
 def kept_bytes(shape: LayerShape, mode: str, num_recomputed: int, num_tokens: int, item_bytes: int) -> int:
@@ -151,7 +92,7 @@ def derive_dense_copies(config: RunConfig, facts: HardwareFacts, text_config: An
     if can_copy or can_merge:
         shape = LayerShape.from_config(text_config)
         dense = shape.num_layers * shape.linear_weights * item_bytes(config) / GIB
-        left = memory_room(config, facts, text_config) / GIB - (engine.kv_cache_gib or 0.0)
+        left = generation_room(config, facts, text_config) / GIB - (engine.kv_cache_gib or 0.0)
         if dense <= left:
             engine.dense_copies = "merged" if can_merge else "base"
         reason = f"take {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
@@ -168,25 +109,23 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
             "training.parameters is full: plain layers keep the most, and how much is not predicted",
         )
     if text_config.model_type not in PATCHED_FAMILIES:
-        return NONE, 0, f"memory is not predicted for {text_config.model_type} models"
+        return NONE, 0, uncounted_words(text_config.model_type)
     shape = LayerShape.from_config(text_config)
     tokens = config.training.tokens_per_microbatch or 1
     item = item_bytes(config)
-    available = memory_room(config, facts, text_config) - backward_bytes(shape, tokens, item)
+    largest = backward_bytes(shape, tokens, item, has_dropout=config.lora.dropout > 0)
+    available = memory_room(config, facts, text_config) - largest
     mode, number = choose_recompute(shape, tokens, item, available)
     needed = kept_bytes(shape, NONE, 0, tokens, item) / GIB
-    left = f"{max(0, available) / GIB:.1f} GiB of {facts.memory_words} are left for them"
+    beside = beside_words(held_models(config, text_config))
+    left = f"{max(0, available) / GIB:.1f} GiB of {facts.memory_words} are left for them beside the base{beside}"
     words = f"{tokens} tokens keep {needed:.1f} GiB of activations, {left}"
     return mode, number, words
 
 
-def item_bytes(config: RunConfig) -> int:
-    """Of one number of activations, keys and values."""
-    return 4 if config.model.dtype == "float32" else 2
-
-
 def memory_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> int:
-    """Bytes that a phase may take beside what is always there: base, what is trained with AdamW, vLLM's graphs.
+    """Bytes that a phase may take beside what is always there: base, what is trained with AdamW, vLLM's graphs, and
+    `held_models`.
 
     Negative where those alone are above 90% of the memory. An adapter is counted on all linear layers; all weights, if
     they are trained, with float32 masters.
@@ -195,21 +134,37 @@ def memory_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> in
     is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
     num_bases = 2 if is_vllm and config.engine.share is False else 1
     base = num_bases * base_bytes(shape, text_config, item_bytes(config), quantization=config.model.quantization)
-    trained = config.lora.rank * shape.num_layers * shape.adapter_width
-    if config.training.parameters == "full":
+    trained = shape.adapter_numbers(config.lora.rank)
+    if config.training.parameters == ALL_WEIGHTS:
         trained = base_bytes(shape, text_config, 1, quantization="none")
     reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB
-    return int(_SHARE * facts.memory_gib * GIB - base - _ADAMW_BYTES * trained - reserved)
+    held = sum(model.num_bytes for model in held_models(config, text_config))
+    return int(_SHARE * facts.memory_gib * GIB - base - ADAMW_BYTES * trained - held - reserved)
 
 
-def base_bytes(shape: LayerShape, text_config: Any, item_bytes: int, *, quantization: str) -> int:
-    """Bytes of the frozen weights."""
-    linear = shape.num_layers * shape.linear_weights
-    tables = text_config.vocab_size * shape.hidden * (1 if text_config.tie_word_embeddings else 2)
-    return int(linear * _QUANTISED_BYTES.get(quantization, item_bytes) + tables * item_bytes)
+def generation_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> int:
+    """`memory_room` of the phase in which the engine holds keys and values: a reward model's forward runs in it."""
+    room = memory_room(config, facts, text_config)
+    if not has_reward_model(config):
+        return room
+    tokens = config.training.tokens_per_microbatch or 1
+    return room - forward_bytes(LayerShape.from_config(text_config), tokens, item_bytes(config))
 
 
-def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int) -> int:
-    """The largest moment of one layer's backward pass: gradients inside the MLP, and its matrices made dense."""
+def backward_bytes(shape: LayerShape, num_tokens: int, item_bytes: int, *, has_dropout: bool = False) -> int:
+    """The largest moment of one layer's backward pass: gradients inside the MLP, and its matrices made dense.
+
+    Args:
+        has_dropout: lora.dropout is above 0. Masks are drawn again, so that nothing more is kept between forward and
+            backward pass; but the down projection's input is copied with its mask on, when no matrix is dense.
+    """
     gradients = num_tokens * (shape.intermediate + 4 * shape.hidden)  # those of gate and up lie over gate and up
-    return item_bytes * (gradients + 2 * shape.intermediate * shape.hidden)
+    dense, dropped = 2 * shape.intermediate * shape.hidden, num_tokens * shape.intermediate if has_dropout else 0
+    return item_bytes * (gradients + max(dense, dropped))
+
+
+def uncounted_words(family: str) -> str:
+    """Why sizes and recomputation are not chosen for a family whose layers stay as transformers has them."""
+    return (
+        f"memory is counted for {', '.join(PATCHED_FAMILIES)} models, not for {family}; `plan` measures what it takes"
+    )

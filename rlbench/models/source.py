@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlbench.config.schema import ModelConfig
 from rlbench.data.hub import hub_problem
@@ -98,6 +99,22 @@ def find_local_model(config: ModelConfig) -> Path | None:
         gguf = _packaged_gguf(config.path)
     folder = _converted_folder(gguf, config) if gguf else None
     return folder if folder and folder.is_dir() else None
+
+
+def model_place(config: ModelConfig) -> str | None:
+    """A folder of this machine, or a name that the hub may answer for; None if there is neither."""
+    found = find_local_model(config)
+    return str(found) if found else (config.path if hub_problem() is None else None)
+
+
+def read_text_config(place: str) -> Any:
+    """Of a transformers model; of a hub config.json alone is asked for. None if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place).get_text_config()
+    except (OSError, ValueError):
+        return None
 
 
 def _nowhere(name: str, problem: str | None) -> str:

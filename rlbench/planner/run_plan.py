@@ -15,7 +15,8 @@ from rlbench.config.schema import STAGES, RunConfig
 from rlbench.data.packing import pack
 from rlbench.data.prompts import longest_prompt_tokens
 from rlbench.models.base import storage_bytes
-from rlbench.models.memory import LayerShape, backward_bytes, kept_bytes
+from rlbench.models.layer_shape import LayerShape
+from rlbench.models.memory import backward_bytes, kept_bytes
 from rlbench.models.policy import Policy
 from rlbench.planner.memory_plan import MemoryPlan, make_plan
 from rlbench.planner.probes import Probe, Probes, kv_bytes_per_token, largest_prompts

@@ -23,7 +23,7 @@ def make_optimizer(
 
     Args:
         parameters: all that are trained.
-        config: the `optim` part of the config.
+        config: the `optim` part of the config, lr derived.
         not_muon: matrices that optim.name=muon leaves to AdamW: embeddings and the head.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; in 8 bits Dettmers et al. 2022, arXiv:2110.02861.
@@ -31,6 +31,7 @@ def make_optimizer(
     Raises:
         ValueError: optim.name needs a package that is not installed.
     """
+    assert config.lr is not None
     options: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
@@ -57,10 +58,11 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     Args:
         step: the optimizer step that is about to be made, from 1.
         num_steps: of the whole run.
-        config: the `optim` part of the config.
+        config: the `optim` part of the config, lr derived.
 
     Source: cosine without restarts, Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5.
     """
+    assert config.lr is not None
     if step <= config.warmup_steps:
         return config.lr * step / (config.warmup_steps + 1)
     if config.schedule == "constant":

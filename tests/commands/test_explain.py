@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from rlbench.build import prepare
 from rlbench.commands.explain import explain, explained_runs
 from rlbench.config.compose import config_folder, group_choices, schema_keys, to_run_config
 from rlbench.config.derive import HardwareFacts
@@ -143,6 +146,17 @@ def test_changed_values_come_first_and_can_be_shown_alone(capsys):
     assert "optim.lr" in text and "optim.beta1" not in text and "composed of conf/hardware/auto.yaml" in text
 
 
+def test_the_learning_rate_of_all_weights_is_derived_and_that_of_an_experiment_is_named(capsys):
+    every = ["+exp=grpo_gsm8k", "training.parameters=full", "optim.lr"]
+    assert explain([*every, "optim.lr=null"]) == 0
+    shown = capsys.readouterr().out
+    assert "1e-06" in shown and "the default of TRL's GRPOConfig" in shown and "warning" not in shown
+
+    assert explain(every) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.0003" in shown and "optim.lr is 300 times 1e-06, which optim.lr=null would take" in shown
+
+
 def test_a_key_that_is_named_shows_the_comment_beside_it(capsys):
     assert explain(["+exp=dapo_gsm8k", "algorithm.clip_ratio_high"]) == 0
     text = capsys.readouterr().out
@@ -189,7 +203,7 @@ def test_what_cannot_run_here_is_shown_with_the_reason(capsys, monkeypatch):
     assert "gpu" in shown.out and shown.err.startswith("error: hardware.profile is gpu, but torch sees no CUDA device")
 
     monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: replace(NO_GPU, **GPU))
-    monkeypatch.setattr("rlbench.data.hub.hub_problem", lambda: "offline")
+    monkeypatch.setattr("rlbench.models.source.hub_problem", lambda: "offline")
     found = by_key("model.path=nobody/nothing")
     assert found["hardware.profile"].value == "gpu" and found["engine.max_num_seqs"].value == 256
     recompute = found["training.recompute"]
@@ -201,6 +215,73 @@ def test_on_a_gpu_recomputation_is_chosen_from_the_models_config_alone(monkeypat
     recompute = by_key(f"model.path={tiny_folder}")["training.recompute"]
 
     assert recompute.value == "none" and recompute.reason.startswith("8192 tokens keep 0.0 GiB of activations, ")
+
+
+def edited_model(folder: Path, source: Path, **changes) -> Path:
+    """`source` without its weights, with another config.json."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
+PLAIN = ["data.system_prompt=null", "data.examples=[]", "data.prompt_template='{prompt}'", "data.answer_remove=null",
+         "rewards=math"]  # fmt: skip
+
+
+def on_a_gpu(monkeypatch) -> None:
+    found = replace(NO_GPU, **GPU, vllm_problem="")
+    monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: found)
+
+
+def test_the_kv_cache_is_what_the_run_will_take(monkeypatch, tiny_folder, tmp_path):
+    on_a_gpu(monkeypatch)
+    model = edited_model(tmp_path / "model", tiny_folder, **SMOLLM2)
+    rows = tmp_path / "rows.jsonl"  # a token a character; <user>, a line's end and <assistant> are 18
+    rows.write_text("".join(json.dumps({"question": "q" * n, "answer": "7"}) + "\n" for n in (40, 82, 61, 5, 9)))
+    overrides = [f"model.path={model}", f"data.path={rows}", *PLAIN, "sampling.max_tokens=150"]
+    found = by_key(*overrides)
+
+    # 18 + 82 + 150 tokens; 256 sequences of 16 blocks and one block more, of 16 tokens of 2 x 30 x 192 numbers of 2
+    # bytes: 1.41 GiB, to the next tenth; the card's 40% would be 32
+    cache = found["engine.kv_cache_gib"]
+    assert (cache.value, cache.reason) == (1.5, "256 sequences of 250 tokens fill no more")
+
+    config = to_run_config(compose_with_layers(overrides)[0])
+    derived = {d.key: (d.value, d.reason) for d in prepare(config).derived}
+    assert derived["engine.kv_cache_gib"] == (cache.value, cache.reason) and config.engine.kv_cache_gib == 1.5
+    assert {key: (found[key].value, found[key].reason) for key in derived} == derived
+
+
+def test_a_dense_base_has_room_beside_the_cache_that_the_run_takes(monkeypatch, tiny_folder, tmp_path):
+    found = replace(NO_GPU, **GPU | {"memory_gib": 24.0}, vllm_problem="")
+    monkeypatch.setattr(device, "hardware_facts", lambda profile, cap: found)
+    llama_8b = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}  # fmt: skip
+    model = edited_model(tmp_path / "model", tiny_folder, **llama_8b)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": "7"}\n' * 5)
+    overrides = [f"model.path={model}", f"data.path={rows}", *PLAIN, "engine.max_num_seqs=8", "sampling.max_tokens=13"]
+    dense = by_key(*overrides, "model.quantization=nf4")["engine.dense_copies"]
+
+    # 0.9 of 24, less 5.31 of the base, 0.62 of the adapter, 3 of reserves: 12.7, less 0.1 of 17 blocks of 2 MiB
+    assert dense.reason == "take 13.0 GiB while it generates, 12.6 GiB are left beside base and KV cache"
+
+
+def test_rows_and_tokenizers_that_the_run_could_not_use_are_named(monkeypatch, tiny_folder, tmp_path, capsys):
+    on_a_gpu(monkeypatch)
+    model = edited_model(tmp_path / "model", tiny_folder, **SMOLLM2)
+    assert explain([f"model.path={model}", "data.path=nothing.jsonl", *PLAIN, "engine.kv_cache_gib"]) == 2
+    assert "error: data.path is nothing.jsonl, but there is no such file" in capsys.readouterr().err
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": "7"}\n' * 5)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    assert explain([f"model.path={model}", f"data.path={rows}", *PLAIN, "engine.kv_cache_gib"]) == 2
+    assert f"error: model.path: {model} has no tokenizer that can be read" in capsys.readouterr().err
 
 
 def test_a_run_to_resume_that_is_not_looked_up_is_said(capsys):

@@ -7,12 +7,13 @@ import pytest
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.chain import stage_configs
 from rlbench.config.derive import derive
-from rlbench.config.full_training import needs_frozen_copy
+from rlbench.config.full_training import high_lr_note, needs_frozen_copy
 from rlbench.config.resume import check_resumable
 from rlbench.config.schema import (
     ChainStageConfig,
     LoraConfig,
     ModelConfig,
+    OptimConfig,
     PreferenceConfig,
     RewardsConfig,
     RunConfig,
@@ -108,6 +109,39 @@ def test_on_a_gpu_all_layers_are_recomputed():
     assert (found.key, config.training.recompute, config.training.recompute_layers) == (
         "training.recompute", "full", None
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr", "source"),
+    [("rl", 1e-6, "GRPOConfig"), ("sft", 2e-5, "SFTConfig"), ("preference", 1e-6, "DPOConfig")],
+)
+def test_all_weights_have_a_learning_rate_of_their_own_and_an_adapter_keeps_its(stage, lr, source):
+    config = full(stage=stage)
+    (found,) = (d for d in derive(config, FACTS) if d.key == "optim.lr")
+    assert (config.optim.lr, found.value) == (lr, lr)
+    assert found.reason == f"training.parameters is full: the default of TRL's {source}, which trains all weights too"
+
+    adapter = RunConfig(stage=stage)
+    (found,) = (d for d in derive(adapter, FACTS) if d.key == "optim.lr")
+    assert (adapter.optim.lr, found.reason) == (1e-4, "of an adapter, in every stage")
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-6])
+def test_a_learning_rate_that_is_set_stays(lr):
+    for config in (full(optim=OptimConfig(lr=lr)), RunConfig(optim=OptimConfig(lr=lr))):
+        assert not [d for d in derive(config, FACTS) if d.key == "optim.lr"] and config.optim.lr == lr
+
+
+def test_an_adapters_learning_rate_for_all_weights_is_named():
+    notes = {lr: high_lr_note(full(optim=OptimConfig(lr=lr))) for lr in (9e-6, 1e-5, 3e-4)}
+
+    why = "(training.parameters is full: the default of TRL's GRPOConfig, which trains all weights too)"
+    assert notes == {
+        9e-6: "",
+        1e-5: f"10 times 1e-06, which optim.lr=null would take {why}",
+        3e-4: f"300 times 1e-06, which optim.lr=null would take {why}",
+    }
+    assert high_lr_note(RunConfig(optim=OptimConfig(lr=3e-4))) == ""
 
 
 def test_a_resumed_run_keeps_what_it_trains():

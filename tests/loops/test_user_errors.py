@@ -35,7 +35,7 @@ CONFIG_ERRORS = {
     "text for a number": (["optim.lr=fast"], "optim.lr is 'fast', expected a number"),
     "fraction for a count": (["training.num_steps=2.5"], "training.num_steps is '2.5', expected a whole number"),
     "text for a switch": (["tracking.quiet=maybe"], "tracking.quiet is 'maybe', expected true or false"),
-    "null for a number": (["optim.lr=null"], "optim.lr is null, expected a number"),
+    "null for a number": (["optim.eps=null"], "optim.eps is null, expected a number"),
     "experiment without +": (["exp=grpo_gsm8k"], "an experiment is added to the base config: write +exp=grpo_gsm8k"),
     "sweep without -m": (["optim.lr=1e-4,3e-4"], "optim.lr has several values (1e-4,3e-4); add -m to sweep over them"),
     "dashes": (["--seed=3"], "--seed=3 is no option: settings are written without dashes, seed=3"),

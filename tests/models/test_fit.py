@@ -6,7 +6,7 @@ import pytest
 
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, RunConfig
-from rlbench.models.fit import fit_sizes, trim_kv_cache
+from rlbench.models.fit import derive_sizes, fit_sizes, trim_kv_cache
 from rlbench.models.memory import derive_dense_copies, derive_recompute
 
 GIB = 2**30
@@ -151,11 +151,31 @@ def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, exp
         derived("Llama-3.1-8B", 8.0, config_of(quantization), uncapped_gib=79.0)
 
 
-def test_a_cpu_and_a_family_without_a_prediction_keep_their_sizes():
+def test_a_cpu_keeps_its_sizes():
     config = config_of()
-    facts = facts_of(8.0)
-    before = derive(config, facts)
-    assert fit_sizes(config, facts, SimpleNamespace(model_type="other"), before) == before
-
+    before = derive(config, facts_of(8.0))
     config.hardware.profile = "cpu"
-    assert fit_sizes(config, facts, None, before) == trim_kv_cache(config, None, 10, before) == before
+
+    assert fit_sizes(config, facts_of(8.0), None, before) == trim_kv_cache(config, None, 10, before) == before
+
+
+def test_a_family_that_is_not_counted_keeps_its_sizes_and_says_why():
+    config, facts = config_of(), facts_of(8.0)
+    # attributes as of gpt_neox: no key-value heads, no head_dim
+    other = SimpleNamespace(model_type="other", hidden_size=512, num_attention_heads=8, num_hidden_layers=6)
+    before = {d.key: d for d in derive(config, facts)}
+    sizes = ("training.tokens_per_microbatch", "engine.max_num_seqs", "engine.kv_cache_gib")
+    found = {d.key: d for d in derive_sizes(config, facts, other, list(before.values()))}
+
+    why = (
+        "memory is counted for llama, mistral, qwen2, qwen3, gemma2, gemma3_text models, not for other; "
+        "`plan` measures what it takes"
+    )
+    assert all(found[key].value == before[key].value for key in before)
+    assert [key for key in before if found[key].reason != before[key].reason] == [*sizes]
+    assert all(f"{before[key].reason}; not made smaller for this card: {why}" == found[key].reason for key in sizes)
+    assert (found["training.recompute"].value, found["training.recompute"].reason) == ("none", why)
+
+    # 256 sequences of 4 blocks and one block more, of 16 tokens of 2 x 6 x 512 numbers of 2 bytes: 0.19 GiB
+    trimmed = {d.key: d for d in trim_kv_cache(config, other, 64, list(found.values()))}
+    assert trimmed["engine.kv_cache_gib"].value == 0.2

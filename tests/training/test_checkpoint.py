@@ -138,7 +138,7 @@ def test_an_adapter_of_another_rank_is_refused(two_checkpoints, tiny_base):
     from rlbench.models.policy import Policy
 
     policy = Policy(tiny_base, LoraConfig(rank=8), seed=0)
-    optimizer = make_optimizer(policy.parameters(), OptimConfig())
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-4))
 
     with pytest.raises(ValueError, match=r"expected equal lora.\* settings"):
         restore(read_checkpoint(two_checkpoints[0]), policy, optimizer)

@@ -63,7 +63,7 @@ def test_the_loss_reads_the_copy_and_without_one_the_base(pair):
 
 def test_checkpoints_hold_the_reference(pair, tiny_base, tmp_path):
     policy, reference = pair
-    optimizer = make_optimizer(policy.parameters(), OptimConfig())
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-4))
     save_checkpoint(
         tmp_path, policy, optimizer, {"step": 1}, base_name="tiny", keep_last=1, beside={"reference": (reference, None)}
     )

@@ -332,7 +332,7 @@ def test_updates_stop_at_the_first_that_is_not_finite(tiny_base):
     samples[0] = dataclasses.replace(samples[0], advantages=(float("inf"),) * len(samples[0].token_ids),
                                      loss_mask=(True,) * len(samples[0].token_ids))  # fmt: skip
     config = AlgorithmConfig(num_updates=3)
-    optimizer = make_optimizer(policy.parameters(), OptimConfig())
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-4))
     before = policy.adapter().fingerprint()
     minibatches = make_minibatches(samples, config, tokens_per_microbatch=1000, max_completion_tokens=8, device="cpu")
 

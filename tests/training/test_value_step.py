@@ -150,7 +150,7 @@ def test_the_critic_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path):
         critic, policy = Critic(tiny_base, LoraConfig(rank=4), seed=3), make_policy(tiny_base)
         return (critic, make_optimizer(critic.parameters(), OptimConfig(lr=0.01))), (
             policy,
-            make_optimizer(policy.parameters(), OptimConfig()),
+            make_optimizer(policy.parameters(), OptimConfig(lr=1e-4)),
         )
 
     of_critic, of_policy = fresh()
@@ -168,7 +168,7 @@ def test_the_critic_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path):
 
 def test_a_checkpoint_without_a_critic_is_refused(tiny_base, tmp_path):
     policy, critic = make_policy(tiny_base), make_critic(tiny_base)
-    optimizer = make_optimizer(policy.parameters(), OptimConfig())
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-4))
     save_checkpoint(tmp_path, policy, optimizer, {"step": 1}, base_name="tiny", keep_last=1)
 
     with pytest.raises(ValueError, match="has no critic; expected a checkpoint of a run with equal algorithm"):
