@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rlbench.engine.vllm_process import clean_start
@@ -31,7 +33,7 @@ def check_model(model_path: str, platform: str, max_model_len: int, quantization
     if max_model_len > context:
         raise ValueError(f"engine: max_model_len {max_model_len} exceeds the model's context of {context}")
     if platform == "cpu":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = _head_dim(config)
         supported = _cpu_head_sizes()
         if head_dim not in supported:
             raise ValueError(
@@ -52,6 +54,41 @@ def check_fp8(device: str, dtype: str) -> None:
             f"model.quantization is fp8 on a GPU of compute capability {found[0]}.{found[1]}, but vLLM multiplies FP8 "
             "from 8.9 on (Ada, Hopper); expected engine.kind=hf or another model.quantization"
         )
+
+
+def check_kv_cache_dtype(kv_cache_dtype: str, model_path: str, device: str) -> None:
+    """
+    Raises:
+        ValueError: keys and values in FP8 where vLLM's attention has no kernel for them.
+    """
+    if kv_cache_dtype != "fp8":
+        return
+    expected = "expected engine.kv_cache_dtype=auto"
+    if device == "cuda":
+        found = torch.cuda.get_device_capability()
+        if found < _FP8_CAPABILITY:
+            raise ValueError(
+                f"engine.kv_cache_dtype is fp8 on a GPU of compute capability {found[0]}.{found[1]}, but vLLM's "
+                f"attention reads FP8 from 8.9 on (Ada, Hopper); {expected}"
+            )
+        return
+    if not torch.cpu._is_avx512_supported():
+        raise ValueError(
+            f"engine.kv_cache_dtype is fp8 on a CPU without AVX-512, which vLLM's attention reads FP8 with; {expected}"
+        )
+    from transformers import AutoConfig
+
+    head_dim = _head_dim(AutoConfig.from_pretrained(model_path, local_files_only=True).get_text_config())
+    if head_dim % 32:
+        raise ValueError(
+            f"engine.kv_cache_dtype is fp8 and attention heads have size {head_dim}, but vLLM on a CPU reads FP8 in "
+            f"multiples of 32; {expected}"
+        )
+
+
+def _head_dim(config: Any) -> int:
+    """Of a text config from transformers."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _cpu_head_sizes() -> list[int]:

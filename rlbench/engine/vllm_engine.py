@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from rlbench.config.vllm_version import check_vllm_version
 from rlbench.engine.dense_copies import DEQUANTIZE
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
-from rlbench.engine.vllm_checks import check_fp8, check_model, slot_rank
+from rlbench.engine.vllm_checks import check_fp8, check_kv_cache_dtype, check_model, slot_rank
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
@@ -81,6 +81,7 @@ class VllmEngine:
         max_num_seqs: int,
         lora_rank: int | None,
         kv_cache_gib: float,
+        kv_cache_dtype: str = "auto",
         with_tokenizer: bool = False,
         deterministic: bool = False,
         lora_targets: Sequence[str] = _LINEAR_TARGETS,
@@ -98,6 +99,7 @@ class VllmEngine:
             max_num_seqs: most sequences decoded together; more samples are run in waves.
             lora_rank: highest rank that `sync` will bring, 1 to 512; None: it brings all weights, and no adapter.
             kv_cache_gib: memory for keys and values.
+            kv_cache_dtype: "auto" (`dtype`) or "fp8" (E4M3, scale 1) of keys and values in that memory.
             with_tokenizer: load the folder's tokenizer too: stop strings and guided decoding need it.
             deterministic: vLLM's batch-invariant kernels; on a GPU only. Holds for the whole process.
             lora_targets: last parts of the names of the linear layers that adapters may name; the output head cannot
@@ -106,7 +108,7 @@ class VllmEngine:
 
         Raises:
             ValueError: if this vLLM is no tested version, an argument does not fit the model, or the device does not
-                multiply FP8.
+                compute with FP8.
         """
         start = time.perf_counter()
         check_vllm_version(device)
@@ -129,6 +131,7 @@ class VllmEngine:
                 "lora_target_modules": list(lora_targets),
             }
         check_model(model_path, device, max_model_len, quantization)
+        check_kv_cache_dtype(kv_cache_dtype, model_path, device)
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
@@ -156,6 +159,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                kv_cache_dtype=kv_cache_dtype,  # pyright: ignore[reportArgumentType]
                 block_size=_KV_BLOCK_TOKENS[device],
                 enable_prefix_caching=True,
                 enforce_eager=self._platform == "cpu",  # with LoRA vLLM compiles nothing on a CPU anyway

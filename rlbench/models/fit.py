@@ -88,7 +88,7 @@ def trim_kv_cache(
 
 def kv_token_bytes(shape: LayerShape, config: RunConfig) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return 2 * shape.num_layers * shape.key * item_bytes(config)
+    return 2 * shape.num_layers * shape.key * (1 if config.engine.kv_cache_dtype == "fp8" else item_bytes(config))
 
 
 def _microbatch_tokens(
@@ -128,7 +128,8 @@ def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, 
     seqs = wanted
     while seqs > fitting and seqs > _LEAST_SEQS:
         seqs //= 2
-    reason = f"keys and values of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
+    what = "FP8 keys and values" if config.engine.kv_cache_dtype == "fp8" else "keys and values"
+    reason = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
     return None if seqs == wanted else (seqs, reason)
 
 
