@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 
     @property
     def roundings(self) -> tuple[str, ...]:
-        """What vLLM rounds to FP8 and no trainer does: inputs of an FP8 base (`rlbench.models.fp8_linear`), the cache."""
+        """What vLLM rounds to FP8 and no trainer does; of an FP8 base the inputs (`rlbench.models.fp8_linear`)."""
         if self.engine != "vllm":
             return ()
         base = ("an FP8 base",) if self.quantization == "fp8" else ()

@@ -130,6 +130,28 @@ def test_the_engine_lives_in_this_process_and_leaves_it_as_it_was(engine):
 
 
 @needs_vllm
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
+def test_kept_numbers_are_the_bits_that_vllms_own_objects_hold(engine, options, monkeypatch):
+    sampling, seeds = SamplingParams(max_tokens=12, **options), list(range(6))
+    prompts = [PROMPT[: 10 + i] for i in range(6)]
+    found = engine.generate(prompts, sampling, seeds)
+
+    monkeypatch.setattr(vllm_requests, "_keep_numbers_only", lambda processor: None)
+    requests = [vllm_requests.sampling_request(sampling, seed) for seed in seeds]
+    outputs = [output.outputs[0] for output in engine._run(prompts, requests, use_adapter=True)]
+
+    for completion, output in zip(found, outputs, strict=True):
+        assert completion.token_ids == tuple(output.token_ids)
+        own = [entry[token] for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+        assert len(own) == 12 and all(type(entry).__name__ == "Logprob" for entry in own)
+        if sampling.is_plain:
+            assert completion.sampling_logprobs == tuple(entry.logprob for entry in own)
+        else:  # where both columns have one token id, vLLM's dict keeps the second: the plain logprob
+            pairs = zip(completion.sampling_logprobs, completion.plain_logprobs, own, strict=True)
+            assert all(entry.logprob in (sampled, plain) for sampled, plain, entry in pairs)
+
+
+@needs_vllm
 def test_equal_prompts_are_prefilled_once(engine):
     sampling = [vllm_requests.params(max_tokens=1, seed=i, logprobs=0) for i in range(4)]
     prompt = [i % 90 + 100 for i in range(70)]
