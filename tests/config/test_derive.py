@@ -119,8 +119,7 @@ def test_fp8_keys_and_values_need_vllm(device):
 
     with pytest.raises(ValueError, match=r"engine\.kv_cache_dtype is fp8, which engine=hf .*expected engine=vllm or"):
         derive(config, facts(device=device, problem=""))
-    config.engine.kind = "vllm"
-    derive(config, facts(device=device, problem=""))
+    derive(RunConfig(engine=EngineConfig(kind="vllm", kv_cache_dtype="fp8")), facts(device=device, problem=""))
 
 
 def test_another_type_of_keys_and_values_is_refused():
