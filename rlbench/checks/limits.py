@@ -53,10 +53,11 @@ class Pair(NamedTuple):
 # An honest pair on sampled tokens of SmolLM2-135M-Instruct at temperature 1.
 # cpu: the largest of as sampled, scored with an adapter, scored without it, 16 completions
 # (scripts/measure_identity.py, scripts/results/identity_cpu.json); with fp8 as sampled, 24 completions
-# (scripts/measure_fp8.py, scripts/results/fp8_cpu.json). cuda: one H100, vLLM 0.26 against a transformers
-# model bound to its tensors, no adapter; nf4 on 8,000 tokens with the float32 logits of today, 0.042 mean with bf16
-# ones (scripts/results/shared_base_h100.json); none on 15,000 tokens with bf16 logits, so a little wide. Where it comes
-# from: scripts/measure_rounding.py.
+# (scripts/measure_fp8.py, scripts/results/fp8_cpu.json; of keys and values, which a CPU cuts off where a GPU takes the
+# nearest number, scripts/measure_fp8_kv.py, scripts/results/fp8_kv_cpu.json).
+# cuda: one H100, vLLM 0.26 against a transformers model bound to its tensors, no adapter; nf4 on 8,000 tokens with the
+# float32 logits of today, 0.042 mean with bf16 ones (scripts/results/shared_base_h100.json); none on 15,000 tokens with
+# bf16 logits, so a little wide. Where it comes from: scripts/measure_rounding.py.
 MEASURED: Mapping[Pair, Gap] = {
     Pair("hf", "cpu", "float32", "none"): Gap(8.5e-6, 2.3e-5, 3.1e-5),
     Pair("hf", "cpu", "bfloat16", "none"): Gap(0.039, 0.22, 0.47),
@@ -65,6 +66,7 @@ MEASURED: Mapping[Pair, Gap] = {
     Pair("vllm", "cuda", "bfloat16", "nf4"): Gap(0.032, 0.175, 0.37),
     Pair("vllm", "cpu", "bfloat16", "fp8"): Gap(0.112, 0.53, 2.12),
     Pair("vllm", "cpu", "bfloat16", "none", "fp8"): Gap(0.162, 1.03, 2.27),
+    Pair("vllm", "cpu", "bfloat16", "fp8", "fp8"): Gap(0.205, 1.21, 1.99),
 }
 
 
@@ -86,7 +88,7 @@ def honest_gap(pair: Pair) -> tuple[Gap, str]:
     kind = ", ".join(sorted({other.dtype for other in others}))
     unknown = "has no measurement of its own"
     if pair.kv_cache_dtype == "fp8" and pair.device == "cuda":
-        unknown += ", and attention on a GPU may round queries and probabilities to FP8 too"
+        unknown += ", and a GPU rounds otherwise: to the nearest number, but maybe queries and probabilities too"
     return widest, f"the widest measured in {kind}{rounded}; {where} {unknown}"
 
 

@@ -44,15 +44,17 @@ def test_the_table_holds_what_the_committed_measurement_says(key):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "kv_cache_dtype", "case", "words"),
+    ("quantization", "kv_cache_dtype", "file", "case", "words"),
     [
-        ("fp8", "auto", "trainer does not", "with an FP8 base"),
-        ("none", "fp8", "FP8 keys and values", "with FP8 keys and values"),
-        ("fp8", "fp8", "FP8 keys, values and base", "with an FP8 base and FP8 keys and values"),
+        ("fp8", "auto", "fp8_cpu", "trainer does not", "with an FP8 base"),
+        ("none", "fp8", "fp8_kv_cpu", "FP8 keys and values", "with FP8 keys and values"),
+        ("fp8", "fp8", "fp8_kv_cpu", "FP8 keys, values and base", "with an FP8 base and FP8 keys and values"),
     ],
 )
-def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own_also_on_a_gpu(quantization, kv_cache_dtype, case, words):
-    rows = json.loads((RESULTS.parent / "fp8_cpu.json").read_text())["rows"]
+def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own_also_on_a_gpu(
+    quantization, kv_cache_dtype, file, case, words
+):  # fmt: skip
+    rows = json.loads((RESULTS.parent / f"{file}.json").read_text())["rows"]
     measured = {row["metric"]: row["value"] for row in rows if row["case"] == case}
 
     for device, origin in (("cpu", "measured for engine=vllm on cpu"), ("cuda", "no measurement of its own")):
@@ -60,7 +62,7 @@ def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own_also_on_a_gpu(quant
         assert f"{words};" in f"{source};" and origin in source
         for name in NAMES:
             assert getattr(gap, name) == pytest.approx(measured[name], rel=0.1)
-        assert ("may round queries" in source) == (device == "cuda" and kv_cache_dtype == "fp8")
+        assert ("a GPU rounds otherwise" in source) == (device == "cuda" and kv_cache_dtype == "fp8")
 
 
 def test_only_vllms_roundings_widen_a_limit():
