@@ -3,7 +3,7 @@
     python scripts/measure_fp8_kv.py [--output scripts/results/fp8_kv_cpu.json]
 
 vLLM samples about 1,500 tokens from SmolLM2-135M-Instruct in bfloat16 at temperature 1; |vLLM - trainer| of these
-tokens. vLLM on a CPU cuts keys and values off to FP8 (tests/engine/test_vllm_engine.py), the conversion of a GPU takes
+tokens. vLLM on a CPU cuts keys and values off to FP8 (tests/engine/test_vllm_fp8_kv.py), the conversion of a GPU takes
 the nearest number. What either does alone is shown by a trainer that rounds where vLLM does not.
 """
 
