@@ -383,6 +383,7 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
             max_num_seqs=config.engine.max_num_seqs or 64,
             lora_rank=None if config.training.parameters == FULL else config.lora.rank,
             kv_cache_gib=config.engine.kv_cache_gib or 1.0,
+            kv_cache_dtype=config.engine.kv_cache_dtype,
             with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
             deterministic=config.engine.deterministic,
         )

@@ -128,7 +128,7 @@ def adapter_effect(policy: Any) -> float:
 
 def work(case: str, smollm2: str) -> None:
     name, quantization, kind = case.split(":")
-    report = reporter(f"rlbench, dense_copies={kind}", name, quantization)
+    report = reporter(f"rlbench, dense_copies={kind}", f"{name}, {quantization}")
     if name in SHAPES:
         measure_speed(random_model(name, quantization), quantization, kind, report)
     else:

@@ -5,7 +5,8 @@
 SmolLM2-135M has its real weights (--smollm2 names a folder, GGUF file or hub id); the other shapes have random ones,
 made on the spot. Every case runs in a process of its own. Implementations: rlbench; vllm, which generates with a LoRA
 of the same size that it loaded from a folder; unsloth (fast_inference) and trl (colocate), of which the memory is
-measured once trainer and engine are up, less their keys and values. One that cannot run is listed with its error.
+measured once trainer and engine are up, less their keys and values. One that cannot run is listed with its error. A
+case is implementation:model:quantization, of rlbench with :fp8 at its end for FP8 keys and values.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from bench_workers import rows_of_process, write_result
 from random_models import SHAPES
 
 CASES = (
-    "rlbench:smollm2-135m:none", "rlbench:smollm2-135m:nf4", "rlbench:qwen2.5-1.5b:nf4", "rlbench:llama-3.1-8b:nf4",
-    "vllm:llama-3.1-8b:nf4", "unsloth:llama-3.1-8b:nf4", "rlbench:llama-3.1-8b:none", "trl:llama-3.1-8b:none",
+    "rlbench:smollm2-135m:none", "rlbench:smollm2-135m:nf4", "rlbench:smollm2-135m:none:fp8",
+    "rlbench:smollm2-135m:fp8:fp8", "rlbench:qwen2.5-1.5b:nf4", "rlbench:llama-3.1-8b:nf4",
+    "rlbench:llama-3.1-8b:nf4:fp8", "vllm:llama-3.1-8b:nf4", "unsloth:llama-3.1-8b:nf4",
+    "rlbench:llama-3.1-8b:none", "trl:llama-3.1-8b:none",
 )  # fmt: skip
 MIB = 2**20
 RANK = 16
@@ -84,15 +87,25 @@ def timed(call: Any) -> float:
     return time.perf_counter() - start
 
 
-def reporter(impl: str, name: str, quantization: str) -> Any:
+def split_case(case: str) -> tuple[str, str, str, dict[str, str]]:
+    """Implementation, model, quantization, and the options of `measure`."""
+    impl, name, quantization, *kv_cache_dtype = case.split(":")
+    return impl, name, quantization, {"kv_cache_dtype": kv_cache_dtype[0]} if kv_cache_dtype else {}
+
+
+def case_words(name: str, quantization: str, options: dict[str, str]) -> str:
+    return f"{name}, {quantization}" + (f", {options['kv_cache_dtype']} keys and values" if options else "")
+
+
+def reporter(impl: str, words: str) -> Any:
     def report(metric: str, value: float, unit: str) -> None:
-        row = {"case": f"{name}, {quantization}", "impl": impl, "metric": metric, "value": value, "unit": unit}
+        row = {"case": words, "impl": impl, "metric": metric, "value": value, "unit": unit}
         print("ROW " + json.dumps(row), flush=True)
 
     return report
 
 
-def measure(folder: str, name: str, quantization: str, report: Any) -> None:
+def measure(folder: str, name: str, quantization: str, report: Any, kv_cache_dtype: str = "auto") -> None:
     import torch
 
     from rlbench.config.schema import LoraConfig
@@ -103,7 +116,7 @@ def measure(folder: str, name: str, quantization: str, report: Any) -> None:
     nothing = used_mib()
     engine = VllmEngine(
         folder, device="cuda", dtype="bfloat16", quantization=quantization, max_model_len=1024, max_num_seqs=256,
-        lora_rank=RANK, kv_cache_gib=KV_GIB,
+        lora_rank=RANK, kv_cache_gib=KV_GIB, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     report("engine start", engine.start_s, "s")
     alone = used_mib()
@@ -287,8 +300,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "shared_base_h100.json")
     arguments = parser.parse_args()
     if arguments.worker:
-        impl, name, quantization = arguments.worker.split(":")
-        IMPLS[impl](model_folder(name, arguments.smollm2), name, quantization, reporter(impl, name, quantization))
+        impl, name, quantization, options = split_case(arguments.worker)
+        report = reporter(impl, case_words(name, quantization, options))
+        IMPLS[impl](model_folder(name, arguments.smollm2), name, quantization, report, **options)
         return
     rows: list[dict[str, Any]] = []
     for case in arguments.cases.split(","):
@@ -305,9 +319,9 @@ def run_case(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{row['impl']}: {row['case']}: {row['metric']}: {row['value']:.4g} {row['unit']}", flush=True)
     if failure:
         print(f"{case} did not finish ({failure}):\n" + "\n".join(lines[-25:]), flush=True)
-        impl, name, quantization = case.split(":")
+        impl, name, quantization, options = split_case(case)
         last = next((line for line in reversed(lines) if "Error" in line), "")[-300:]
-        rows.append({"case": f"{name}, {quantization}", "impl": impl, "error": f"{failure}; {last}"})
+        rows.append({"case": case_words(name, quantization, options), "impl": impl, "error": f"{failure}; {last}"})
     return rows
 
 

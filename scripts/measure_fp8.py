@@ -42,7 +42,7 @@ def rounding_inputs(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def sampled(quantization: str) -> tuple[list[tuple[list[int], list[int]]], Any]:
+def sampled(quantization: str, kv_cache_dtype: str = "auto") -> tuple[list[tuple[list[int], list[int]]], Any]:
     """(prompt, completion) pairs that vLLM drew, and its logprobs of their tokens, float32 [N]."""
     import torch
 
@@ -50,12 +50,20 @@ def sampled(quantization: str) -> tuple[list[tuple[list[int], list[int]]], Any]:
 
     engine = VllmEngine(
         model_folder(), dtype="bfloat16", quantization=quantization, max_model_len=256, max_num_seqs=NUM_PROMPTS,
-        lora_rank=8, kv_cache_gib=0.5,
+        lora_rank=8, kv_cache_gib=0.5, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     drawn = sample(engine)
     engine.close()
     logprobs = [logprob for _, completion in drawn for logprob in completion.sampling_logprobs]
     return [(prompt, list(completion.token_ids)) for prompt, completion in drawn], torch.tensor(logprobs)
+
+
+def gap_rows(case: str, engine: Any, trainer: Any) -> list[dict[str, Any]]:
+    """Of |engine - trainer|, both float32 [N]; printed too."""
+    gap = (engine - trainer).abs()
+    print(f"{case:40} mean {gap.mean():.4f}  p99 {gap.quantile(0.99):.4f}  max {gap.max():.4f}", flush=True)
+    statistics = (("mean", gap.mean()), ("p99", gap.quantile(0.99)), ("max", gap.max()))
+    return [{"case": case, "impl": "", "metric": name, "value": float(v), "unit": "nats"} for name, v in statistics]
 
 
 def main() -> None:
@@ -72,10 +80,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def report(case: str, engine: Any, trainer: Any) -> None:
-        gap = (engine - trainer).abs()
-        for metric, value in (("mean", gap.mean()), ("p99", gap.quantile(0.99)), ("max", gap.max())):
-            rows.append({"case": case, "impl": "", "metric": metric, "value": float(value), "unit": "nats"})
-        print(f"{case:40} mean {gap.mean():.4f}  p99 {gap.quantile(0.99):.4f}  max {gap.max():.4f}", flush=True)
+        rows.extend(gap_rows(case, engine, trainer))
 
     sequences, logprobs = sampled("fp8")
     print(f"{len(logprobs)} tokens", flush=True)

@@ -29,7 +29,7 @@ def plan_rows(inputs: Inputs, run_folder: Path) -> list[PlanRow]:
     rows += [*(row("Sizes", key) for key in sizes), lr_row(inputs)]
     rows.append(row("Sizes", "engine.share"))
     if config.engine.kind == "vllm":
-        rows += [row("Sizes", "engine.kv_cache_gib"), row("Sizes", "engine.dense_copies")]
+        rows += [row("Sizes", f"engine.{name}") for name in ("kv_cache_gib", "kv_cache_dtype", "dense_copies")]
     rows += _pair_rows(inputs) if config.algorithm.pairs.is_on else _algorithm_rows(inputs)
     checks = ("identity_every_steps", "identity_tokens", "drift_warn_nats", "drift_stop_nats")
     rows += [row("Checks", f"checks.{name}") for name in checks]

@@ -139,6 +139,11 @@ def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str,
     if config.engine.kind == "vllm":
         fill("engine.kv_cache_gib", *_kv_cache_gib(config, facts))
     _check_base(config)
+    if config.engine.kv_cache_dtype != AUTO and config.engine.kind != "vllm":
+        raise ValueError(
+            f"engine.kv_cache_dtype is {config.engine.kv_cache_dtype}, which engine={config.engine.kind} does not "
+            "have; expected engine=vllm or engine.kv_cache_dtype=auto"
+        )
     num_parts, num_prompts = config.algorithm.num_minibatches, config.algorithm.prompts_per_step or 1
     if num_parts > num_prompts:
         raise ValueError(

@@ -215,6 +215,7 @@ class EngineConfig:
     recorded_from: str | None = None  # engine=recorded: folder of the run whose rollouts and rewards are trained on
     max_num_seqs: int | None = None  # most sequences decoded together
     kv_cache_gib: float | None = None  # vllm: memory for keys and values, held only while it generates
+    kv_cache_dtype: str = AUTO  # vllm: keys and values in model.dtype (auto) | fp8: one byte a number, twice the tokens
     share: bool | None = None  # one copy of the base for engine and trainer
     # vllm on a GPU: 16-bit copies of the linear layers while it generates; faster, given back while training.
     # none | base: of an NF4 base | merged: with the adapter in them, bfloat16
@@ -231,6 +232,7 @@ class EngineConfig:
         if self.dense_copies is not None:
             check_choice("engine.dense_copies", self.dense_copies, ["none", "base", "merged"])
         check_range("engine.max_num_seqs", self.max_num_seqs, low=1)
+        check_choice("engine.kv_cache_dtype", self.kv_cache_dtype, [AUTO, "fp8"])
         check_range("engine.kv_cache_gib", self.kv_cache_gib, low=0, is_low_open=True)
 
 

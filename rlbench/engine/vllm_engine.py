@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from rlbench.config.vllm_version import check_vllm_version
 from rlbench.engine.dense_copies import DENSE_COPIES
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
-from rlbench.engine.vllm_checks import check_dense_copies, check_fp8, check_model, slot_rank
+from rlbench.engine.vllm_checks import check_formats, check_kv_cache_dtype, check_model, slot_rank
 from rlbench.engine.vllm_process import clean_start, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
@@ -83,6 +83,7 @@ class VllmEngine:
         max_num_seqs: int,
         lora_rank: int | None,
         kv_cache_gib: float,
+        kv_cache_dtype: str = "auto",
         with_tokenizer: bool = False,
         deterministic: bool = False,
         lora_targets: Sequence[str] = _LINEAR_TARGETS,
@@ -101,6 +102,7 @@ class VllmEngine:
             max_num_seqs: most sequences decoded together; more samples are run in waves.
             lora_rank: highest rank that `sync` will bring, 1 to 512; None: it brings all weights, and no adapter.
             kv_cache_gib: memory for keys and values.
+            kv_cache_dtype: "auto" (`dtype`) or "fp8" (E4M3, scale 1) of keys and values in that memory.
             with_tokenizer: load the folder's tokenizer too: stop strings and guided decoding need it.
             deterministic: vLLM's batch-invariant kernels; on a GPU only. Holds for the whole process.
             lora_targets: last parts of the names of the linear layers that adapters may name; the output head cannot
@@ -109,20 +111,15 @@ class VllmEngine:
 
         Raises:
             ValueError: if this vLLM is no tested version, an argument does not fit the model, or the device does not
-                multiply FP8.
+                compute with FP8.
         """
         start = time.perf_counter()
         check_vllm_version(device)
         if deterministic:
             _use_batch_invariant_kernels(device)
-        if device == "cuda" and dtype == "float32":
-            raise ValueError(
-                "model.dtype is float32, which vLLM's LoRA kernels on a GPU do not compute; expected bfloat16, float16 "
-                "or engine.kind=hf"
-            )
-        if quantization == "fp8":
-            check_fp8(device, dtype)
-        check_dense_copies(dense_copies, device, dtype, quantization, lora_rank)
+        check_formats(
+            device, dtype, quantization=quantization, dense_copies=dense_copies, has_adapter=lora_rank is not None
+        )
         self._platform = device
         of_lora: dict[str, Any] = {}
         self._trains_all, self._merges = lora_rank is None, dense_copies == "merged"
@@ -134,6 +131,7 @@ class VllmEngine:
                 "lora_target_modules": list(lora_targets),
             }
         check_model(model_path, device, max_model_len, quantization)
+        check_kv_cache_dtype(kv_cache_dtype, model_path, device)
         if "lm_head" in lora_targets:
             raise ValueError("lora.targets names lm_head, which vLLM cannot adapt and score; expected engine.kind=hf")
         options = dict(_PLATFORM_OPTIONS[device])
@@ -161,6 +159,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                kv_cache_dtype=kv_cache_dtype,  # pyright: ignore[reportArgumentType]
                 block_size=_KV_BLOCK_TOKENS[device],
                 enable_prefix_caching=True,
                 enforce_eager=self._platform == "cpu",  # with LoRA vLLM compiles nothing on a CPU anyway

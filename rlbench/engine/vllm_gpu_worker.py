@@ -15,12 +15,12 @@ from vllm.device_allocator import get_mem_allocator_instance  # pyright: ignore[
 from vllm.v1.worker.gpu_worker import Worker  # pyright: ignore[reportMissingImports]
 
 from rlbench.engine.dense_copies import DENSE_COPIES, DenseCopies
-from rlbench.engine.merged_adapter import MergedAdapter, MergedAdapterCalls
+from rlbench.engine.merged_adapter import MergedAdapter
 from rlbench.engine.vllm_worker import AdapterWorker, linear_layers
 from rlbench.models.device_cap import exclude_released
 
 
-class SharedBaseWorker(AdapterWorker, MergedAdapterCalls, Worker):
+class SharedBaseWorker(AdapterWorker, Worker):
     """For `LLM(worker_cls=...)` with `enable_cumem_allocator=True`."""
 
     rlbench_copies: DenseCopies | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlbench import progress
+from rlbench.engine.interface import EngineCorruptedError
 from rlbench.records import SamplingParams
 
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything lower but 0 to this
@@ -45,7 +47,7 @@ def check_sampling(sampling: SamplingParams, *, has_tokenizer: bool) -> None:
 
 
 def sampling_request(sampling: SamplingParams, seed: int) -> Any:
-    """vLLM's parameters of one sample. Where the drawing is not plain, logprob 1 is the plain one (`PlainLogprobs`)."""
+    """vLLM's parameters of one sample. Where the drawing is not plain, column 1 is the plain one (`PlainLogprobs`)."""
     guide = {"structured_outputs": _guide(sampling)} if sampling.is_guided else {}
     return params(
         max_tokens=sampling.max_tokens,
@@ -88,6 +90,8 @@ def finished_outputs(engine: Any, request_ids: Sequence[str], take: Callable[[in
         request_ids: as `LLM.enqueue` gives them: the number that outputs carry, and sometimes a suffix.
         take: what it raises ends the call; then the requests that are left are aborted.
     """
+    for request_id in request_ids:
+        _keep_numbers_only(engine.output_processor.request_states[request_id].logprobs_processor)
     numbers = [request_id.partition("-")[0] for request_id in request_ids]
     index_of = {number: index for index, number in enumerate(numbers)}
     outputs: dict[int, Any] = {}
@@ -104,17 +108,56 @@ def finished_outputs(engine: Any, request_ids: Sequence[str], take: Callable[[in
     return [outputs[index] for index in range(len(numbers))]
 
 
+@dataclass(slots=True)
+class DrawnLogprobs:
+    """Of one request's tokens, one after the other."""
+
+    num_columns: int  # of each token: its own logprob, and the plain one if it was asked for
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class NumbersOnly:
+    """Mixed into the `LogprobsProcessor` of a request: keeps the numbers that vLLM would make dicts and objects of.
+
+    Of what the host does for 256 sequences a step, vLLM's own takes more than the rest of its output processor.
+    """
+
+    logprobs: DrawnLogprobs
+
+    def update_from_output(self, output: Any) -> None:
+        new = output.new_logprobs  # arrays [tokens of this step, columns]
+        if new is not None:
+            self.logprobs.token_ids.extend(new.logprob_token_ids.ravel().tolist())
+            self.logprobs.logprobs.extend(new.logprobs.ravel().tolist())
+
+
+def _keep_numbers_only(processor: Any) -> None:
+    """For a request that asks for logprobs of its new tokens alone; others stay as they are."""
+    if processor.logprobs is None or processor.prompt_logprobs is not None:
+        return
+    kind = type(processor)
+    processor.__class__ = _EXTENDED.setdefault(kind, type("RlbenchLogprobsProcessor", (NumbersOnly, kind), {}))
+    processor.logprobs = DrawnLogprobs(num_columns=1 + processor.num_logprobs)
+
+
+_EXTENDED: dict[type, type] = {}  # by vLLM's class
+
+
 def sampled_logprobs(output: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Sampling logprobs of the completion's tokens, and the plain ones (empty if they were not asked for)."""
-    entries = list(zip(output.token_ids, output.logprobs, strict=True))
-    sampled = tuple(entry[token].logprob for token, entry in entries)
-    plain = tuple(entry[plain_key(token)].logprob for token, entry in entries if len(entry) > 1)
-    return sampled, plain
+    """Sampling logprobs of the completion's tokens, and the plain ones (empty if they were not asked for).
 
-
-def plain_key(token: int) -> int:
-    """The token id under which `PlainLogprobs` reports the plain logprob of `token`: valid, and another one."""
-    return 1 if token == 0 else 0
+    Raises:
+        EngineCorruptedError: they are those of other tokens.
+    """
+    drawn: DrawnLogprobs = output.logprobs
+    step = drawn.num_columns
+    if drawn.token_ids[::step] != list(output.token_ids) or len(drawn.logprobs) != step * len(output.token_ids):
+        raise EngineCorruptedError(
+            f"vLLM returned {len(output.token_ids)} tokens, but {len(drawn.logprobs)} logprobs of other ones; expected "
+            f"{step} of each token"
+        )
+    return tuple(drawn.logprobs[::step]), tuple(drawn.logprobs[1::step]) if step > 1 else ()
 
 
 def scores(output: Any, sequence: Sequence[int], prompt_length: int) -> list[float]:

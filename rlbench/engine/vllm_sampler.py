@@ -21,8 +21,8 @@ class PlainLogprobs:
     """Mixed into the `Sampler` of vLLM's first model runner (CPU).
 
     Asked for one logprob besides the sampled token's, it reports the plain one there. vLLM would put the most likely
-    token into that column. Instead it gets `log_softmax(logits / temperature)` of the sampled token, under a token id
-    that is not the sampled one (`plain_key`): each row's columns become a mapping.
+    token into that column. Instead it gets `log_softmax(logits / temperature)` of the sampled token; the column's token
+    id stays and means nothing.
     """
 
     _rlbench_plain: Tensor | None = None  # [B, V], while a batch is sampled
@@ -89,5 +89,4 @@ def _plain(logits: Tensor, temperature: Tensor | None) -> Tensor:
 
 def _write_plain(reported: Any, plain: Tensor, token_ids: Tensor) -> None:
     """Into column 1 of vLLM's `LogprobsTensors`; plain [B, V], token_ids int64 [B]."""
-    reported.logprob_token_ids[:, 1] = (token_ids == 0).to(reported.logprob_token_ids.dtype)
     reported.logprobs[:, 1] = plain.gather(1, token_ids[:, None].long())[:, 0]

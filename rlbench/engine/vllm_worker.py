@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbench.engine.dense_copies import LinearLayer
+from rlbench.engine.merged_adapter import MergedAdapterCalls
 from rlbench.engine.vllm_full_weights import held_weights, write_weights
 from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
@@ -50,7 +51,7 @@ class CopyTargets:
     zeroed: list[Tensor]  # the rest of the buffers
 
 
-class AdapterWorker:
+class AdapterWorker(MergedAdapterCalls):
     """Mixed into vLLM's worker. Every name starts with `rlbench_`, so that none can meet one of vLLM's own."""
 
     model_runner: Any

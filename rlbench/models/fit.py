@@ -114,7 +114,8 @@ def trim_kv_cache(
 
 def kv_token_bytes(text_config: Any, config: RunConfig) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return 2 * text_config.num_hidden_layers * key_numbers(text_config) * item_bytes(config)
+    item = 1 if config.engine.kv_cache_dtype == "fp8" else item_bytes(config)
+    return 2 * text_config.num_hidden_layers * key_numbers(text_config) * item
 
 
 def _microbatch_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[int, str] | None:
@@ -163,7 +164,8 @@ def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, 
     seqs = wanted
     while seqs > fitting and seqs > _LEAST_SEQS:
         seqs //= 2
-    reason = f"keys and values of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
+    what = "FP8 keys and values" if config.engine.kv_cache_dtype == "fp8" else "keys and values"
+    reason = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
     return None if seqs == wanted else (seqs, reason)
 
 

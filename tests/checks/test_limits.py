@@ -10,12 +10,14 @@ from rlbench.checks.limits import (
     MARGIN,
     MEASURED,
     Gap,
+    Pair,
     derive_drift_limits,
     honest_gap,
     identity_limit,
 )
 from rlbench.config.schema import ChecksConfig, EngineConfig, HardwareConfig, ModelConfig, RunConfig
 
+PLAIN = (("bfloat16", "none", "auto"), ("bfloat16", "nf4", "auto"))
 NAMES = ("mean", "p99", "max")
 RESULTS = Path(__file__).parents[2] / "scripts" / "results" / "identity_cpu.json"
 
@@ -29,9 +31,9 @@ def config(engine="hf", profile="cpu", dtype="bfloat16", **checks) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu" and key[3] == "none"])
+@pytest.mark.parametrize("key", [key for key in MEASURED if key[1] == "cpu" and key[3:] == ("none", "auto")])
 def test_the_table_holds_what_the_committed_measurement_says(key):
-    engine, _, dtype, _ = key
+    engine, _, dtype, _, _ = key
     cases = [f"{dtype}, {case}" for case in ("as sampled", "scored", "scored, base")]
     rows = json.loads(RESULTS.read_text())["rows"]
     rows = [row for row in rows if row["impl"] == engine and row["case"] in cases]
@@ -41,20 +43,53 @@ def test_the_table_holds_what_the_committed_measurement_says(key):
         assert getattr(MEASURED[key], name) == pytest.approx(found, rel=0.1)
 
 
-def test_an_fp8_base_in_vllm_has_a_wider_limit_of_its_own_also_on_a_gpu_and_nobody_else_has():
-    rows = json.loads((RESULTS.parent / "fp8_cpu.json").read_text())["rows"]
-    measured = {row["metric"]: row["value"] for row in rows if row["case"] == "trainer does not"}
+@pytest.mark.parametrize(
+    ("quantization", "kv_cache_dtype", "file", "case", "words"),
+    [
+        ("fp8", "auto", "fp8_cpu", "trainer does not", "with an FP8 base"),
+        ("none", "fp8", "fp8_kv_cpu", "FP8 keys and values", "with FP8 keys and values"),
+        ("fp8", "fp8", "fp8_kv_cpu", "FP8 keys, values and base", "with an FP8 base and FP8 keys and values"),
+    ],
+)
+def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own_also_on_a_gpu(
+    quantization, kv_cache_dtype, file, case, words
+):  # fmt: skip
+    rows = json.loads((RESULTS.parent / f"{file}.json").read_text())["rows"]
+    measured = {row["metric"]: row["value"] for row in rows if row["case"] == case}
 
-    for device, words in (("cpu", "measured for engine=vllm on cpu"), ("cuda", "bfloat16 on an FP8 base")):
-        gap, source = honest_gap("vllm", device, "bfloat16", "fp8")
-        assert words in source
+    for device, origin in (("cpu", "measured for engine=vllm on cpu"), ("cuda", "no measurement of its own")):
+        gap, source = honest_gap(Pair("vllm", device, "bfloat16", quantization, kv_cache_dtype))
+        assert f"{words};" in f"{source};" and origin in source
         for name in NAMES:
             assert getattr(gap, name) == pytest.approx(measured[name], rel=0.1)
-    assert honest_gap("hf", "cuda", "bfloat16", "fp8")[0].mean < measured["mean"] / 2
+        assert ("a GPU rounds otherwise" in source) == (device == "cuda" and kv_cache_dtype == "fp8")
+
+
+def test_only_vllms_roundings_widen_a_limit():
+    hf = honest_gap(Pair("hf", "cuda", "bfloat16", "fp8"))[0]
+    assert hf.mean < MEASURED[Pair("vllm", "cpu", "bfloat16", "fp8")].mean / 2
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "nf4"), ("float32", "none")])
+def test_fp8_keys_and_values_beside_another_base_or_dtype_get_the_measured_ones_and_say_so(dtype, quantization):
+    gap, source = honest_gap(Pair("vllm", "cpu", dtype, quantization, "fp8"))
+
+    assert gap == MEASURED[Pair("vllm", "cpu", "bfloat16", "none", "fp8")]
+    assert source.startswith("the widest measured in bfloat16 with FP8 keys and values; engine=vllm on cpu has no")
+
+
+def test_a_run_with_fp8_keys_and_values_has_their_limit():
+    run = config(engine="vllm")
+    before = identity_limit(run)
+    run.engine.kv_cache_dtype = "fp8"
+
+    assert identity_limit(run).mean == MARGIN * MEASURED[Pair("vllm", "cpu", "bfloat16", "none", "fp8")].mean
+    assert identity_limit(run).mean > 2 * before.mean
+    assert all("FP8 keys and values" in d.reason for d in derive_drift_limits(run))
 
 
 def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor():
-    measured = MEASURED["hf", "cpu", "bfloat16", "none"]
+    measured = MEASURED[Pair("hf", "cpu", "bfloat16", "none")]
 
     limit = identity_limit(config())
 
@@ -65,14 +100,9 @@ def test_a_limit_is_the_measurement_times_the_margin_but_never_below_the_floor()
 
 
 def test_a_pair_that_was_not_measured_gets_the_widest_of_its_dtype_and_says_so():
-    gap, source = honest_gap("hf", "cuda", "bfloat16", "none")
+    gap, source = honest_gap(Pair("hf", "cuda", "bfloat16", "none"))
 
-    assert gap == Gap(
-        *(
-            max(getattr(g, n) for k, g in MEASURED.items() if k[2:] in (("bfloat16", "none"), ("bfloat16", "nf4")))
-            for n in NAMES
-        )
-    )
+    assert gap == Gap(*(max(getattr(g, n) for k, g in MEASURED.items() if k[2:] in PLAIN) for n in NAMES))
     assert "no measurement of its own" in source
 
 

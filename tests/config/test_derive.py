@@ -111,3 +111,17 @@ def test_deterministic_kernels_need_vllm_on_a_gpu(device, kind):
     with pytest.raises(ValueError, match=f"needs engine=vllm on a GPU .*; found engine={kind}"):
         derive(config, facts(device=device, problem=""))
     derive(RunConfig(engine=EngineConfig(deterministic=True)), facts(device="cuda", problem=""))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fp8_keys_and_values_need_vllm(device):
+    config = RunConfig(engine=EngineConfig(kind="hf", kv_cache_dtype="fp8"))
+
+    with pytest.raises(ValueError, match=r"engine\.kv_cache_dtype is fp8, which engine=hf .*expected engine=vllm or"):
+        derive(config, facts(device=device, problem=""))
+    derive(RunConfig(engine=EngineConfig(kind="vllm", kv_cache_dtype="fp8")), facts(device=device, problem=""))
+
+
+def test_another_type_of_keys_and_values_is_refused():
+    with pytest.raises(ValueError, match=r"engine\.kv_cache_dtype is 'fp8_e5m2', expected one of: auto, fp8"):
+        EngineConfig(kv_cache_dtype="fp8_e5m2")

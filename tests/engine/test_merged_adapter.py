@@ -13,7 +13,7 @@ from torch import nn
 from rlbench.engine.dense_copies import DenseCopies, LinearLayer
 from rlbench.engine.interface import Adapter, EngineCorruptedError
 from rlbench.engine.merged_adapter import MergedAdapter
-from rlbench.engine.vllm_checks import check_dense_copies
+from rlbench.engine.vllm_checks import check_formats
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import SamplingParams
 from tests.engine.cpu_merged import merges_on_cpu
@@ -215,15 +215,18 @@ def test_moving_on_from_base_scores_restores_the_adapter(engine, tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("kind", "changed", "found"),
     [
-        (("merged", "cpu", "bfloat16", "nf4", 16), "found cpu"),
-        (("merged", "cuda", "float16", "nf4", 16), "model.dtype=float16"),
-        (("merged", "cuda", "bfloat16", "fp8", 16), "model.quantization=fp8"),
-        (("merged", "cuda", "bfloat16", "none", None), "all weights trained"),
-        (("base", "cuda", "bfloat16", "none", 16), "an NF4 base"),
+        ("merged", {"device": "cpu"}, "found cpu"),
+        ("merged", {"dtype": "float16"}, "model.dtype=float16"),
+        ("merged", {"quantization": "fp8", "device": "cpu"}, "model.quantization=fp8"),
+        ("merged", {"has_adapter": False}, "all weights trained"),
+        ("base", {"quantization": "none"}, "an NF4 base"),
     ],
 )
-def test_copies_that_cannot_be_are_refused_before_vllm_starts(arguments, found):
-    with pytest.raises(ValueError, match=found):
-        check_dense_copies(*arguments)
+def test_copies_that_cannot_be_are_refused_before_vllm_starts(kind, changed, found):
+    possible = {"device": "cuda", "dtype": "bfloat16", "quantization": "nf4", "has_adapter": True}
+    check_formats(**possible, dense_copies=kind)
+
+    with pytest.raises(ValueError, match=f"engine.dense_copies is {kind}, .*{found}"):
+        check_formats(**{**possible, **changed}, dense_copies=kind)

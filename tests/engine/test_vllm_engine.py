@@ -127,6 +127,28 @@ def test_the_engine_lives_in_this_process_and_leaves_it_as_it_was(engine):
 
 
 @needs_vllm
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
+def test_kept_numbers_are_the_bits_that_vllms_own_objects_hold(engine, options, monkeypatch):
+    sampling, seeds = SamplingParams(max_tokens=12, **options), list(range(6))
+    prompts = [PROMPT[: 10 + i] for i in range(6)]
+    found = engine.generate(prompts, sampling, seeds)
+
+    monkeypatch.setattr(vllm_requests, "_keep_numbers_only", lambda processor: None)
+    requests = [vllm_requests.sampling_request(sampling, seed) for seed in seeds]
+    outputs = [output.outputs[0] for output in engine._run(prompts, requests, use_adapter=True)]
+
+    for completion, output in zip(found, outputs, strict=True):
+        assert completion.token_ids == tuple(output.token_ids)
+        own = [entry[token] for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+        assert len(own) == 12 and all(type(entry).__name__ == "Logprob" for entry in own)
+        if sampling.is_plain:
+            assert completion.sampling_logprobs == tuple(entry.logprob for entry in own)
+        else:  # where both columns have one token id, vLLM's dict keeps the second: the plain logprob
+            pairs = zip(completion.sampling_logprobs, completion.plain_logprobs, own, strict=True)
+            assert all(entry.logprob in (sampled, plain) for sampled, plain, entry in pairs)
+
+
+@needs_vllm
 def test_equal_prompts_are_prefilled_once(engine):
     sampling = [vllm_requests.params(max_tokens=1, seed=i, logprobs=0) for i in range(4)]
     prompt = [i % 90 + 100 for i in range(70)]
@@ -139,14 +161,14 @@ def test_equal_prompts_are_prefilled_once(engine):
 
 @needs_vllm
 def test_sleep_gives_kv_memory_back_and_wake_takes_it_again(engine):
-    full = sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values())
+    full = _kv_bytes(engine)
     assert full == pytest.approx(0.05 * 2**30, rel=0.02)
 
     engine.sleep()
-    assert sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values()) == 0
+    assert _kv_bytes(engine) == 0
     engine.wake()
 
-    assert sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values()) == full
+    assert _kv_bytes(engine) == full
 
 
 @needs_vllm
@@ -168,6 +190,10 @@ def test_a_changed_base_weight_is_caught_when_the_engine_wakes(engine):
 def test_a_cpu_engine_refuses_to_share_its_repacked_weights(engine):
     with pytest.raises(ValueError, match=r"engine\.share=false"):
         engine.base_weights()
+
+
+def _kv_bytes(engine) -> int:
+    return sum(storage.nbytes() for storage in dict(_kv_storages(engine)).values())
 
 
 def _kv_storages(engine):

@@ -1,8 +1,10 @@
 """A whole run whose rollouts come from vLLM, on a CPU, stopped and continued."""
 
 import importlib.util
+import re
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlbench.tracking.jsonl import read_metrics
@@ -50,3 +52,19 @@ def test_an_fp8_base_trains_with_vllm_and_passes_its_proofs(tiny_overrides, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     gaps = [line["drift/logprob_gap_mean"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
     assert len(gaps) == 2 and 0.01 < max(gaps) < 0.3
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM reads FP8 with AVX-512")
+def test_a_run_with_fp8_keys_and_values_shows_them_and_passes_its_proofs(tiny_overrides, tmp_path):
+    """In float32 nothing else is rounded: without them the gap is below 1e-4."""
+    save_tiny_model(tmp_path / "model", head_dim=32)
+    overrides = [o for o in tiny_overrides if not o.startswith(("model.path=", "model.dtype="))]
+    overrides += [f"model.path={tmp_path / 'model'}", "model.dtype=float32", "engine.kv_cache_dtype=fp8"]
+    overrides += ["engine=vllm", "engine.kv_cache_gib=0.05", "evaluation.num_prompts=0", "training.num_steps=2"]
+
+    done = run(*overrides, "checks.identity_every_steps=1", "hydra.run.dir=run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"engine\.kv_cache_dtype +fp8", done.stdout) and "FP8 keys and values" in done.stdout
+    gaps = [line["drift/logprob_gap_mean"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
+    assert len(gaps) == 2 and 0.001 < min(gaps)

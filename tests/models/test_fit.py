@@ -145,6 +145,26 @@ def test_the_kv_cache_is_not_larger_than_the_sequences_can_fill():
     assert found.reason == "256 sequences of 250 tokens fill no more"
 
 
+def test_fp8_keys_and_values_take_half_the_memory():
+    config = config_of(max_tokens=64)
+    config.engine.kv_cache_dtype = "fp8"
+    found = derived("SmolLM2-135M", 139.0, config, longest=250)["engine.kv_cache_gib"]
+
+    assert found.value == config.engine.kv_cache_gib == 0.8  # half of 1.41 GiB, to the next 0.1
+
+
+def test_twice_the_sequences_fit_with_fp8_keys_and_values():
+    config = config_of()
+    config.engine.kv_cache_dtype = "fp8"
+    seqs = derived("Llama-3.1-8B", 22.5, config)["engine.max_num_seqs"]
+
+    # 1.6 GiB hold 12 completions of 1,024 tokens in bfloat16
+    assert (seqs.value, seqs.reason) == (
+        16,
+        "FP8 keys and values of 1.6 GiB hold 25 completions of sampling.max_tokens",
+    )
+
+
 @pytest.mark.parametrize(("quantization", "expected"), [("none", "model.quantization=nf4"), ("nf4", "a smaller model")])
 def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, expected):
     with pytest.raises(ValueError, match=f"hardware.memory_gib=8 .* expected {expected}"):
