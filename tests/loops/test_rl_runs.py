@@ -1,6 +1,7 @@
 """Whole GRPO runs: reward rises, files are complete, a stopped run continues bit for bit, the adapter is PEFT's."""
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -121,6 +122,22 @@ def sampled(run_folder: Path) -> dict[str, list]:
         file.name: [(r["rollout_id"], list(r["token_ids"]), r["reward"], r["advantage"]) for r in read_rollouts(file)]
         for file in sorted((run_folder / "rollouts").glob("*.parquet"))
     }
+
+
+def test_the_command_that_is_printed_goes_on_with_the_same_settings(tiny_overrides, tmp_path):
+    first = run(*tiny_overrides, "seed=2", "training.num_steps=1", "evaluation.num_prompts=0", "hydra.run.dir=run",
+                folder=tmp_path)  # fmt: skip
+    command = next(line for line in first.stdout.splitlines() if line.rstrip().endswith("# train on"))
+    python, dash_m, program, *arguments = shlex.split(command, comments=True)
+
+    resumed = run(*arguments, folder=tmp_path)
+
+    assert [python, dash_m, program] == ["python", "-m", "rlbench"]
+    assert resumed.returncode == 0, command + resumed.stdout + resumed.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")] == [1, 2]
+    # the schedule of twice as many steps is the one change
+    assert resumed.stdout.count("in the run that is resumed") == 1
+    assert "training.num_steps was 1 in the run that is resumed and is 2 now" in " ".join(resumed.stdout.split())
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
