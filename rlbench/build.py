@@ -93,6 +93,11 @@ def prepare(config: RunConfig) -> Inputs:
     train_rows, eval_rows = split_rows(config, basis.rows)
     find_trained_rewards(config)
     limit = basis.context_tokens - config.sampling.max_tokens
+    if limit < 1:
+        raise ValueError(
+            f"sampling.max_tokens is {config.sampling.max_tokens}, but the model's context holds {basis.context_tokens} "
+            "tokens, prompt included; expected a smaller sampling.max_tokens"
+        )
     reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
 
     def prompts(selected: Any, split: str) -> PromptSet:
@@ -104,6 +109,7 @@ def prepare(config: RunConfig) -> Inputs:
         evaluation=prompts(eval_rows, "test") if eval_rows is not None and len(eval_rows) else None,
         stop_token_ids=_stop_token_ids(basis, config.sampling),
     )
+    _check_microbatch(inputs)
     text_config = _text_config(basis.model)
     derived = trim_kv_cache(config, text_config, longest_sequence(inputs), derived)
     return replace(inputs, derived=derived + derive_dequantize(config, basis.facts, text_config))
@@ -391,6 +397,18 @@ def longest_sequence(inputs: Inputs) -> int:
     """Tokens of the longest prompt plus the longest completion."""
     prompts = [*inputs.train.prompts, *(inputs.evaluation.prompts if inputs.evaluation else ())]
     return longest_prompt_tokens(prompts) + inputs.config.sampling.max_tokens
+
+
+def _check_microbatch(inputs: Inputs) -> None:
+    """Every rollout that could be sampled fits; the last token of a completion predicts nothing and is not packed."""
+    longest, sampling = longest_prompt_tokens(inputs.train.prompts), inputs.config.sampling
+    budget, needed = inputs.config.training.tokens_per_microbatch or 1, longest + sampling.max_tokens - 1
+    if needed > budget:
+        raise ValueError(
+            f"training.tokens_per_microbatch is {budget}, but the longest prompt ({longest} tokens) with a completion "
+            f"of sampling.max_tokens ({sampling.max_tokens}) takes {needed}; expected at least "
+            f"training.tokens_per_microbatch={needed}, or a smaller sampling.max_tokens"
+        )
 
 
 def _check_model_exists(config: RunConfig) -> None:
