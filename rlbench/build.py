@@ -95,7 +95,7 @@ def prepare(config: RunConfig) -> Inputs:
     limit = basis.context_tokens - config.sampling.max_tokens
     if limit < 1:
         raise ValueError(
-            f"sampling.max_tokens is {config.sampling.max_tokens}, but the model's context holds {basis.context_tokens} "
+            f"sampling.max_tokens is {config.sampling.max_tokens}, but the model's context is {basis.context_tokens} "
             "tokens, prompt included; expected a smaller sampling.max_tokens"
         )
     reason = f"the model's context of {basis.context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"

@@ -71,6 +71,12 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
     if checkpoint is not None:
         for line in check_resumable(_saved_config(run_folder), asdict(config)):
             console.warning(line)
+        num_steps = config.training.num_steps or 0
+        if checkpoint.step > num_steps:
+            raise ValueError(
+                f"training.num_steps is {num_steps}, but {checkpoint.step} steps are done in {checkpoint.folder}; "
+                "expected at least as many"
+            )
     with console.phase("loading the model"):
         parts = stage.build(inputs)
     if parts.policy.patched:

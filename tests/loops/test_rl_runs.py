@@ -139,6 +139,12 @@ def test_the_command_that_is_printed_goes_on_with_the_same_settings(tiny_overrid
     assert resumed.stdout.count("in the run that is resumed") == 1
     assert "training.num_steps was 1 in the run that is resumed and is 2 now" in " ".join(resumed.stdout.split())
 
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    fewer = run(*arguments, "training.num_steps=1", folder=tmp_path)
+
+    assert fewer.returncode == 2 and "training.num_steps is 1, but 2 steps are done in run/" in fewer.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
@@ -217,7 +223,7 @@ def test_a_second_ctrl_c_ends_the_run_within_the_step(tiny_overrides, tmp_path):
 
 def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
     arguments = [*tiny_overrides, "training.num_steps=500", "seed=1,2", "hydra.sweep.dir=sweep"]
-    process = start("-m", *arguments, folder=tmp_path)
+    process = start(*arguments[:2], "-m", *arguments[2:], folder=tmp_path)
     wait_for(lambda: (tmp_path / "sweep" / "0" / "metrics.jsonl").exists(), process)
 
     process.send_signal(signal.SIGINT)

@@ -45,7 +45,7 @@ CONFIG_ERRORS = {
     "resumed folder": (["resume=nowhere"], "resume is nowhere, but there is no such folder; expected a run's folder"),
     "out of range": (["optim.lr=-1"], "optim.lr is -1.0, expected more than 0"),
     "endless": (["optim.lr=inf"], "optim.lr is inf, expected less than inf"),
-    "more threads than OpenMP survives": (["hardware.num_threads=100000"], "hardware.num_threads is 100000, expected at"),
+    "more threads than OpenMP survives": (["hardware.num_threads=100000"], "num_threads is 100000, expected at most"),
     "wrong choice": (["optim.schedule=cosin"], "did you mean cosine?"),
     "wrong group choice": (["optim=adam"], "optim=adam: there is no such choice, expected one of: adamw"),
     "wrong experiment": (["+exp=grpo_gsm"], "did you mean grpo_gsm8k?"),
@@ -144,7 +144,7 @@ def test_the_plan_says_which_held_out_prompts_are_trained_on_or_left_out(tmp_pat
 def test_completions_longer_than_the_context(tmp_path, tiny_overrides):
     done = run(*tiny_overrides, "sampling.max_tokens=256", folder=tmp_path)
 
-    check(done, "sampling.max_tokens is 256, but the model's context holds 256 tokens, prompt included")
+    check(done, "sampling.max_tokens is 256, but the model's context is 256 tokens, prompt included")
 
 
 def test_a_microbatch_that_some_rollout_would_not_fit(tmp_path, tiny_overrides):
