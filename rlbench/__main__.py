@@ -189,7 +189,9 @@ def _run_with_hydra(arguments: list[str], action: Callable[[Any, list[str]], int
             raise RunFailed(statuses[-1])  # a launcher's process: `statuses` is a copy there
         return _objective(composed) if action is None else None
 
-    sys.argv = ["rlbench", *arguments]
+    # Hydra's parser takes no settings after an option that stands between them.
+    sweeps = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    sys.argv = ["rlbench", *sweeps, *(argument for argument in arguments if argument not in sweeps)]
     try:
         run()
     except KeyboardInterrupt:

@@ -92,6 +92,7 @@ def prepare(config: RunConfig) -> Inputs:
     derived = basis.derived + derive_drift_limits(config)
     find_trained_rewards(config)
     train, evaluation = prompt_sets(config, basis.rows, basis.tokenizer, basis.context_tokens)
+    _check_microbatch(config, train)
     longest = longest_sequence(config, train, evaluation)
     return Inputs(
         **shared_fields(
@@ -114,9 +115,14 @@ def prompt_sets(
         context_tokens: most tokens of a prompt and a completion.
 
     Raises:
-        ValueError: as `make_prompts`.
+        ValueError: as `make_prompts`, or completions leave no room for a prompt.
     """
     limit = context_tokens - config.sampling.max_tokens
+    if limit < 1:
+        raise ValueError(
+            f"sampling.max_tokens is {config.sampling.max_tokens}, but the model's context is {context_tokens} "
+            "tokens, prompt included; expected a smaller sampling.max_tokens"
+        )
     reason = f"the model's context of {context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
 
     def prompts(selected: Any, split: str) -> PromptSet:
@@ -402,6 +408,18 @@ def longest_sequence(config: RunConfig, train: PromptSet, evaluation: PromptSet 
     """Tokens of the longest prompt plus the longest completion."""
     prompts = [*train.prompts, *(evaluation.prompts if evaluation else ())]
     return longest_prompt_tokens(prompts) + config.sampling.max_tokens
+
+
+def _check_microbatch(config: RunConfig, train: PromptSet) -> None:
+    """Every rollout that could be sampled fits; the last token of a completion predicts nothing and is not packed."""
+    longest, sampling = longest_prompt_tokens(train.prompts), config.sampling
+    budget, needed = config.training.tokens_per_microbatch or 1, longest + sampling.max_tokens - 1
+    if needed > budget:
+        raise ValueError(
+            f"training.tokens_per_microbatch is {budget}, but the longest prompt ({longest} tokens) with a completion "
+            f"of sampling.max_tokens ({sampling.max_tokens}) takes {needed}; expected at least "
+            f"training.tokens_per_microbatch={needed}, or a smaller sampling.max_tokens"
+        )
 
 
 def _check_model_exists(config: RunConfig) -> None:

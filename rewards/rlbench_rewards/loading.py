@@ -13,7 +13,8 @@ from typing import Any
 from rlbench_rewards.contract import RewardError, RewardOutput, RewardSample
 
 OWN_PREFIX = "rlbench_rewards."
-_TRL_EXTRAS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_TRL_PASSED = ("prompts", "completions")
+_TRL_TRAINERS = ("completion_ids", "trainer_state", "log_extra", "log_metric")  # what its trainer passes besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ def load_reward(
         return LoadedReward(name, target, lambda samples: _awaited(target.score_batch(samples)))
     parameters = inspect.signature(target).parameters
     if "completions" in parameters:
-        _check_columns(key, path, _needed_columns(parameters, fixed), columns)
+        needed = _needed_columns(parameters, fixed)
+        _check_trainers_arguments(key, path, needed, columns or ())
+        _check_columns(key, path, needed, columns)
         return LoadedReward(name, target, _trl_scorer(target, parameters, fixed, as_messages))
     _check_takes_one_sample(key, path, parameters, fixed)
     return LoadedReward(name, target, lambda samples: _one_by_one(target, samples, fixed))
@@ -111,13 +114,22 @@ def _check_columns(key: str, path: str, needed: Sequence[str], columns: Sequence
         )
 
 
+def _check_trainers_arguments(key: str, path: str, needed: Sequence[str], columns: Sequence[str]) -> None:
+    wanted = [name for name in needed if name in _TRL_TRAINERS and name not in columns]
+    if wanted:
+        raise ValueError(
+            f"{key}.path is {path}, which needs {wanted[0]!r} of TRL's trainer; expected a function of "
+            "completions, prompts and columns of the data"
+        )
+
+
 def _needed_columns(parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any]) -> list[str]:
     """Parameters of a TRL-style function that only a column can fill."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         p.name
         for p in parameters.values()
-        if p.kind in named and p.default is p.empty and p.name not in fixed and p.name not in _TRL_EXTRAS
+        if p.kind in named and p.default is p.empty and p.name not in fixed and p.name not in _TRL_PASSED
     ]
 
 
@@ -178,6 +190,7 @@ def _trl_scorer(
         passed = {name: value for name, value in columns.items() if takes_all or name in parameters}
         completions = [as_given(sample.completion, "assistant") for sample in samples]
         values = _awaited(function(**{**passed, "completions": completions, **fixed}))
+        values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
         if not isinstance(values, (list, tuple)) or len(values) != len(samples):
             got = f"{len(values)} values" if isinstance(values, (list, tuple)) else repr(values)[:100]
             raise RewardError(f"the function returned {got} for {len(samples)} completions, expected a list as long")
@@ -187,5 +200,6 @@ def _trl_scorer(
 
 
 def _plain(value: Any) -> Any:
-    """A numpy or torch scalar as a Python number; everything else as it is, to be checked."""
-    return value.item() if hasattr(value, "item") and not isinstance(value, (bool, int, float)) else value
+    """A truth value or a numpy or torch scalar as a Python number, as in TRL; all else as it is, to be checked."""
+    value = value.item() if hasattr(value, "item") else value
+    return float(value) if isinstance(value, bool) else value

@@ -20,6 +20,7 @@ import yaml
 from rich.text import Text
 
 from rlbench.commands.chain_record import RECORD_NAME, ChainRecord
+from rlbench.commands.resume_command import own_overrides, resume_command
 from rlbench.commands.stages import load_stage
 from rlbench.commands.train import remove_if_unused, run_training
 from rlbench.config.chain import stage_configs, stage_name
@@ -78,17 +79,17 @@ def _run_stage(config: RunConfig, stage: RunConfig, index: int, record: ChainRec
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except ValueError as error:
-        raise ValueError(f"{stage_name(config.chain, index)}: {error}; {_go_on(config, record)}") from error
+        raise ValueError(f"{stage_name(config.chain, index)}: {error}; {_go_on(record)}") from error
     if status == 0:
         record.finish(index)
     else:
-        print(f"the chain stopped in stage {place}; {_go_on(config, record)}", file=sys.stderr)
+        print(f"the chain stopped in stage {place}; {_go_on(record)}", file=sys.stderr)
     _free_memory()
     return status
 
 
-def _go_on(config: RunConfig, record: ChainRecord) -> str:
-    return f"to go on: python -m rlbench +exp={config.name} resume={record.folder}"
+def _go_on(record: ChainRecord) -> str:
+    return f"to go on: {resume_command(record.folder, own_overrides())}"
 
 
 def _check_stages(config: RunConfig, configs: Sequence[RunConfig], record: ChainRecord, console: RunConsole) -> None:

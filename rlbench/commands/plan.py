@@ -133,6 +133,17 @@ def _prompt_rows(inputs: Inputs) -> list[PlanRow]:
     rows = [PlanRow("Data", "training prompts", f"{len(inputs.train.prompts)}, the longest has {longest} tokens")]
     if inputs.train.num_too_long:
         rows.append(PlanRow("Data", "too long, left out", str(inputs.train.num_too_long)))
-    num_held_out = len(inputs.evaluation.prompts) if inputs.evaluation else 0
-    rows.append(PlanRow("Data", "held-out prompts", str(num_held_out)))
-    return rows
+    return [*rows, _held_out_row(inputs)]
+
+
+def _held_out_row(inputs: Inputs) -> PlanRow:
+    """How many, and what a reader of their accuracy has to know."""
+    if inputs.evaluation is None:
+        return PlanRow("Data", "held-out prompts", "0")
+    trained = {prompt.token_ids for prompt in inputs.train.prompts}
+    num_trained = sum(prompt.token_ids in trained for prompt in inputs.evaluation.prompts)
+    remarks = [f"{num_trained} of them are training prompts too, so their accuracy is not of unseen problems"]
+    remarks = remarks if num_trained else []
+    if inputs.evaluation.num_too_long:
+        remarks.append(f"{inputs.evaluation.num_too_long} more are too long and left out")
+    return PlanRow("Data", "held-out prompts", str(len(inputs.evaluation.prompts)), "; ".join(remarks))

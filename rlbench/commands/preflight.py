@@ -97,7 +97,6 @@ def _samples_per_prompt(config: RunConfig, options: PreflightOptions) -> int:
 
 
 def _fly(inputs: Any, parts: Any, num_prompts: int, samples_per_prompt: int, folder: Path, console: RunConsole) -> int:
-    from rlbench.build import longest_sequence
     from rlbench.planner import preflight_probe, preflight_text
     from rlbench.planner.preflight_numbers import measure
     from rlbench.planner.preflight_verdict import is_go, judge
@@ -115,7 +114,7 @@ def _fly(inputs: Any, parts: Any, num_prompts: int, samples_per_prompt: int, fol
     numbers = measure(sampled.groups, config)
     with console.phase("timing an update"):
         times = preflight_probe.predict_times(inputs, parts, sampled, numbers)
-    findings = judge(numbers, config, longest_sequence(config, inputs.train, inputs.evaluation))
+    findings = judge(numbers, config)
     shortest, longest = _extremes(sampled.groups)
     num_steps = config.training.num_steps or 0
     if config.tracking.quiet:

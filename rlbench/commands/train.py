@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rlbench.commands.report import try_report
+from rlbench.commands.resume_command import own_overrides, resume_command
 from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
@@ -70,6 +71,12 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
     if checkpoint is not None:
         for line in check_resumable(_saved_config(run_folder), asdict(config)):
             console.warning(line)
+        num_steps = config.training.num_steps or 0
+        if checkpoint.step > num_steps:
+            raise ValueError(
+                f"training.num_steps is {num_steps}, but {checkpoint.step} steps are done in {checkpoint.folder}; "
+                "expected at least as many"
+            )
     with console.phase("loading the model"):
         parts = stage.build(inputs)
     if parts.policy.patched:
@@ -307,14 +314,9 @@ def _summarise(
         files["report"] = report
     if config.stage == "rl" and config.tracking.save_rollouts:
         files["rollouts"] = folder / "rollouts"
-    resume = f"python -m rlbench +exp={config.name} resume={folder}"
     if result is not None:
         files[result.name] = result
-        commands = [f"{resume} training.num_steps={2 * loop.step}   # train on"]
-    else:
-        commands = [f"{resume}   # go on"]
-    if is_in_chain:
-        commands = []
+    commands = [] if is_in_chain else [_next_command(loop, is_done=result is not None)]
     wandb = loop.tracker.wandb
     if wandb is not None and wandb.mode == "offline":
         commands.append(f"wandb sync {folder}/wandb/offline-run-*   # upload this run to wandb")
@@ -329,6 +331,13 @@ def _summarise(
         findings=_finding_lines(loop),
         next_commands=commands,
     )
+
+
+def _next_command(loop: TrainingLoop, *, is_done: bool) -> str:
+    if is_done:
+        twice = {"training.num_steps": 2 * loop.step}
+        return f"{resume_command(loop.run_folder, own_overrides(), twice)}   # train on"
+    return f"{resume_command(loop.run_folder, own_overrides())}   # go on"
 
 
 def _finding_lines(loop: TrainingLoop) -> list[str]:

@@ -109,6 +109,12 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     for key, (value, reason) in sizes.items():
         if config.stage == "rl" or not key.startswith(STAGES[config.stage]):
             fill(key, value, reason)
+    profile_step, num_steps = config.tracking.profile_step or 0, config.training.num_steps or 0
+    if profile_step > num_steps:
+        raise ValueError(
+            f"tracking.profile_step is {profile_step}, expected at most training.num_steps ({num_steps}): no later "
+            "update is made"
+        )
     fill("model.dtype", *_dtype(facts))
     fill("optim.lr", *default_lr(config))
     if config.stage == "rl":

@@ -36,7 +36,7 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         check_choice("hardware.profile", self.profile, [AUTO, "cpu", "gpu"])
-        check_range("hardware.num_threads", self.num_threads, low=1)
+        check_range("hardware.num_threads", self.num_threads, low=1, high=1024)  # a million crashes OpenMP
         check_range("hardware.memory_gib", self.memory_gib, low=0, is_low_open=True)
 
 
@@ -285,7 +285,7 @@ class OptimConfig:
             )
         check_range("optim.momentum", self.momentum, low=0, high=1)
         check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
-        check_range("optim.lr", self.lr, low=0, is_low_open=True)
+        check_range("optim.lr", self.lr, low=0, high=float("inf"), is_low_open=True, is_high_open=True)
         check_range("optim.beta1", self.beta1, low=0, high=1)
         check_range("optim.beta2", self.beta2, low=0, high=1)
         check_range("optim.weight_decay", self.weight_decay, low=0)

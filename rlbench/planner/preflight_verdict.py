@@ -33,17 +33,15 @@ class Finding:
     advice: str
 
 
-def judge(numbers: PreflightNumbers, config: RunConfig, longest_sequence_tokens: int) -> list[Finding]:
+def judge(numbers: PreflightNumbers, config: RunConfig) -> list[Finding]:
     """Reasons against the run, those that stop it first; none: go.
 
     Args:
         numbers: of the sample.
         config: of the run, derived.
-        longest_sequence_tokens: of the longest prompt and completion; they must fit one microbatch.
     """
     found = [
         *_broken_rewards(numbers, config),
-        *_microbatch(config, longest_sequence_tokens),
         *_truncation(numbers, config),
         *_signal(numbers, config),
         *_form(numbers),
@@ -70,18 +68,6 @@ def _broken_rewards(numbers: PreflightNumbers, config: RunConfig) -> Iterator[Fi
         f"{rewards.max_invalid_frac:g}): {causes or 'no component gave a value'}",
         advice=f"{cure}; python -m rlbench reward test shows what it does with the data's own answers",
     )
-
-
-def _microbatch(config: RunConfig, longest_sequence_tokens: int) -> Iterator[Finding]:
-    budget = config.training.tokens_per_microbatch or 1
-    if longest_sequence_tokens > budget:
-        yield Finding(
-            name="microbatch",
-            level=STOP,
-            text=f"the longest prompt plus sampling.max_tokens is {longest_sequence_tokens} tokens, more than one "
-            f"microbatch holds ({budget}): the first such completion ends the run",
-            advice=f"training.tokens_per_microbatch={longest_sequence_tokens} or a smaller sampling.max_tokens",
-        )
 
 
 def _truncation(numbers: PreflightNumbers, config: RunConfig) -> Iterator[Finding]:

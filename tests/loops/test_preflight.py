@@ -119,12 +119,6 @@ def test_a_verifier_that_is_too_slow_asks_for_a_longer_timeout(tiny_overrides, t
     assert result["numbers"]["pass_at"] == {} and result["numbers"]["metrics"]["reward/timeout_frac"] == 1.0
 
 
-def test_a_sequence_that_fits_no_microbatch_is_found_before_the_run(tiny_overrides, tmp_path):
-    done, result = fly(tiny_overrides, tmp_path, "half", STOPS, "training.tokens_per_microbatch=20")
-
-    assert done.returncode == 7 and names(result) == {"microbatch": "stop"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -1,6 +1,7 @@
 """Whole GRPO runs: reward rises, files are complete, a stopped run continues bit for bit, the adapter is PEFT's."""
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -123,6 +124,28 @@ def sampled(run_folder: Path) -> dict[str, list]:
     }
 
 
+def test_the_command_that_is_printed_goes_on_with_the_same_settings(tiny_overrides, tmp_path):
+    first = run(*tiny_overrides, "seed=2", "training.num_steps=1", "evaluation.num_prompts=0", "hydra.run.dir=run",
+                folder=tmp_path)  # fmt: skip
+    command = next(line for line in first.stdout.splitlines() if line.rstrip().endswith("# train on"))
+    python, dash_m, program, *arguments = shlex.split(command, comments=True)
+
+    resumed = run(*arguments, folder=tmp_path)
+
+    assert [python, dash_m, program] == ["python", "-m", "rlbench"]
+    assert resumed.returncode == 0, command + resumed.stdout + resumed.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")] == [1, 2]
+    # the schedule of twice as many steps is the one change
+    assert resumed.stdout.count("in the run that is resumed") == 1
+    assert "training.num_steps was 1 in the run that is resumed and is 2 now" in " ".join(resumed.stdout.split())
+
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    fewer = run(*arguments, "training.num_steps=1", folder=tmp_path)
+
+    assert fewer.returncode == 2 and "training.num_steps is 1, but 2 steps are done in " in fewer.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
     arguments = [*tiny_overrides, "training.num_steps=24", "checkpoint.every_steps=2"]
@@ -200,7 +223,7 @@ def test_a_second_ctrl_c_ends_the_run_within_the_step(tiny_overrides, tmp_path):
 
 def test_ctrl_c_ends_a_sweep_not_only_its_present_run(tiny_overrides, tmp_path):
     arguments = [*tiny_overrides, "training.num_steps=500", "seed=1,2", "hydra.sweep.dir=sweep"]
-    process = start("-m", *arguments, folder=tmp_path)
+    process = start(*arguments[:2], "-m", *arguments[2:], folder=tmp_path)
     wait_for(lambda: (tmp_path / "sweep" / "0" / "metrics.jsonl").exists(), process)
 
     process.send_signal(signal.SIGINT)

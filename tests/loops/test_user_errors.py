@@ -44,6 +44,8 @@ CONFIG_ERRORS = {
     "unknown model": (["model=smol"], "or model.path=HUB_ID, FOLDER or FILE.gguf"),
     "resumed folder": (["resume=nowhere"], "resume is nowhere, but there is no such folder; expected a run's folder"),
     "out of range": (["optim.lr=-1"], "optim.lr is -1.0, expected more than 0"),
+    "endless": (["optim.lr=inf"], "optim.lr is inf, expected less than inf"),
+    "more threads than OpenMP survives": (["hardware.num_threads=100000"], "num_threads is 100000, expected at most"),
     "wrong choice": (["optim.schedule=cosin"], "did you mean cosine?"),
     "wrong group choice": (["optim=adam"], "optim=adam: there is no such choice, expected one of: adamw"),
     "wrong experiment": (["+exp=grpo_gsm"], "did you mean grpo_gsm8k?"),
@@ -118,6 +120,42 @@ def test_a_prompt_longer_than_the_context(tmp_path, tiny_overrides):
     check(
         done, "row 1 of the train data makes a prompt of 318 tokens, expected at most 244 (the model's context of 256"
     )
+
+
+def test_a_step_to_profile_that_is_never_made(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "training.num_steps=2", "tracking.profile_step=3", folder=tmp_path)
+
+    check(done, "tracking.profile_step is 3, expected at most training.num_steps (2)")
+
+
+def test_the_plan_says_which_held_out_prompts_are_trained_on_or_left_out(tmp_path, tiny_overrides):
+    rows = [json.dumps({"question": question, "answer": "2"}) for question in ("1+1", "0+2", "1" * 300, "3-1")]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:2]))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[1:]))
+
+    done = run(*tiny_overrides, "training.num_steps=1", "data.path=train.jsonl", "data.eval_path=test.jsonl",
+               "data.long_prompts=skip", folder=tmp_path)  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = " ".join(next(line for line in done.stdout.splitlines() if "held-out prompts" in line).split())
+    assert row.startswith("held-out prompts 2 (1 of them are training prompts too") and "1 more are too long" in row
+
+
+def test_completions_longer_than_the_context(tmp_path, tiny_overrides):
+    done = run(*tiny_overrides, "sampling.max_tokens=256", folder=tmp_path)
+
+    check(done, "sampling.max_tokens is 256, but the model's context is 256 tokens, prompt included")
+
+
+def test_a_microbatch_that_some_rollout_would_not_fit(tmp_path, tiny_overrides):
+    sizes = ["training.num_steps=1", "evaluation.num_prompts=0", "sampling.max_tokens=12"]
+
+    refused = run(*tiny_overrides, *sizes, "training.tokens_per_microbatch=31", folder=tmp_path)
+    taken = run(*tiny_overrides, *sizes, "training.tokens_per_microbatch=32", folder=tmp_path)
+
+    check(refused, "training.tokens_per_microbatch is 31, but the longest prompt (21 tokens) with a completion of ")
+    assert "expected at least training.tokens_per_microbatch=32" in refused.stderr
+    assert "evaluation" not in refused.stdout and taken.returncode == 0, refused.stdout + taken.stderr
 
 
 def test_a_reward_that_does_not_exist(tmp_path, tiny_overrides):

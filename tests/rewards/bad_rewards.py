@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 from rlbench_rewards import RewardOutput
 from rlbench_rewards.contract import UnitCase
 
@@ -86,6 +88,18 @@ def trl_messages(completions, prompts, **columns):
 
 def trl_needs_difficulty(completions, difficulty):
     return [float(d) for d in difficulty]
+
+
+def trl_array(completions, **columns):
+    return np.ones(len(completions), dtype=np.float32)
+
+
+def trl_truth(completions, **columns):
+    return [True for _ in completions]
+
+
+def trl_needs_ids(completions, completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
 
 
 class Batched:

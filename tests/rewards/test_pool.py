@@ -108,6 +108,14 @@ def test_several_components_and_trl_style_functions():
     )
 
 
+@pytest.mark.parametrize("name", ["trl_array", "trl_truth"])
+def test_arrays_and_truth_values_of_a_trl_style_function_are_numbers(name):
+    with RewardPool([spec(name)], num_workers=1, timeout_s=5, allowed_prefixes=PREFIXES) as pool:
+        (result,) = pool.score([sample("")])
+
+    assert (result[name].status, result[name].value) == ("value", 1.0)
+
+
 def test_it_works_from_another_thread(pool):
     results = []
     thread = threading.Thread(target=lambda: results.append(outcome(pool, "fine").value))

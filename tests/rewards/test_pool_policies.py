@@ -156,6 +156,7 @@ def test_a_closed_pool_says_so():
 
 BAD_STARTS = {
     "trl_needs_difficulty": "needs the column 'difficulty', but the data has question, answer",
+    "trl_needs_ids": "which needs 'completion_ids' of TRL's trainer; expected a function of completions, prompts and",
     "NoCall": "whose instances cannot be called",
 }
 
