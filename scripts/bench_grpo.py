@@ -176,7 +176,7 @@ def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, m
     report("engine and trainer, allocated", 1024 * max(line["memory/peak_gib"] for line in found), "MiB")
 
 
-def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make: Any) -> None:
+def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make: Any, device: DeviceWatch) -> None:
     """One of the peers' trainers: whole steps by a callback, generation where vLLM is called."""
     import torch
     from datasets import Dataset
@@ -208,6 +208,7 @@ def peer_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, make
             ends.append(time.perf_counter())
             report(f"step {len(ends) - 1}, of them generation", generated[-1], "s")  # a time limit may end it
             report(f"step {len(ends) - 1}", ends[-1] - ends[-2], "s")
+            report(f"step {len(ends) - 1}, device until its end", device.peak / 2**20, "MiB")
 
         def on_log(self, *arguments: Any, logs: Any = None, **named: Any) -> None:
             if logs and "sampling/sampling_logp_difference/mean" in logs:
@@ -289,7 +290,7 @@ def run_worker(case: str, impl: str, steps: int, more: list[str]) -> None:
         if impl == "rlbench":
             rlbench_worker(case, steps, lengths, report, more)
         else:
-            peer_worker(case, steps, lengths, report, make_unsloth if impl == "unsloth" else make_trl)
+            peer_worker(case, steps, lengths, report, make_unsloth if impl == "unsloth" else make_trl, device)
     report("device", device.peak / 2**20, "MiB")
 
 

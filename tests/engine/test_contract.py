@@ -1,34 +1,18 @@
 """Every engine keeps the contract of `rlbench.engine.interface`: each check, each engine."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("tests.engine.contract", "tests.engine.contract_adapter")
 
 from rlbench.engine.interface import BASE_FINGERPRINT, Engine  # noqa: E402
 from tests.engine.contract import CHECKS, Subject, score_equals_a_plain_forward  # noqa: E402
 from tests.engine.contract_adapter import ADAPTER_CHECKS  # noqa: E402
-from tests.engine.factories import FACTORIES, TinyModel  # noqa: E402
+from tests.engine.factories import FACTORIES  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_CHECKS = [*CHECKS, *ADAPTER_CHECKS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only cost with a model this small, above all on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyModel:
-    folder: Path = tmp_path_factory.mktemp("tiny-llama")
-    return TinyModel(folder)
 
 
 @pytest.fixture(scope="module", params=list(FACTORIES))

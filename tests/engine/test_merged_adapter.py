@@ -17,8 +17,9 @@ from rlbench.engine.vllm_checks import check_formats
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import SamplingParams
 from tests.engine.cpu_merged import merges_on_cpu
-from tests.engine.factories import TinyModel, start_vllm
+from tests.engine.factories import start_vllm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 A, B = "0123456789abcdef", "fedcba9876543210"  # fingerprints
 SCALING = 0.5
 
@@ -141,11 +142,6 @@ def test_other_contents_are_seen(merged, damage):
     damage(merged)
 
     assert merged.merged.num_differing() > 0
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyModel:
-    return TinyModel(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="module")

