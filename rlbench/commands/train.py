@@ -60,6 +60,8 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
     for note in notes:
         console.note(note)
     checkpoint, run_folder = _find_resume(config, folder, console)
+    if checkpoint is None and (run_folder / "metrics.jsonl").exists():
+        raise ValueError(f"{run_folder} holds a run; expected resume={run_folder}, or another hydra.run.dir")
     if checkpoint is not None:
         kept = keep_derived(config, json.loads((run_folder / "derived.json").read_text()))
         console.note(f"kept from the run that is resumed: {', '.join(kept) or 'nothing'}")
@@ -208,6 +210,7 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     if checkpoint is None:
         reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
         (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))
+        (run_folder / "overrides.yaml").write_text(yaml.safe_dump(own_overrides()))
     wandb = WandbTracker(
         config.tracking.wandb,
         config.tracking.wandb_project,
@@ -280,7 +283,7 @@ def _saved_config(run_folder: Path) -> dict[str, Any]:
 
 def remove_if_unused(folder: Path) -> None:
     """Hydra made a folder before we knew that nothing would be written there."""
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"hydra"}:
+    if folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
         for parent in folder.parents[:2]:  # outputs/<name>, if this was all that it held
             if parent != Path.cwd() and not any(parent.iterdir()):

@@ -376,15 +376,16 @@ def test_a_folder_that_a_run_writes_to_is_refused_to_others_and_left_alone(tiny_
     overrides = [*tiny_overrides, "training.num_steps=1", "evaluation.num_prompts=0"]
     done = run(*overrides, "hydra.run.dir=run", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    before = (tmp_path / "run" / "config.yaml").read_text()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     again = run(*overrides, "seed=7", "hydra.run.dir=run", folder=tmp_path)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     lock = RunLock(tmp_path / "run")
     beside = run(*overrides, "training.num_steps=3", "resume=run", folder=tmp_path)
     lock.release()
 
-    assert again.returncode == 4 and "holds an earlier run's metrics" in " ".join(again.stderr.split()), again.stderr
+    assert again.returncode == 2 and f"run holds a run; expected resume={tmp_path}/run" in again.stderr, again.stderr
+    assert after == before and "training.num_steps=1" in (tmp_path / "run" / "overrides.yaml").read_text()
     assert beside.returncode == 2 and f"is being written by process {os.getpid()} on" in " ".join(beside.stderr.split())
     assert "Traceback" not in again.stderr + beside.stderr
-    assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert find_checkpoint(tmp_path / "run")[0].step == 1
