@@ -24,7 +24,7 @@ def resume_command(folder: Path, overrides: Sequence[str], changes: Mapping[str,
 
 
 def own_overrides() -> list[str]:
-    """Of this run, in a sweep too."""
+    """Of this run, in a sweep too; none if it was not started by a command line."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
