@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from rlbench import progress
@@ -136,12 +137,14 @@ def _keep_numbers_only(processor: Any) -> None:
     """For a request that asks for logprobs of its new tokens alone; others stay as they are."""
     if processor.logprobs is None or processor.prompt_logprobs is not None:
         return
-    kind = type(processor)
-    processor.__class__ = _EXTENDED.setdefault(kind, type("RlbenchLogprobsProcessor", (NumbersOnly, kind), {}))
+    processor.__class__ = _numbers_only(type(processor))
     processor.logprobs = DrawnLogprobs(num_columns=1 + processor.num_logprobs)
 
 
-_EXTENDED: dict[type, type] = {}  # by vLLM's class
+@cache
+def _numbers_only(kind: type) -> type:
+    """vLLM's class with `NumbersOnly`; made once, not once a request."""
+    return type("RlbenchLogprobsProcessor", (NumbersOnly, kind), {})
 
 
 def sampled_logprobs(output: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
