@@ -7,7 +7,7 @@ from rlbench.config.algorithm import ADVANTAGES
 
 MIN_STEPS = 4
 ERRORS_WARN, ERRORS_PROBLEM = 0.01, 0.1
-NO_SIGNAL = 0.5
+NO_SIGNAL, ALMOST_NO_SIGNAL = 0.5, 0.8
 EASY, HARD = 0.9, 0.1
 TRUNCATED = 0.2
 SMALL_GROUP = 4
@@ -46,7 +46,7 @@ def prompts_too_hard(history: History) -> Finding | None:
         return None
     return Finding(
         rule="prompts_too_hard",
-        severity=PROBLEM,
+        severity=PROBLEM if no_signal >= ALMOST_NO_SIGNAL else WARNING,  # with half of its groups a run still learns
         title="Most groups teach nothing: hardly any completion is right",
         evidence=_signal_evidence(history, no_signal, accuracy),
         meaning="A group whose rewards are all equal has no better half to learn from. The problems are beyond this "

@@ -272,6 +272,15 @@ def test_a_finding_has_numbers_a_meaning_and_settings_that_exist(rule, train, ev
     assert {key for key in finding.settings if not key.startswith("rewards.components.")} <= keys
 
 
+@pytest.mark.parametrize(("no_signal", "severity"), [(0.55, "warning"), (0.85, "problem")])
+def test_hard_prompts_are_a_problem_only_where_hardly_any_group_teaches(no_signal, severity):
+    train = rows(accuracy__train=0.05, reward__accuracy=0.05, groups__no_signal_frac=no_signal)
+
+    (finding,) = find_problems(train, [evaluation(0, 0.3), evaluation(40, 0.55)], CONFIG)
+
+    assert (finding.rule, finding.severity) == ("prompts_too_hard", severity)
+
+
 def test_rules_survive_rows_that_lack_keys_or_hold_nonsense():
     odd = [{"step": i, "phase": "train", "reward/mean": None, "policy/entropy": "high", "groups/no_signal_frac": True,
             "non_finite": []} for i in range(20)]  # fmt: skip
