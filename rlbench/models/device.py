@@ -11,7 +11,10 @@ import torch
 from rlbench.config.derive import HardwareFacts
 from rlbench.config.vllm_version import vllm_problem
 
-_PROBE_SHAPE = (512, 2048, 1024)  # rows, out, in: a linear layer of a small model over one microbatch
+_PROBE_SHAPES = {  # rows, out, in: a linear layer of a model for that device over one microbatch
+    "cpu": (512, 2048, 1024),
+    "cuda": (8192, 4096, 4096),
+}
 _PROBE_ROUNDS = 15
 GIB = 2**30
 
@@ -72,7 +75,7 @@ def _free_host_bytes() -> int:
 
 def _matmul_gflops(device: str) -> dict[str, float]:
     """Best of each dtype over rounds that take them in turn, so that a busy moment of the machine does not decide."""
-    rows, out, inner = _PROBE_SHAPE
+    rows, out, inner = _PROBE_SHAPES[device]
     x = torch.randn(rows, inner, device=device)
     weight = torch.randn(out, inner, device=device)
     best = dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))
@@ -85,4 +88,7 @@ def _matmul_gflops(device: str) -> dict[str, float]:
                 torch.cuda.synchronize()
             if number:  # the first round warms up
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
+    del x, weight, operands
+    if device == "cuda":
+        torch.cuda.empty_cache()
     return {str(d).removeprefix("torch."): 2 * rows * out * inner / s / 1e9 for d, s in best.items()}

@@ -1,4 +1,5 @@
-"""Sizes of the gpu profile made smaller where the card's memory, or hardware.memory_gib, does not hold them."""
+"""Sizes of the gpu profile made smaller where the card's memory, or hardware.memory_gib, does not hold them, and
+microbatches larger where they would leave it idle."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlbench.config.derive import Derivation, HardwareFacts
+from rlbench.config.full_training import FULL as FULL_TRAINING
 from rlbench.config.schema import RunConfig
 from rlbench.models.held_models import HeldModel, beside_words, held_models
 from rlbench.models.layer_shape import GIB, LayerShape, base_bytes, forward_bytes, item_bytes, key_numbers
@@ -19,9 +21,13 @@ from rlbench.models.memory import (
     memory_room,
     uncounted_words,
 )
-from rlbench.models.names import FULL, PATCHED_FAMILIES
+from rlbench.models.names import FULL, NONE, PATCHED_FAMILIES
 
 _LEAST_TOKENS = 1024  # of a microbatch
+# Seconds that a layer's matmuls should take forward and backward at the measured rate. They reach half of that, and the
+# host takes 9.4 ms for the launches: scripts/results/step_qwen_h200.json, one update with larger microbatches.
+_LEAST_LAYER_S = 0.0056
+_MOST_TOKENS = 32768
 _LEAST_SEQS = 8  # decoded together
 _KV = "engine.kv_cache_gib"
 _SEQS = "engine.max_num_seqs"
@@ -127,11 +133,37 @@ def _microbatch_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any
     while tokens >= min(least, wanted):
         needed = _least_training_bytes(config, LayerShape.from_config(text_config), tokens, held)
         if needed <= room:
+            if tokens == wanted:
+                return _busier_tokens(config, facts, text_config, room)
             left = f"{room / GIB:.1f} GiB beside the base{beside_words(held)}"
-            reason = f"gpu profile: {wanted} tokens do not fit in the {left}"
-            return None if tokens == wanted else (tokens, f"{reason}, of {facts.memory_words}")
+            return tokens, f"gpu profile: {wanted} tokens do not fit in the {left}, of {facts.memory_words}"
         tokens //= 2
     raise ValueError(_no_room(config, facts, text_config, f"{min(least, wanted)} tokens of training", needed, room))
+
+
+def _busier_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any, room: int) -> tuple[int, str] | None:
+    """More tokens where a small model would wait for the host's launches; none for whose sake layers are recomputed."""
+    rate = 1e9 * facts.matmul_gflops.get(config.model.dtype, 0.0)
+    if not rate or config.training.parameters == FULL_TRAINING:
+        return None
+    shape, item = LayerShape.from_config(text_config), item_bytes(config)
+
+    def layer_s(tokens: int) -> float:
+        return 4 * shape.linear_weights * tokens / rate
+
+    def is_kept_whole(tokens: int) -> bool:
+        backward = backward_bytes(shape, tokens, item, has_dropout=config.lora.dropout > 0)
+        return kept_bytes(shape, NONE, 0, tokens, item) + backward <= room
+
+    wanted = tokens = config.training.tokens_per_microbatch or 1
+    while layer_s(tokens) < _LEAST_LAYER_S and 2 * tokens <= _MOST_TOKENS and is_kept_whole(2 * tokens):
+        tokens *= 2
+    if tokens == wanted:
+        return None
+    return tokens, (
+        f"gpu profile: a layer's matmuls of {wanted} tokens take {1e3 * layer_s(wanted):.1f} ms at {rate / 1e12:.0f} "
+        "TFLOP/s, less than its launches on the host; activations of these fit without recomputation"
+    )
 
 
 def _least_training_bytes(config: RunConfig, shape: LayerShape, tokens: int, held: Sequence[HeldModel]) -> int:

@@ -43,15 +43,15 @@ KEPT = {
 }  # fmt: skip
 
 
-def facts_of(memory_gib, uncapped_gib=None):
+def facts_of(memory_gib, uncapped_gib=None, bf16_gflops=1e5):
     return HardwareFacts(
         device="cuda", device_name="a GPU", num_cores=8, memory_gib=memory_gib, uncapped_gib=uncapped_gib,
-        matmul_gflops={"bfloat16": 1e5, "float32": 1e4}, vllm_problem="",
+        matmul_gflops={"bfloat16": bf16_gflops, "float32": 1e4}, vllm_problem="",
     )  # fmt: skip
 
 
-def derived(name, memory_gib, config, longest=None, uncapped_gib=None) -> dict[str, Derivation]:
-    facts, shape = facts_of(memory_gib, uncapped_gib), MODELS[name]
+def derived(name, memory_gib, config, longest=None, **facts_options) -> dict[str, Derivation]:
+    facts, shape = facts_of(memory_gib, **facts_options), MODELS[name]
     found = fit_sizes(config, facts, shape, derive(config, facts))
     found += derive_recompute(config, facts, shape)
     if longest is not None:
@@ -107,6 +107,36 @@ def test_a_large_card_keeps_the_profiles_sizes():
 
     sizes = (config.training.tokens_per_microbatch, config.engine.max_num_seqs, config.engine.kv_cache_gib)
     assert sizes == (8192, 256, 32.0) and config.training.recompute == "none"
+
+
+# ms of a layer's matmuls at 780 TFLOP/s with 8,192 tokens: 0.6, 2.0, 4.2, 9.2; GiB that they keep: 5.6, 11.8, 24.8, 27
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "bf16_gflops", "tokens"),
+    [
+        ("Qwen2.5-0.5B", 139.0, 7.8e5, 32768),  # 131,072 would do; no more than were tried
+        ("Qwen2.5-1.5B", 139.0, 7.8e5, 32768),  # 16,384 take 3.9 ms
+        ("Qwen2.5-1.5B", 40.0, 7.8e5, 16384),  # 32,768 keep 47 GiB
+        ("Qwen2.5-1.5B", 24.0, 7.8e5, 8192),
+        ("Qwen2.5-1.5B", 139.0, 1.6e5, 8192),  # a slower device is busy with these
+        ("Qwen3-4B", 139.0, 7.8e5, 16384),
+        ("Llama-3.1-8B", 139.0, 7.8e5, 8192),
+    ],
+)
+def test_a_small_model_takes_larger_microbatches_on_a_fast_device(name, memory_gib, bf16_gflops, tokens):
+    config = config_of()
+    found = derived(name, memory_gib, config, bf16_gflops=bf16_gflops)
+
+    assert config.training.tokens_per_microbatch == tokens
+    assert config.training.recompute == "none" or tokens == 8192
+    assert ("than its launches on the host" in found["training.tokens_per_microbatch"].reason) == (tokens > 8192)
+
+
+def test_microbatches_of_the_user_are_not_made_larger():
+    config = config_of()
+    config.training.tokens_per_microbatch = 4096
+    derived("Qwen2.5-1.5B", 139.0, config, bf16_gflops=7.8e5)
+
+    assert config.training.tokens_per_microbatch == 4096
 
 
 def test_what_is_lowered_has_its_reason():
