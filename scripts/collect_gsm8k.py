@@ -16,6 +16,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from rlbench.checks.health import find_problems
+
 _PARTS = 10  # of the training curve
 Row = dict[str, Any]
 
@@ -64,6 +68,8 @@ def online(lines: list[Row]) -> list[Row]:
         row("grpo", "|engine - trainer|, mean over checks", mean("identity/rollout_gap_mean", checks), "nats"),
         row("grpo", "|engine - trainer|, p99, highest check",
             max(step["identity/rollout_gap_p99"] for step in checks), "nats"),
+        row("grpo", "identity checks, all passed", len(checks), "checks"),
+        row("grpo", "steps with drift above a limit", sum(step["drift/level"] > 0 for step in steps), "steps"),
         row("grpo", "effective sample size, lowest step", min(step["drift/ess_frac"] for step in steps), "share"),
         row("grpo", "memory, highest step", max(step["memory/peak_gib"] for step in steps), "GiB"),
     ]  # fmt: skip
@@ -80,7 +86,15 @@ def collect(folder: Path) -> Row:
     environment = json.loads((folder / "2_grpo" / "environment.json").read_text())
     rows = supervised(read(folder / "1_sft")) + online(read(folder / "2_grpo"))
     rows += evaluation("after sft", after_sft) + evaluation("after grpo", after_grpo)
-    return {"command": clean(environment["command"]), "rows": rows}
+    return {"command": clean(environment["command"]), "rows": rows, "findings": findings(folder / "2_grpo")}
+
+
+def findings(folder: Path) -> list[str]:
+    """Of the health rules, at the end of the run."""
+    lines = read(folder)
+    train = [line for line in lines if line.get("phase") == "train"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return [f"{found.severity}: {found.title}" for found in find_problems(train, evaluations(lines), config)]
 
 
 def clean(command: str) -> str:
