@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlbench_kernels.fp8 import Fp8Weight
+from rlbench_kernels.launch import cdiv
 
 _ROWS, _COLUMNS = 8, 512  # of one program; a warp reads 512 codes of a row, 16 a thread
 _FIELDS = tl.constexpr(0x87F00000 - 2**32)  # where sign, exponent and mantissa of a code lie in a float32
@@ -41,7 +42,7 @@ def _dequantize(
 def launch_dequantize(weight: Fp8Weight, out: Tensor) -> None:
     """Write the dense matrix [O, D] to out: float32, bfloat16 or float16, of any strides, not empty."""
     num_rows, num_columns = weight.shape
-    num_programs = triton.cdiv(num_rows, _ROWS) * triton.cdiv(num_columns, _COLUMNS)
+    num_programs = cdiv(num_rows, _ROWS) * cdiv(num_columns, _COLUMNS)
     with torch.cuda.device_of(out):
         _dequantize[(num_programs,)](
             weight.codes.view(torch.int8), weight.scale, out, num_rows, num_columns, weight.codes.stride(0),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv
+
 _BLOCK = 1024  # with 4 warps: one 16-byte load a thread and operand
 _SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
@@ -97,6 +99,6 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _launch(gate: Tensor, activation: str) -> tuple[tuple[int], dict[str, int | bool]]:
-    columns = triton.cdiv(gate.shape[1], _BLOCK)
+    columns = cdiv(gate.shape[1], _BLOCK)
     options = {"COLUMNS": columns, "BLOCK": _BLOCK, "IS_SILU": activation == "silu", "num_warps": 4}
     return (len(gate) * columns,), options

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlbench_kernels.launch import cdiv
 from rlbench_kernels.linear_logprobs_head import Head
 from rlbench_kernels.linear_logprobs_triton import TritonSoftmax, multiply
 
@@ -211,7 +212,7 @@ class FusedSoftmax(TritonSoftmax):
         self._width = -(-min(width, vocabulary) // 8) * 8
         self._values: Tensor | None = None
         self._flags = torch.empty(size, dtype=torch.int32, device=hidden.device)
-        num_tiles = triton.cdiv(self._width, _BLOCK_N)
+        num_tiles = cdiv(self._width, _BLOCK_N)
         self._partial = torch.empty(3 * num_tiles * size, dtype=torch.float32, device=hidden.device)
         self._weight = TensorDescriptor.from_tensor(head.weight, [_BLOCK_N, _BLOCK_K])
         self._programs = num_programs
@@ -221,16 +222,16 @@ class FusedSoftmax(TritonSoftmax):
         head, accumulator = self.head, self.accumulator if with_gradient else None
         options: dict[str, Any] = {"HAS_BIAS": head.bias is not None, "HAS_CAP": head.softcap is not None}
         cap = head.softcap or 0.0
-        _target_scores[(triton.cdiv(n, _TARGET_ROWS),)](
+        _target_scores[(cdiv(n, _TARGET_ROWS),)](
             self._hidden, head.weight, head.bias, self._targets, self._inverse, self._state, self._flags, n, cap,
             D=depth, ROWS=_TARGET_ROWS, BLOCK_K=_BLOCK_K, num_warps=4, **options,
         )  # fmt: skip
         hidden = TensorDescriptor.from_tensor(self._hidden, [_BLOCK_M, _BLOCK_K])
         values = self._value_buffer(n, with_gradient)
         for start, end in self._sections:
-            tiles = triton.cdiv(end - start, _BLOCK_N)
+            tiles = cdiv(end - start, _BLOCK_N)
             for is_redo in (0, 1):
-                _score_tiles[(min(self._programs, tiles * triton.cdiv(n, _BLOCK_M)),)](
+                _score_tiles[(min(self._programs, tiles * cdiv(n, _BLOCK_M)),)](
                     hidden, self._weight, TensorDescriptor.from_tensor(values, [_BLOCK_M, _BLOCK_N // 2]), head.bias,
                     self._targets, self._inverse, self._support, self._state, self._flags, self._partial, n, start,
                     end - start, cap, is_redo, D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
@@ -238,7 +239,7 @@ class FusedSoftmax(TritonSoftmax):
                     **_LAUNCH,
                 )  # fmt: skip
                 has_accumulator = accumulator is not None and start > 0
-                _fold_partials[(triton.cdiv(n, _FOLD_ROWS),)](
+                _fold_partials[(cdiv(n, _FOLD_ROWS),)](
                     self._partial, self._state, self._flags, accumulator if has_accumulator else None, n, tiles,
                     is_redo, D=depth, ROWS=_FOLD_ROWS, TILES=_FOLD_TILES, BLOCK_D=256, HAS_ACCUMULATOR=has_accumulator,
                 )  # fmt: skip

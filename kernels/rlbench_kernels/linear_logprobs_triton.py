@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv, next_power_of_2
 from rlbench_kernels.linear_logprobs_head import Gradients, Head
 from rlbench_kernels.linear_logprobs_reference import to_scores
 
@@ -177,7 +178,7 @@ class TritonSoftmax:
         self.tiles = [(s, min(s + self.width, vocabulary)) for s in range(0, vocabulary, self.width)]
         self._lora = None if head.lora is None else head.cast_lora(hidden.dtype)
         self._stride = -(-self.width // 8) * 8
-        self._block = {"BLOCK": triton.next_power_of_2(self.width), "num_warps": 16 if self.width > 4096 else 4}
+        self._block = {"BLOCK": next_power_of_2(self.width), "num_warps": 16 if self.width > 4096 else 4}
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -235,7 +236,7 @@ class TritonSoftmax:
         elif grad_logprobs is None:
             out.zero_()
         else:
-            _hidden_gradient[(n, triton.cdiv(depth, 1024))](
+            _hidden_gradient[(n, cdiv(depth, 1024))](
                 out, self.accumulator, self.head.weight, self._targets, self._inverse, self._state,
                 grad_logprobs.contiguous(), n, depth, self.head.softcap or 0.0, BLOCK_D=1024,
                 HAS_CAP=self.head.softcap is not None,

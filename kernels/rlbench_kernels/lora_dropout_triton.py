@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv
+
 _QUARTER = 256  # one call of Philox gives four numbers: those of the four quarters of a block
 
 
@@ -51,7 +53,7 @@ def launch_drop(rows: Tensor, p: float, seed: int, add_to: Tensor | None) -> Ten
         rows = rows.contiguous()
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if add_to is None else add_to
     assert out.stride(1) == 1
-    columns = triton.cdiv(size, 4 * _QUARTER)
+    columns = cdiv(size, 4 * _QUARTER)
     with torch.cuda.device_of(out):
         _drop[(num_rows * columns,)](
             rows, out, size, rows.stride(0), out.stride(0), p, 1 / (1 - p), *_words(seed), COLUMNS=columns,

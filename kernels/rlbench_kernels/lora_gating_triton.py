@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlbench_kernels.gated_activation_triton import activate
+from rlbench_kernels.launch import cdiv
 
 _BLOCK = 1024
 
@@ -50,7 +51,7 @@ def launch_gate(both: Tensor, activation: str, out: Tensor) -> None:
     """out [N, I] = act(gate) * up."""
     num_rows, size = out.shape
     with torch.cuda.device_of(out):
-        _gate[(num_rows, triton.cdiv(size, _BLOCK))](
+        _gate[(num_rows, cdiv(size, _BLOCK))](
             both, out, size, both.stride(0), out.stride(0), BLOCK=_BLOCK, IS_SILU=activation == "silu"
         )
 
@@ -59,7 +60,7 @@ def launch_gate_gradients(both: Tensor, grad: Tensor, activation: str, out: Tens
     """Write d gate and d up to out [N, 2 I], and h over grad [N, I]."""
     num_rows, size = grad.shape
     with torch.cuda.device_of(out):
-        _gate_gradients[(num_rows, triton.cdiv(size, _BLOCK))](
+        _gate_gradients[(num_rows, cdiv(size, _BLOCK))](
             both, grad, out, size, both.stride(0), grad.stride(0), out.stride(0), BLOCK=_BLOCK,
             IS_SILU=activation == "silu",
         )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv
 from rlbench_kernels.merge_lora import HASH_FACTORS
 
 _ROWS, _COLUMNS = 64, 128  # of one program
@@ -58,7 +59,7 @@ def launch_merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int) -> N
     lora_a, lora_b = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (lora_a, lora_b))
     bits = [tensor.view(torch.int16) for tensor in (weight, lora_a, lora_b)]
     (num_rows, depth), rank = weight.shape, lora_a.shape[0]
-    grid = (triton.cdiv(num_rows, _ROWS) * triton.cdiv(depth, _COLUMNS),)
+    grid = (cdiv(num_rows, _ROWS) * cdiv(depth, _COLUMNS),)
     with torch.cuda.device_of(weight):
         _merge[grid](
             *bits, num_rows, depth, rank, weight.stride(0), lora_a.stride(0), lora_b.stride(0),

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv, next_power_of_2
+
 _TILE = 2048  # elements of a program whose rows are shorter
 _PROGRAMS_PER_SM = 4  # that sum the weight's gradient
 
@@ -90,14 +92,14 @@ def launch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor | None]:
     """The normed values, and x + residual where there is a residual; x [..., D]."""
-    size = len(weight)
-    dtype = x.dtype if offset else torch.promote_types(x.dtype, weight.dtype)
+    size = weight.shape[0]
+    dtype = x.dtype if offset or weight.dtype == x.dtype else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     new_residual = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, options = x.numel() // size, _tile(size)
     source, *layout = _layout(x)
     with torch.cuda.device_of(x):
-        _norm[(triton.cdiv(num_rows, options["ROWS"]),)](
+        _norm[(cdiv(num_rows, options["ROWS"]),)](
             out, new_residual, source, None if residual is None else residual.contiguous(), weight.contiguous(),
             num_rows, *layout, eps, offset, D=size, HAS_RESIDUAL=residual is not None, HAS_OFFSET=offset != 0.0,
             **options,
@@ -110,10 +112,10 @@ def launch_norm_gradients(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """d x, with `grad_residual` added, and d weight where it is needed."""
-    size = len(weight)
+    size = weight.shape[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, options = x.numel() // size, _tile(size)
-    num_programs = triton.cdiv(num_rows, options["ROWS"])
+    num_programs = cdiv(num_rows, options["ROWS"])
     parts = None
     if needs_weight:
         num_programs = min(num_programs, _PROGRAMS_PER_SM * _num_sms(x.device))
@@ -131,16 +133,18 @@ def launch_norm_gradients(
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x as [outer, inner, D] with adjacent features: the tensor, inner, and both strides. A view where possible."""
-    x = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
+    if x.ndim != 3:
+        x = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
     if x.stride(-1) != 1:
         x = x.contiguous()
     # an only row's stride would change with the number of tokens, and with it the compiled kernel
-    return x, x.shape[1], x.stride(0) if len(x) > 1 else 0, x.stride(1)
+    return x, x.shape[1], x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
+@cache
 def _tile(size: int) -> dict[str, int]:
     """16 elements a thread, more only in rows above 8192."""
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     rows = max(1, _TILE // block)
     return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
 

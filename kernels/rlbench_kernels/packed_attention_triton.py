@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import next_power_of_2
+
 _TILE = 4096  # elements that a program holds at a time
 
 
@@ -44,8 +46,8 @@ def launch_join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, rows
     """See `packed_attention.join_parts`."""
     num_heads, dim = out.shape[1:]
     assert out.stride(2) == other.stride(2) == lse.stride(1) == other_lse.stride(1) == 1
-    block_d = triton.next_power_of_2(dim)
-    block_h = min(triton.next_power_of_2(num_heads), max(1, _TILE // block_d))
+    block_d = next_power_of_2(dim)
+    block_h = min(next_power_of_2(num_heads), max(1, _TILE // block_d))
     with torch.cuda.device_of(out):
         _join[(len(rows),)](
             out, lse, other, other_lse, rows, *out.stride()[:2], *other.stride()[:2], lse.stride(0),

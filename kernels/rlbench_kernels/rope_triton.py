@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import next_power_of_2
+
 _MAX_TILE = 4096  # elements of each half that a program holds at a time
 
 
@@ -52,10 +54,10 @@ def launch_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_invers
     """New q [T, Hq, hd] and k [T, Hk, hd], rotated by the angles or back."""
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    block = triton.next_power_of_2(q.shape[2] // 2)
-    heads = [min(triton.next_power_of_2(x.shape[1]), max(1, _MAX_TILE // block)) for x in (q, k)]
+    block = next_power_of_2(q.shape[2] // 2)
+    heads = [min(next_power_of_2(x.shape[1]), max(1, _MAX_TILE // block)) for x in (q, k)]
     with torch.cuda.device_of(q):
-        _rotate[(len(q),)](
+        _rotate[(q.shape[0],)](
             q_out, k_out, q, k, cos, sin, *_strides(q), *_strides(k), _strides(cos)[0], _strides(sin)[0],
             -1.0 if is_inverse else 1.0, HQ=q.shape[1], HK=k.shape[1], HALF=q.shape[2] // 2, BLOCK_HQ=heads[0],
             BLOCK_HK=heads[1], BLOCK=block, num_warps=min(8, max(1, heads[0] * block // 512)),
@@ -65,4 +67,4 @@ def launch_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_invers
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """All but the last; 0 for the first where there is one token, so that T decides no compilation."""
-    return (x.stride(0) if len(x) > 1 else 0, *x.stride()[1:-1])
+    return (x.stride(0) if x.shape[0] > 1 else 0, *x.stride()[1:-1])
