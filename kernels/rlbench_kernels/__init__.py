@@ -11,6 +11,7 @@ from rlbench_kernels.lora_linear import Lora, lora_linear, lora_mlp, lora_qkv
 from rlbench_kernels.lora_matmuls import Adapters
 from rlbench_kernels.merge_lora import merge_lora_
 from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from rlbench_kernels.nf4_join import join_rows
 from rlbench_kernels.norms import add_rms_norm, forked_rms_norm, rms_norm
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 from rlbench_kernels.rope import apply_rope
@@ -31,6 +32,7 @@ __all__ = [
     "dequantize_nf4",
     "forked_rms_norm",
     "geglu",
+    "join_rows",
     "linear_logprobs",
     "linear_token_loss",
     "logprobs",

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlbench_kernels.lora_bases import Base, Projections
 from rlbench_kernels.lora_dropout import LoraDropout, check_dropout
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import (
     FORMS,
     Adapters,
-    Base,
-    Projections,
     a_gradients,
-    b_gradient,
+    b_gradients,
     cast_adapters,
     input_gradient,
     low_gradient,
@@ -155,7 +154,7 @@ class _LoraProjections(torch.autograd.Function):
         if values:
             results, low = project(rows, adapters, frozen)
         else:
-            results = [rows.new_empty((len(rows), size)) for size in frozen.sizes]
+            results = [rows.new_empty((rows.shape[0], size)) for size in frozen.sizes]
             low = low_products(rows, adapters, frozen.dropouts)
         ctx.save_for_backward(rows, low, adapters.a, *adapters.b)
         ctx.frozen, ctx.dtypes = frozen, _dtypes(tensors)
@@ -190,15 +189,15 @@ class _LoraMlp(torch.autograd.Function):
         adapters = casts[0] or cast_adapters(tensors[:4], inner.scalings, rows.shape[1], rows)
         last = casts[1] or cast_adapters(tensors[4:], outer.scalings, size, rows)
         # gate and up side by side, with room for d low where their gradients come to lie here
-        both = rows.new_empty((len(rows), 2 * size + (adapters.width if ctx.overwrite else 0)))
+        both = rows.new_empty((rows.shape[0], 2 * size + (adapters.width if ctx.overwrite else 0)))
         _, low = project(rows, adapters, inner, out=both[:, : 2 * size])
         last_low = None
         if values:
-            room = rows.new_empty((len(rows), size + (last.width if outer.form == "extended" else 0)))
+            room = rows.new_empty((rows.shape[0], size + (last.width if outer.form == "extended" else 0)))
             hidden = apply_gate(both[:, : 2 * size], activation, out=room[:, :size])
             (y,), last_low = project(hidden, last, outer, room=room)
         else:
-            y = rows.new_empty((len(rows), outer.sizes[0]))
+            y = rows.new_empty((rows.shape[0], outer.sizes[0]))
         ctx.save_for_backward(rows, both, low, last_low, adapters.a, last.a, *adapters.b, *last.b)
         ctx.inner, ctx.outer, ctx.activation, ctx.dtypes = inner, outer, activation, _dtypes(tensors)
         ctx.is_overwritten = False
@@ -216,7 +215,7 @@ class _LoraMlp(torch.autograd.Function):
         last_low_grad = low_gradient([grad], last)
         grad_hidden = input_gradient([grad], last_low_grad, last, outer)
         # dgate and dup side by side, with room for d low
-        room = both if ctx.overwrite else rows.new_empty((len(rows), width + adapters.width))
+        room = both if ctx.overwrite else rows.new_empty((rows.shape[0], width + adapters.width))
         hidden = gate_gradients(both[:, :width], grad_hidden, ctx.activation, out=room[:, :width])
         grads = room[:, :width].split(inner.sizes, 1)
         if last_low is None:
@@ -237,15 +236,12 @@ def _adapter_gradients(
     frozen: Projections, dtypes: Sequence[torch.dtype], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """(dA_1, dB_1, dA_2, dB_2, ..), None where not wanted."""
-    grads_a = a_gradients(low_grad, rows, adapters, frozen.dropouts, dtypes) if any(wanted[::2]) else []
-    gradients: list[Tensor | None] = []
-    for i, (grad, columns) in enumerate(zip(grads, adapters.columns, strict=True)):
-        grad_a = grad_b = None
-        if grad is not None and wanted[2 * i]:
-            grad_a = grads_a[i]
-        if grad is not None and wanted[2 * i + 1]:
-            grad_b = b_gradient(grad, low[:, columns], frozen.scalings[i], dtypes[i])
-        gradients += [grad_a, grad_b]
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    gradients[1::2] = b_gradients(grads, low, adapters, frozen.scalings, dtypes, wanted[1::2])
+    if any(wanted[::2]):
+        grads_a = a_gradients(low_grad, rows, adapters, frozen.dropouts, dtypes)
+        parts = zip(grads_a, grads, wanted[::2], strict=True)
+        gradients[::2] = [grad_a if is_wanted and grad is not None else None for grad_a, grad, is_wanted in parts]
     return gradients
 
 

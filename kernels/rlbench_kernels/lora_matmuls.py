@@ -18,36 +18,21 @@ Where dy lies in a buffer for it, the W_i stay one matmul [dy_1 | dy_2 ..] [W_1;
 Shapes: N tokens, D in features, O_i out features, R_i ranks, O and R their sums over the projections.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, starmap
 
 import torch
 from torch import Tensor
 
-from rlbench_kernels.fp8 import Fp8Weight, dequantize_fp8
+from rlbench_kernels.lora_bases import Projections
 from rlbench_kernels.lora_dropout import LoraDropout, drop
-from rlbench_kernels.nf4 import Nf4Weight, dequantize_nf4
 
-Base = Tensor | Nf4Weight | Fp8Weight
 FORMS = ("two_pass", "accumulate", "extended")
 _ALIGNMENT = 16  # trailing columns: rows of 16-bit buffers stay multiples of 32 bytes; Triton vectorises for 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Projections:
-    """The frozen part of some projections of one input."""
-
-    bases: tuple[Base, ...]  # each [O_i, D]
-    biases: tuple[Tensor | None, ...]  # each [O_i]
-    scalings: tuple[float, ...]
-    dropouts: tuple[LoraDropout | None, ...]  # of the input of A_i
-    form: str
-
-    @property
-    def sizes(self) -> list[int]:
-        return [base.shape[0] for base in self.bases]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +41,23 @@ class Adapters:
 
     a: Tensor  # [R, D], stacked
     b: tuple[Tensor | None, ...]  # each [O_i, R_i], times the scaling; None without adapter
+    rank: int = field(init=False)  # R
+    columns: list[slice] = field(init=False)  # where each projection's ranks lie among R
 
-    @property
-    def columns(self) -> list[slice]:
-        """Where each projection's ranks lie among R."""
-        ends = [0]
-        for b in self.b:
-            ends.append(ends[-1] + (0 if b is None else b.shape[1]))
-        return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    def __post_init__(self) -> None:
+        ends = [0, *accumulate(0 if b is None else b.shape[1] for b in self.b)]
+        object.__setattr__(self, "rank", ends[-1])
+        object.__setattr__(self, "columns", list(starmap(slice, pairwise(ends))))
+
+    def part(self, low: Tensor, index: int) -> Tensor:
+        """The columns of projection `index` of low [N, R]."""
+        columns = self.columns[index]
+        return low if columns == slice(0, self.rank) else low[:, columns]
 
     @property
     def width(self) -> int:
         """R, rounded up to aligned trailing columns."""
-        return -(-len(self.a) // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.rank // _ALIGNMENT) * _ALIGNMENT
 
 
 def cast_adapters(
@@ -104,12 +93,11 @@ def project(
         return ([y] if len(frozen.bases) == 1 else list(y.split(frozen.sizes, 1))), low
     outs = [None] * len(frozen.bases) if out is None else out.split(frozen.sizes, 1)
     results = []
-    for base, bias, b, columns, y in zip(
-        frozen.bases, frozen.biases, adapters.b, adapters.columns, outs, strict=True
-    ):  # fmt: skip
-        factors = [(rows, _dense(base, rows).T)]
+    parts = zip(frozen.dense(rows), frozen.biases, adapters.b, outs, strict=True)
+    for i, (dense, bias, b, y) in enumerate(parts):
+        factors = [(rows, dense.T)]
         if b is not None:
-            factors.insert(0 if frozen.form == "accumulate" else 1, (low[:, columns], b.T))
+            factors.insert(0 if frozen.form == "accumulate" else 1, (adapters.part(low, i), b.T))
         y = _multiply(*factors[0], bias, y)
         for left, right in factors[1:]:
             y.addmm_(left, right)
@@ -121,7 +109,7 @@ def low_products(rows: Tensor, adapters: Adapters, dropouts: Sequence[LoraDropou
     """low [N, R] = drop_i(rows) A_i^T, side by side."""
     if not any(dropouts):
         return rows @ adapters.a.T
-    low = rows.new_empty((len(rows), len(adapters.a)))
+    low = rows.new_empty((rows.shape[0], adapters.rank))
     for b, columns, dropout in zip(adapters.b, adapters.columns, dropouts, strict=True):
         if b is not None:
             torch.mm(drop(rows, dropout), adapters.a[columns].T, out=low[:, columns])
@@ -130,17 +118,18 @@ def low_products(rows: Tensor, adapters: Adapters, dropouts: Sequence[LoraDropou
 
 def low_gradient(grads: Sequence[Tensor | None], adapters: Adapters, out: Tensor | None = None) -> Tensor:
     """d low [N, R] = dy_i (s_i B_i), side by side; written to the first R columns of `out`, the others zeroed."""
-    first = next(grad for grad in grads if grad is not None)
-    rank = len(adapters.a)
+    first, rank = next(grad for grad in grads if grad is not None), adapters.rank
     if out is None:
-        out = first.new_empty((len(first), rank))
-    out[:, rank:].zero_()
-    for grad, b, columns in zip(grads, adapters.b, adapters.columns, strict=True):
+        out = first.new_empty((first.shape[0], rank))
+    elif rank < out.shape[1]:
+        out[:, rank:].zero_()
+        out = out[:, :rank]
+    for i, (grad, b) in enumerate(zip(grads, adapters.b, strict=True)):
         if b is not None and grad is not None:
-            torch.mm(grad, b, out=out[:, columns])
+            torch.mm(grad, b, out=adapters.part(out, i))
         elif b is not None:
-            out[:, columns].zero_()
-    return out[:, :rank]
+            adapters.part(out, i).zero_()
+    return out
 
 
 def input_gradient(
@@ -158,9 +147,9 @@ def input_gradient(
         if room is None:
             room = _stacked_gradients(grads, low_grad, adapters, frozen)
         return room @ _stacked_weight(low_grad, adapters, frozen)
-    has_low = len(adapters.a) > 0
+    has_low = adapters.rank > 0
     start = low_grad @ adapters.a if frozen.form == "accumulate" and has_low else None
-    result = _through_bases(grads, frozen.bases, start)
+    result = _through_bases(grads, frozen, start)
     if frozen.form == "two_pass" and has_low:
         result.addmm_(low_grad, adapters.a)
     return result
@@ -173,19 +162,19 @@ def _dropped_input_gradient(
         size = sum(frozen.sizes)
         result = room[:, :size] @ _stacked_weight(low_grad, adapters, frozen)[:size]
     else:
-        result = _through_bases(grads, frozen.bases, None)
+        result = _through_bases(grads, frozen, None)
     for grad, columns, dropout in zip(grads, adapters.columns, frozen.dropouts, strict=True):
         if grad is not None and columns.start < columns.stop:
             drop(low_grad[:, columns] @ adapters.a[columns], dropout, add_to=result)
     return result
 
 
-def _through_bases(grads: Sequence[Tensor | None], bases: Sequence[Base], result: Tensor | None) -> Tensor:
+def _through_bases(grads: Sequence[Tensor | None], frozen: Projections, result: Tensor | None) -> Tensor:
     """[N, D]: the sum of dy_i W_i, added to `result` if there is one."""
-    for grad, base in zip(grads, bases, strict=True):
-        if grad is not None:
-            dense = _dense(base, grad)
-            result = grad @ dense if result is None else result.addmm_(grad, dense)
+    wanted = [grad is not None for grad in grads]
+    present = [grad for grad in grads if grad is not None]
+    for grad, dense in zip(present, frozen.dense(present[0], wanted), strict=True):
+        result = grad @ dense if result is None else result.addmm_(grad, dense)
     assert result is not None
     return result
 
@@ -198,53 +187,78 @@ def a_gradients(
 
     Without dropout in one matmul.
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide = _wide(rows.dtype)
     parts = zip(adapters.columns, dropouts, dtypes, strict=True)
     if any(dropouts):
         return [
             _mm_in(low_grad[:, columns].T, drop(rows, dropout), wide).to(dtype) for columns, dropout, dtype in parts
         ]
     stacked = _mm_in(low_grad.T, rows, wide)
+    if len(dtypes) == 1:
+        return [stacked.to(dtypes[0])]
     return [stacked[columns].to(dtype) for columns, _, dtype in parts]
 
 
-def b_gradient(grad: Tensor, low: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """d B_i [O_i, R_i] = s_i dy_i^T low_i."""
-    return (_mm_in(grad.T, low, torch.promote_types(grad.dtype, torch.float32)) * scaling).to(dtype)
+def b_gradients(
+    grads: Sequence[Tensor | None], low: Tensor, adapters: Adapters, scalings: Sequence[float],
+    dtypes: Sequence[torch.dtype], wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """d B_i [O_i, R_i] = s_i dy_i^T low_i; None where not wanted. All scalings are multiplied in by one launch."""
+    results: list[Tensor | None] = [None] * len(grads)
+    found = {
+        i: _mm_in(grad.T, adapters.part(low, i), _wide(grad.dtype))
+        for i, grad in enumerate(grads)
+        if grad is not None and wanted[i]
+    }
+    if found:
+        torch._foreach_mul_([*found.values()], [scalings[i] for i in found])
+    for i, product in found.items():
+        results[i] = product.to(dtypes[i])
+    return results
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _with_room(rows: Tensor, width: int) -> Tensor:
     """[N, D + width] that begins with `rows`."""
-    room = rows.new_empty((len(rows), rows.shape[1] + width))
+    room = rows.new_empty((rows.shape[0], rows.shape[1] + width))
     room[:, : rows.shape[1]] = rows
     return room
 
 
 def _fill(columns: Tensor, values: Tensor) -> None:
-    columns[:, : values.shape[1]] = values
-    columns[:, values.shape[1] :].zero_()
+    """The first columns with values, the others with zeros."""
+    size = values.shape[1]
+    if size < columns.shape[1]:
+        columns[:, size:].zero_()
+        columns = columns[:, :size]
+    columns.copy_(values)
 
 
 def _extended_weight(rows: Tensor, adapters: Adapters, frozen: Projections) -> Tensor:
     """[O, D + width]: W_i, and s_i B_i in its own columns, zeros elsewhere."""
     depth = rows.shape[1]
     weight = rows.new_empty((sum(frozen.sizes), depth + adapters.width))
-    weight[:, depth:].zero_()
-    parts = weight.split(frozen.sizes)
-    for part, base, b, columns in zip(parts, frozen.bases, adapters.b, adapters.columns, strict=True):
-        _write_dense(base, part[:, :depth])
+    frozen.write(weight[:, :depth])
+    trailing = weight[:, depth:]
+    if len(adapters.b) == 1 and adapters.b[0] is not None:
+        _fill(trailing, adapters.b[0])
+        return weight
+    trailing.zero_()
+    for part, b, columns in zip(trailing.split(frozen.sizes), adapters.b, adapters.columns, strict=True):
         if b is not None:
-            part[:, depth + columns.start : depth + columns.stop] = b
+            part[:, columns] = b
     return weight
 
 
 def _stacked_weight(like: Tensor, adapters: Adapters, frozen: Projections) -> Tensor:
     """[O + width, D]: W_1, W_2, .., A, zeros."""
-    sizes = frozen.sizes
-    weight = like.new_empty((sum(sizes) + adapters.width, adapters.a.shape[1]))
-    for part, base in zip(weight.split([*sizes, adapters.width]), frozen.bases, strict=False):
-        _write_dense(base, part)
-    _fill(weight[sum(sizes) :].T, adapters.a.T)
+    size = sum(frozen.sizes)
+    weight = like.new_empty((size + adapters.width, adapters.a.shape[1]))
+    frozen.write(weight[:size])
+    _fill(weight[size:].T, adapters.a.T)
     return weight
 
 
@@ -252,7 +266,7 @@ def _stacked_gradients(
     grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections
 ) -> Tensor:
     sizes = frozen.sizes
-    room = low_grad.new_empty((len(low_grad), sum(sizes) + adapters.width))
+    room = low_grad.new_empty((low_grad.shape[0], sum(sizes) + adapters.width))
     for part, grad in zip(room.split([*sizes, adapters.width], 1), grads, strict=False):
         if grad is None:
             part.zero_()
@@ -281,18 +295,3 @@ def _mm_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return (left @ right).to(dtype)
-
-
-def _dense(base: Base, like: Tensor) -> Tensor:
-    """[O_i, D] in the dtype of `like`; a dense base as it is."""
-    if isinstance(base, Tensor):
-        return base
-    return _write_dense(base, like.new_empty(base.shape))
-
-
-def _write_dense(base: Base, out: Tensor) -> Tensor:
-    if isinstance(base, Nf4Weight):
-        return dequantize_nf4(base, out)
-    if isinstance(base, Fp8Weight):
-        return dequantize_fp8(base, out)
-    return out.copy_(base)

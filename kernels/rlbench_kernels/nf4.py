@@ -2,7 +2,8 @@
 
 weight[i] = code[nibble[i]] * absmax[i // blocksize], in float32, rounded once to the result's dtype. Two codes a byte,
 the first in the high bits; blocks run over the row-major elements. With double quantisation
-absmax[j] = nested.code[byte[j]] * nested.absmax[j // 256] + nested.offset, each step rounded to float32.
+absmax[j] = nested.code[byte[j]] * nested.absmax[j // 256] + nested.offset[j // 256], each step rounded to float32;
+bitsandbytes has one offset a matrix, matrices that are joined (`nf4_join`) have several.
 
 Shapes: O out features, D in features, b blocks = O D / blocksize.
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E; bitsandbytes 0.50.2, backends/default/ops.py.
@@ -29,13 +30,20 @@ NF4_CODE = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NestedAbsmax:
-    """Double quantisation: absmax[j] = code[byte[j]] * absmax[(first_block + j) // blocksize] + offset."""
+    """Double quantisation: absmax[j] = code[byte[j]] * absmax[k] + offset[k], k = (first_block + j) // blocksize."""
 
     absmax: Tensor  # float32 [blocks of blocks]
     code: Tensor  # float32 [256]
-    offset: Tensor  # float32 []
+    offset: Tensor  # float32 [blocks of blocks], contiguous
     blocksize: int = 256
     first_block: int = 0  # above 0 in a row slice: where its first block lies in absmax[0]'s blocks
+
+    def __post_init__(self) -> None:
+        if self.offset.shape != self.absmax.shape or not self.offset.is_contiguous():
+            raise ValueError(
+                f"offset: contiguous [{len(self.absmax)}] expected, one a block of blocks, got {[*self.offset.shape]} "
+                f"with strides {self.offset.stride()}"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +62,8 @@ class Nf4Weight:
     dtype: torch.dtype  # of the matrix that was quantised, and of the dense result
     blocksize: int = 64
     nested: NestedAbsmax | None = None
+    whole: Nf4Weight | None = None  # whose rows these are, from `first_row` on
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         numel = self.shape[0] * self.shape[1]
@@ -88,7 +98,8 @@ class Nf4Weight:
         if quant_state.state2 is not None:
             inner = quant_state.state2
             offset = torch.as_tensor(quant_state.offset, dtype=torch.float32, device=packed.device)
-            nested = NestedAbsmax(inner.absmax.float(), inner.code.float(), offset, inner.blocksize)
+            scales = inner.absmax.float()
+            nested = NestedAbsmax(scales, inner.code.float(), offset.expand(len(scales)).contiguous(), inner.blocksize)
         else:
             absmax = absmax.float()
         return cls(
@@ -117,6 +128,7 @@ class Nf4Weight:
         return Nf4Weight(
             self.packed[start * depth // 2 : stop * depth // 2], self.absmax[start * per_row : stop * per_row],
             (stop - start, depth), self.dtype, self.blocksize, _advance(self.nested, start * per_row),
+            self.whole or self, self.first_row + start,
         )  # fmt: skip
 
 
@@ -146,7 +158,7 @@ def dequantize_nf4(weight: Nf4Weight, out: Tensor | None = None) -> Tensor:
         from rlbench_kernels.nf4_triton import can_launch, launch_dequantize
 
         if can_launch(weight, out):
-            launch_dequantize(weight, _byte_codes(weight.device), out)
+            launch_dequantize(weight, _byte_words(out.device), out)
             return out
     return reference_dequantize(weight, out)
 
@@ -170,8 +182,8 @@ def dense_absmax(weight: Nf4Weight) -> Tensor:
     if nested is None:
         return weight.absmax
     block = torch.arange(nested.first_block, nested.first_block + len(weight.absmax), device=weight.device)
-    scales = nested.code[weight.absmax.int()] * nested.absmax[block // nested.blocksize]
-    return scales + nested.offset
+    block //= nested.blocksize
+    return nested.code[weight.absmax.int()] * nested.absmax[block] + nested.offset[block]
 
 
 def quantize_nf4(tensor: Tensor, blocksize: int = 64) -> Nf4Weight:
@@ -216,6 +228,12 @@ def _byte_codes(device: torch.device) -> Tensor:
         return nf4_code(device)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
+@cache
+def _byte_words(device: torch.device) -> Tensor:
+    """The same as one word a byte, int64 [256, 1]."""
+    return _byte_codes(device).view(torch.int64)
+
+
 def _midpoints(device: torch.device) -> Tensor:
     code = nf4_code(device)
     return (code[:-1] + code[1:]) / 2  # [15], in float32 as bitsandbytes does
@@ -225,7 +243,7 @@ def _advance(nested: NestedAbsmax | None, blocks: int) -> NestedAbsmax | None:
     if nested is None:
         return None
     first, rest = divmod(nested.first_block + blocks, nested.blocksize)
-    return NestedAbsmax(nested.absmax[first:], nested.code, nested.offset, nested.blocksize, rest)
+    return NestedAbsmax(nested.absmax[first:], nested.code, nested.offset[first:], nested.blocksize, rest)
 
 
 def _check_out(weight: Nf4Weight, out: Tensor) -> None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlbench_kernels.launch import cdiv
 from rlbench_kernels.nf4 import Nf4Weight
 
 _WORDS = 256  # of one program, eight elements each
@@ -30,9 +31,10 @@ def _dequantize(
     block = word // (SIZE // 8)
     scale = tl.load(absmax + block, mask=is_word, other=0)
     if NESTED_SIZE > 0:
-        nested = tl.load(nested_absmax + (first_block + block) // NESTED_SIZE, mask=is_word, other=0.0)
+        outer = (first_block + block) // NESTED_SIZE
+        nested = tl.load(nested_absmax + outer, mask=is_word, other=0.0)
         # compiled without fused multiply-add: bitsandbytes rounds the product
-        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset + outer, mask=is_word, other=0.0)
     byte = (bits[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
     pair = tl.load(pairs + byte)  # [WORDS, 4], the two float32 values of a byte
     first = pair.to(tl.int32).to(tl.float32, bitcast=True) * scale[:, None]
@@ -56,14 +58,14 @@ def can_launch(weight: Nf4Weight, out: Tensor) -> bool:
     )
 
 
-def launch_dequantize(weight: Nf4Weight, byte_codes: Tensor, out: Tensor) -> None:
-    """Write the dense matrix [O, D] to out; after `can_launch`. `byte_codes`: float32 [256, 2]."""
+def launch_dequantize(weight: Nf4Weight, byte_words: Tensor, out: Tensor) -> None:
+    """Write the dense matrix [O, D] to out; after `can_launch`. `byte_words`: int64 [256, 1], two float32 each."""
     nested = weight.nested
     num_words = weight.shape[0] * weight.shape[1] // 8
     per_row = num_words if out.is_contiguous() else weight.shape[1] // 8
     with torch.cuda.device_of(out):
-        _dequantize[(triton.cdiv(num_words, _WORDS),)](
-            weight.packed.view(torch.int32), byte_codes.view(torch.int64), weight.absmax,
+        _dequantize[(cdiv(num_words, _WORDS),)](
+            weight.packed.view(torch.int32), byte_words, weight.absmax,
             *((None, None, None, out, 0) if nested is None else
               (nested.absmax, nested.code, nested.offset, out, nested.first_block)),
             num_words, per_row, out.stride(0), WORDS=_WORDS, SIZE=weight.blocksize,

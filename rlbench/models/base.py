@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlbench.models.fp8_linear import Fp8Linear
-from rlbench.models.nf4_linear import Nf4Linear
+from rlbench.models.nf4_linear import Nf4Linear, join_neighbours
 from rlbench.models.quiet import no_progress_bars
-from rlbench_kernels import quantize_fp8
+from rlbench_kernels import Nf4Weight, quantize_fp8
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _LOGIT_SCALES = ("logits_scaling", "logit_scale")  # of Granite, of Cohere
@@ -136,7 +136,9 @@ def _keep_bytes(model: nn.Module) -> None:
         if isinstance(module, Linear4bit):
             weight: Any = module.weight
             bias = None if module.bias is None else module.bias.data
-            model.set_submodule(name, Nf4Linear(weight.data, weight.quant_state, bias))
+            quantised = Nf4Weight.from_quant_state(weight.data, weight.quant_state)
+            model.set_submodule(name, Nf4Linear(quantised, bias))
+    join_neighbours(model, copy=True)
 
 
 def _quantise_fp8(model: PreTrainedModel, device: torch.device) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlbench_kernels import Nf4Weight, dequantize_nf4
+from rlbench_kernels import Nf4Weight, dequantize_nf4, join_rows
+
+_NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one input
 
 
 class Nf4Linear(nn.Linear):
@@ -19,27 +21,24 @@ class Nf4Linear(nn.Linear):
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
 
-    def __init__(self, packed: Tensor, quant_state: Any, bias: Tensor | None) -> None:
+    def __init__(self, quantised: Nf4Weight, bias: Tensor | None) -> None:
         """
         Args:
-            packed: uint8 [out * in / 2, 1].
-            quant_state: bitsandbytes' QuantState of these rows; its shape is (out, in), its dtype that of the result.
+            quantised: [out, in]; its dtype is that of the result.
             bias: [out] or None.
         """
         nn.Module.__init__(self)
-        self.out_features, self.in_features = quant_state.shape
-        if packed.numel() * 2 != self.out_features * self.in_features:
-            raise ValueError(
-                f"NF4 weight of {packed.numel()} bytes, expected {self.out_features * self.in_features // 2} for "
-                f"[{self.out_features}, {self.in_features}]"
-            )
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.out_features, self.in_features = quantised.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.quant_state = quant_state
-        self.nf4 = Nf4Weight.from_quant_state(packed, quant_state)  # the same bytes, for the kernels
+        self.hold(quantised)
+
+    def hold(self, quantised: Nf4Weight) -> None:
+        """Take these bytes, of the same values, instead."""
+        self.nf4 = quantised  # for the kernels
+        self.weight = nn.Parameter(quantised.packed[:, None], requires_grad=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Nf4Linear:
-        copied = Nf4Linear(self.weight.data, self.quant_state, None if self.bias is None else self.bias.data)
+        copied = Nf4Linear(self.nf4, None if self.bias is None else self.bias.data)
         copied.weight, copied.bias = self.weight, self.bias
         memo[id(self)] = copied
         return copied
@@ -53,3 +52,18 @@ class Nf4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+
+
+def join_neighbours(model: nn.Module, *, copy: bool) -> None:
+    """Make q, k and v, and gate and up, of each layer rows of one matrix where all are NF4: dense in one launch.
+
+    Args:
+        copy: as in `join_rows`; the layers then hold the copies, and no others.
+    """
+    for module in list(model.modules()):
+        for names in _NEIGHBOURS:
+            layers = [getattr(module, name, None) for name in names]
+            neighbours = [layer for layer in layers if isinstance(layer, Nf4Linear)]
+            if len(neighbours) == len(names):
+                for layer, rows in zip(neighbours, join_rows([n.nf4 for n in neighbours], copy=copy), strict=True):
+                    layer.hold(rows)

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlbench.models.base import check_text_model
 from rlbench.models.fp8_linear import Fp8Linear
-from rlbench.models.nf4_linear import Nf4Linear
-from rlbench_kernels import FP8, Fp8Weight
+from rlbench.models.nf4_linear import Nf4Linear, join_neighbours
+from rlbench_kernels import FP8, Fp8Weight, Nf4Weight
 
 SHARED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _FUSED = {
@@ -71,6 +71,7 @@ def bind_base(folder: str, weights: Mapping[str, EngineWeight], *, dtype: torch.
             _bind_linear(model, name, module, weights)
         else:
             _bind_plain(module, name, weights)
+    join_neighbours(model, copy=False)
     model.tie_weights()  # a tied lm_head is no parameter of the engine's
     _make_buffers(model, config, next(iter(weights.values())).tensor.device)
     _check_complete(model, dtype)
@@ -91,7 +92,7 @@ def _bind_linear(model: PreTrainedModel, name: str, linear: nn.Linear, weights: 
         packed, quant_state = found.nf4_parts[part]
         if tuple(quant_state.shape) != tuple(linear.weight.shape):
             raise ValueError(_misfit(name, quant_state.shape, linear.weight.shape))
-        model.set_submodule(name, Nf4Linear(packed, quant_state, bias))
+        model.set_submodule(name, Nf4Linear(Nf4Weight.from_quant_state(packed, quant_state), bias))
         return
     scale = weights.get(f"{_engine_name(name, weights, 'weight')}_scale")
     if scale is not None or found.tensor.dtype.itemsize == 1:

@@ -37,7 +37,7 @@ def test_values_are_code_times_absmax_with_the_first_code_in_the_high_bits():
 def test_double_quantisation_by_hand_also_in_a_row_slice():
     from rlbench_kernels.nf4 import NestedAbsmax
 
-    nested = NestedAbsmax(torch.tensor([1.0, 10.0]), torch.arange(256.0), torch.tensor(0.5), blocksize=3)
+    nested = NestedAbsmax(torch.tensor([1.0, 10.0]), torch.arange(256.0), torch.tensor([0.5, 0.5]), blocksize=3)
     packed = torch.full((4,), 0xF7, dtype=torch.uint8)
     weight = Nf4Weight(packed, torch.tensor([1, 2, 3, 4], dtype=torch.uint8), (4, 2), torch.float32, 2, nested)
     assert dense_absmax(weight).tolist() == [1.5, 2.5, 3.5, 40.5]

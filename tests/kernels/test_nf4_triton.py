@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from rlbench_kernels import Fp8Weight, Lora, Nf4Weight, dequantize_nf4, lora_mlp, lora_qkv, quantize_nf4
+from rlbench_kernels import Fp8Weight, Lora, Nf4Weight, dequantize_nf4, join_rows, lora_mlp, lora_qkv, quantize_nf4
 from rlbench_kernels.lora_gating import GATES, apply_gate, gate_gradients
 from rlbench_kernels.lora_matmuls import FORMS
 from rlbench_kernels.nf4 import NestedAbsmax, reference_dequantize
@@ -33,6 +33,7 @@ from tests.kernels.lora_cases import (
     to,
 )
 from tests.kernels.test_nf4 import DTYPES, bits, matrix
+from tests.kernels.test_nf4_join import three
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned_memory")
@@ -62,7 +63,7 @@ def nested_weight(shape, dtype, *, blocksize=64, nested_blocksize=4):
     absmax = torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8)
     inner = torch.rand(-(-blocks // nested_blocksize), generator=generator) * 0.1
     code = torch.randn(256, generator=generator).sort().values
-    nested = NestedAbsmax(inner, code, torch.tensor(0.0713), nested_blocksize)
+    nested = NestedAbsmax(inner, code, torch.full_like(inner, 0.0713), nested_blocksize)
     return Nf4Weight(packed, absmax, shape, dtype, blocksize, nested)
 
 
@@ -93,6 +94,21 @@ def test_row_slices_of_a_double_quantised_weight():
     placed = move(weight, DEVICE)
     for start, stop in ((0, 37), (1, 2), (5, 36), (36, 37), (9, 9)):
         assert torch.equal(bits(dequantize_nf4(placed.rows(start, stop)).cpu()), bits(expected[start:stop]))
+
+
+@gpu
+@needs_device
+def test_joined_matrices_with_offsets_of_their_own_in_one_launch(monkeypatch):
+    from rlbench_kernels import nf4
+
+    weights = three()
+    expected = torch.cat([expected_dense(weight) for weight in weights])
+    monkeypatch.setattr(nf4, "reference_dequantize", None)
+    joined = join_rows([move(weight, DEVICE) for weight in weights], copy=True)
+    buffer = torch.full((29, DEPTH + 16), torch.nan, device=DEVICE)
+    dequantize_nf4(joined[0].whole, buffer[:, :DEPTH])
+    assert torch.equal(bits(buffer[:, :DEPTH].cpu()), bits(expected)) and buffer[:, DEPTH:].isnan().all()
+    assert torch.equal(bits(dequantize_nf4(joined[1]).cpu()), bits(expected[16:24]))
 
 
 @gpu

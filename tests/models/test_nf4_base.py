@@ -12,6 +12,7 @@ from rlbench.data.packing import pack
 from rlbench.models.base import load_base
 from rlbench.models.nf4_linear import Nf4Linear
 from rlbench.models.policy import Policy
+from rlbench_kernels import Nf4Weight, dequantize_nf4
 from tests.models.test_lora import randomise
 from tests.models.test_packed_attention import SAMPLES
 
@@ -74,3 +75,29 @@ def test_without_bitsandbytes_one_sentence_says_what_to_install(folder, monkeypa
 
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         nf4(folder)
+
+
+def test_q_k_v_and_gate_up_are_rows_of_one_matrix_and_no_byte_is_held_twice(tmp_path):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=98, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=64, initializer_range=0.2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    dense = load_base(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+
+    base = nf4(str(tmp_path))
+
+    attention, mlp = base.model.layers[0].self_attn, base.model.layers[0].mlp
+    for group in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        wholes = {id(layer.nf4.whole) for layer in group}
+        storages = {t.untyped_storage().data_ptr() for layer in group for t in (layer.weight, layer.nf4.packed)}
+        assert len(wholes) == 1 and None not in [layer.nf4.whole for layer in group] and len(storages) == 1
+        assert group[0].weight.untyped_storage().nbytes() == sum(layer.weight.nbytes for layer in group)
+    for name, layer in base.named_modules():
+        if isinstance(layer, Nf4Linear):
+            packed, state = quantize_4bit(
+                dense.get_submodule(name).weight.data, quant_type="nf4", compress_statistics=True
+            )
+            assert torch.equal(layer.weight, packed)
+            assert torch.equal(layer.dense_weight(), dequantize_nf4(Nf4Weight.from_quant_state(packed, state)))
+    assert base.model.layers[0].self_attn.o_proj.nf4.whole is None
