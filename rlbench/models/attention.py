@@ -171,7 +171,7 @@ class PackedAttention:
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """[1, H, T, d], [1, K, T, d], [1, K, T, d] -> [1, T, H, d]."""
         del layer_index
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H or K, d]
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H or K, d]
         shared = self._shared_layout
         scoring = scoring.within(shared.max_context)
         features = {"window": scoring.window, "softcap": scoring.softcap}

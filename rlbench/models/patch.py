@@ -140,7 +140,7 @@ class KernelAttention(KernelModule):
         bases, loras, biases = zip(*map(projection, layers), strict=True)
         cast = self.qkv_cast if any(loras) else None
         options = {"dropouts": dropouts_of(*layers), "values": values or has_norms, "cast": cast}
-        results = lora_qkv(hidden_states[0], bases, loras, biases, **options)
+        results = lora_qkv(hidden_states.squeeze(0), bases, loras, biases, **options)
         query, key, value = (x.view(len(x), -1, self.head_dim) for x in results)
         if has_norms:
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
@@ -256,7 +256,7 @@ def projection(layer: nn.Module) -> tuple[Tensor | Nf4Weight | Fp8Weight, Lora |
     """Frozen matrix, adapter (None: there is none, or it is switched off) and bias of a linear layer."""
     if not isinstance(layer, PeftLinear):
         return frozen_weight(layer), None, layer.bias  # type: ignore[return-value]
-    base = layer.get_base_layer()
+    base = layer.base_layer
     assert isinstance(base, nn.Linear) and not layer.merged
     if layer.disable_adapters:
         return frozen_weight(base), None, base.bias

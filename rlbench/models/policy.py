@@ -113,7 +113,7 @@ class Policy:
                 attention_context=context,
             )
         progress.mark()
-        return output.last_hidden_state[0][microbatch.predict_rows]
+        return output.last_hidden_state.squeeze(0)[microbatch.predict_rows]
 
     def begin_step(self, step: int) -> None:
         """Let the masks of dropout be those of an optimizer step, from 1, whatever was computed before."""

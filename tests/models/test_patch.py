@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks.bench_host import operations_of
 
 from rlbench.config.schema import LoraConfig
 from rlbench.data.packing import pack
@@ -114,3 +115,14 @@ def test_on_the_gpu_errors_are_those_of_bfloat16(name):
     assert error(found, exact) < 1.3 * error(plain, exact) + 1e-3
     for key, grad in grads.items():
         assert error(grad, exact_grads[key]) < 2 * error(plain_grads[key], exact_grads[key]) + 5e-3, key
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_no_gradient_is_copied_into_zeros(name):
+    """As the gradient of x[0] is, one fill and one copy of x's size: `squeeze` is a view both ways."""
+    policy = make_policy(name)
+    patch_model(policy._tree, name)
+
+    operations = operations_of(lambda: hidden_and_gradients(policy))
+
+    assert operations["aten.mm.default"] and not operations["aten.select_backward.default"]
