@@ -138,7 +138,7 @@ def _keep_bytes(model: nn.Module) -> None:
             bias = None if module.bias is None else module.bias.data
             quantised = Nf4Weight.from_quant_state(weight.data, weight.quant_state)
             model.set_submodule(name, Nf4Linear(quantised, bias))
-    join_neighbours(model, copy=True)
+    join_neighbours(model)
 
 
 def _quantise_fp8(model: PreTrainedModel, device: torch.device) -> None:

@@ -54,16 +54,12 @@ class Nf4Linear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
 
 
-def join_neighbours(model: nn.Module, *, copy: bool) -> None:
-    """Make q, k and v, and gate and up, of each layer rows of one matrix where all are NF4: dense in one launch.
-
-    Args:
-        copy: as in `join_rows`; the layers then hold the copies, and no others.
-    """
+def join_neighbours(model: nn.Module) -> None:
+    """Make q, k and v, and gate and up, of each layer rows of one matrix where all are NF4: dense in one launch."""
     for module in list(model.modules()):
         for names in _NEIGHBOURS:
             layers = [getattr(module, name, None) for name in names]
             neighbours = [layer for layer in layers if isinstance(layer, Nf4Linear)]
             if len(neighbours) == len(names):
-                for layer, rows in zip(neighbours, join_rows([n.nf4 for n in neighbours], copy=copy), strict=True):
+                for layer, rows in zip(neighbours, join_rows([n.nf4 for n in neighbours]), strict=True):
                     layer.hold(rows)

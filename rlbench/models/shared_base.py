@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlbench.models.base import check_text_model
 from rlbench.models.fp8_linear import Fp8Linear
-from rlbench.models.nf4_linear import Nf4Linear, join_neighbours
+from rlbench.models.nf4_linear import Nf4Linear
 from rlbench_kernels import FP8, Fp8Weight, Nf4Weight
 
 SHARED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -71,7 +71,6 @@ def bind_base(folder: str, weights: Mapping[str, EngineWeight], *, dtype: torch.
             _bind_linear(model, name, module, weights)
         else:
             _bind_plain(module, name, weights)
-    join_neighbours(model, copy=False)
     model.tie_weights()  # a tied lm_head is no parameter of the engine's
     _make_buffers(model, config, next(iter(weights.values())).tensor.device)
     _check_complete(model, dtype)

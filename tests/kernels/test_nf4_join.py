@@ -30,21 +30,11 @@ def plain(sizes=(16, 8, 5)):
     return [quantize_nf4(matrix((rows, DEPTH), torch.float32, seed=i)) for i, rows in enumerate(sizes)]
 
 
-def behind_one_another(weights):
-    """As an engine keeps them."""
-    joined = torch.cat([weight.packed for weight in weights])
-    parts = joined.split([len(weight.packed) for weight in weights])
-    return joined, [
-        Nf4Weight(part, w.absmax, w.shape, w.dtype, w.blocksize, w.nested)
-        for part, w in zip(parts, weights, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("make", [three, plain])
 def test_each_keeps_its_dense_values_and_all_are_rows_of_one(make):
     weights = make()
 
-    joined = join_rows(weights, copy=True)
+    joined = join_rows(weights)
 
     for weight, rows in zip(weights, joined, strict=True):
         assert torch.equal(dequantize_nf4(rows), dequantize_nf4(weight))
@@ -53,40 +43,26 @@ def test_each_keeps_its_dense_values_and_all_are_rows_of_one(make):
     assert torch.equal(dequantize_nf4(whole), torch.cat([dequantize_nf4(weight) for weight in weights]))
 
 
-def test_codes_that_lie_behind_one_another_stay_where_they_are():
-    storage, weights = behind_one_another(three())
-
-    joined = join_rows(weights, copy=False)
-
-    assert joined[0].whole.packed.data_ptr() == storage.data_ptr()
-    for weight, rows in zip(weights, joined, strict=True):
-        assert rows.packed.data_ptr() == weight.packed.data_ptr()
-        assert torch.equal(dequantize_nf4(rows), dequantize_nf4(weight))
-
-
 @pytest.mark.parametrize(
     "weights",
     [
-        three(),  # elsewhere
-        behind_one_another(three(sizes=(8, 8, 8)))[1][::-1],  # in another order
-        behind_one_another(three(sizes=(8, 8, 8)))[1][::2],  # another one between them
-        behind_one_another(three(sizes=(16, 7, 5)))[1],  # a block of blocks would hold parts of two
-        behind_one_another([double_quantised(8), double_quantised(8, code_seed=1)])[1],
-        behind_one_another([double_quantised(8), double_quantised(8, nested_blocksize=8)])[1],
-        behind_one_another([double_quantised(8), plain()[0]])[1],
-        behind_one_another([double_quantised(8), double_quantised(8, depth=128)])[1],
-        behind_one_another([quantize_nf4(torch.ones(4, 96)), quantize_nf4(torch.ones(4, 96))])[1],
+        three(sizes=(16, 7, 5)),  # a block of blocks would hold parts of two
+        [double_quantised(8), double_quantised(8, code_seed=1)],
+        [double_quantised(8), double_quantised(8, nested_blocksize=8)],
+        [double_quantised(8), plain()[0]],
+        [double_quantised(8), double_quantised(8, depth=128)],
+        [quantize_nf4(torch.ones(4, 96)), quantize_nf4(torch.ones(4, 96))],
     ],
-    ids=["elsewhere", "order", "gap", "blocks", "code", "nested", "kind", "depth", "rows"],
+    ids=["blocks", "code", "nested", "kind", "depth", "rows"],
 )
 def test_what_cannot_be_joined_stays_as_it_is(weights):
-    assert all(found is weight for found, weight in zip(join_rows(weights, copy=False), weights, strict=True))
+    assert all(found is weight for found, weight in zip(join_rows(weights), weights, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_lora_over_joined_matrices_has_the_bits_of_lora_over_separate_ones(form):
     qkv, mlp = three(sizes=(16, 8, 8)), [*three(sizes=(64, 64)), double_quantised(DEPTH, 64, seed=7)]
-    joined_qkv, joined_mlp = join_rows(qkv, copy=True), [*join_rows(mlp[:2], copy=True), mlp[2]]
+    joined_qkv, joined_mlp = join_rows(qkv), [*join_rows(mlp[:2]), mlp[2]]
 
     def run(bases, function):
         loras = [to(adapter(*base.shape, 3, seed=i), torch.float32) for i, base in enumerate(bases)]
@@ -113,7 +89,7 @@ def test_a_direction_makes_joined_matrices_dense_once(form, monkeypatch):
     monkeypatch.setattr(
         nf4, "reference_dequantize", lambda weight, out: (calls.append(weight.shape), real(weight, out))[1]
     )
-    bases = join_rows(three(sizes=(16, 8, 8)), copy=True)
+    bases = join_rows(three(sizes=(16, 8, 8)))
     loras = [to(adapter(*base.shape, 3), torch.float32) for base in bases]
     x = random(5, DEPTH, dtype=torch.float32).requires_grad_()
 
@@ -123,7 +99,7 @@ def test_a_direction_makes_joined_matrices_dense_once(form, monkeypatch):
 
 
 def test_rows_of_one_matrix_in_another_order_or_some_of_them_are_no_whole():
-    first, second, third = join_rows(three(), copy=True)
+    first, second, third = join_rows(three())
     for bases in ((second, first, third), (first, second), (second, third), (first, first, third)):
         frozen = Projections(bases, (None,) * len(bases), (1.0,) * len(bases), (None,) * len(bases), "two_pass")
         assert frozen.whole is None

@@ -104,7 +104,7 @@ def test_joined_matrices_with_offsets_of_their_own_in_one_launch(monkeypatch):
     weights = three()
     expected = torch.cat([expected_dense(weight) for weight in weights])
     monkeypatch.setattr(nf4, "reference_dequantize", None)
-    joined = join_rows([move(weight, DEVICE) for weight in weights], copy=True)
+    joined = join_rows([move(weight, DEVICE) for weight in weights])
     buffer = torch.full((29, DEPTH + 16), torch.nan, device=DEVICE)
     dequantize_nf4(joined[0].whole, buffer[:, :DEPTH])
     assert torch.equal(bits(buffer[:, :DEPTH].cpu()), bits(expected)) and buffer[:, DEPTH:].isnan().all()
