@@ -24,9 +24,9 @@ from rlbench.models.memory import (
 from rlbench.models.names import FULL, NONE, PATCHED_FAMILIES
 
 _LEAST_TOKENS = 1024  # of a microbatch
-# Seconds that a layer's matmuls should take forward and backward at the measured rate. They reach half of that, and the
-# host takes 9.4 ms for the launches: scripts/results/step_qwen_h200.json, one update with larger microbatches.
-_LEAST_LAYER_S = 0.0056
+# Seconds that a layer's matmuls should take forward and backward at the measured rate: they reach half of it, and the
+# host takes 7.7 ms for the launches (kernels/benchmarks/results/host_h200.json), which is to be a fifth less.
+_LEAST_LAYER_S = 0.0046
 _MOST_TOKENS = 32768
 _LEAST_SEQS = 8  # decoded together
 _KV = "engine.kv_cache_gib"
