@@ -12,6 +12,7 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 _CHATML = {"from": "role", "value": "content"}  # the older names of a message's parts
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
 
 
 def is_conversation(value: Any) -> bool:
@@ -29,7 +30,25 @@ def value_problem(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     for message in as_messages(value):
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             return f"column {name!r} has the message {_short(message)}, expected a role and a content that is text"
+        if message.get("role") not in _ROLES:  # a turn of "gpt" would be trained on by nobody, without a word
+            return f"column {name!r} has the role {message.get('role')!r}, expected one of: {', '.join(_ROLES)}"
     return ""
+
+
+def completion_problem(name: str, value: Any) -> str:
+    """What is wrong with a column that must follow a prompt, "" if nothing is."""
+    problem = value_problem(name, value)
+    if problem or isinstance(value, str):
+        return problem
+    role = as_messages(value)[0]["role"]
+    if role in ("system", "developer", "user"):
+        return f"column {name!r} begins with a turn of the {role}, expected what follows the prompt alone"
+    return ""
+
+
+def column_names(row: Mapping[str, Any]) -> str:
+    """The columns of a row in words, those without a value marked."""
+    return ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
 
 
 def mixed_problem(row: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -21,7 +21,14 @@ from typing import Any
 
 from rlbench.config.schema import DataConfig
 from rlbench.data.chat import chat_messages, question_text, render
-from rlbench.data.conversation import completion_ids, is_conversation, mixed_problem, value_problem
+from rlbench.data.conversation import (
+    column_names,
+    completion_ids,
+    completion_problem,
+    is_conversation,
+    mixed_problem,
+    value_problem,
+)
 from rlbench.data.sources import answer_problem
 from rlbench.data.supervised import check_long, check_prompt_settings, continue_ids
 from rlbench.records import TrainingSample
@@ -85,7 +92,7 @@ def preference_problem(
     names = preference_format(row, config)
     if names is None:
         return (
-            f"it has the columns {', '.join(map(str, row)) or 'none'}, expected prompt, chosen and rejected; chosen "
+            f"it has the columns {column_names(row)}, expected prompt, chosen and rejected; chosen "
             f"and rejected; prompt, completion and label; or {config.prompt_column} and {config.answer_column}"
         )
     if names == (config.prompt_column, config.answer_column):
@@ -94,7 +101,12 @@ def preference_problem(
         return problem or ("" if has_number else f"column {config.answer_column!r} holds no number that could be wrong")
     texts = [name for name in names if name != "label"]
     for name in texts:
-        problem = value_problem(name, row[name], may_be_empty=name == "prompt")
+        follows = name != "prompt" and "prompt" in names
+        problem = (
+            completion_problem(name, row[name])
+            if follows
+            else value_problem(name, row[name], may_be_empty=name == "prompt")
+        )
         if problem:
             return problem
     if "label" in names:

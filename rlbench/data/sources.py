@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable
+from codecs import BOM_UTF8
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ _IMITATED = ("gsm8k",)  # what generated problems can stand in for
 _NUM_GENERATED = {"train": 2000, "test": 500}
 _GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."
 _NUM_LISTED = 5
+_NUM_FIRST_BYTES = 4096  # that tell a file's format
+_LARGEST_INT = 2**63 - 1  # of a table's column
 RowProblem = Callable[[dict[str, Any], DataConfig], str]
 
 
@@ -119,7 +123,10 @@ def _without(loaded: LoadedRows, config: DataConfig) -> LoadedRows:
 def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem) -> LoadedRows:
     rows, bad_rows = [], []
     with path.open("rb") as file:
+        _check_is_lines(file.read(_NUM_FIRST_BYTES), path, key)
+        file.seek(0)
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             row, problem = _parse_line(line, config, row_problem)
@@ -130,17 +137,44 @@ def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem
     _check_bad_rows(bad_rows, f"{path}", config)
     if not rows:
         raise ValueError(f"{key} is {path}, but it holds no row; expected one JSON object a line")
+    texts = [
+        name for name in (config.prompt_column, config.answer_column) if _is_mixed([row.get(name) for row in rows])
+    ]
+    rows = [{**row, **{name: str(row[name]) for name in texts if row.get(name) is not None}} for row in rows]
     return LoadedRows(
         dataset=_dataset(rows, str(path)), description=f"{path}: {len(rows)} rows", bad_rows=tuple(bad_rows)
     )
+
+
+def _check_is_lines(start: bytes, path: Path, key: str) -> None:
+    """
+    Raises:
+        ValueError: the file begins as one of another format does.
+    """
+    kind = "a Parquet file" if start.startswith(b"PAR1") else ""
+    if start.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        kind = "one JSON array"
+    if kind:
+        raise ValueError(f"{key} is {path}, which is {kind}; expected JSONL: one JSON object a line")
+
+
+def _is_mixed(values: Sequence[Any]) -> bool:
+    """Of the texts and numbers of a column: a table would refuse them, or make 2.0 of 2. Lists and objects are left."""
+    kinds = {type(value) for value in values if value is not None}
+    is_long = any(isinstance(value, int) and abs(value) > _LARGEST_INT for value in values)
+    return kinds <= {str, int, float, bool} and (len(kinds) > 1 or is_long)
 
 
 def _parse_line(line: bytes, config: DataConfig, row_problem: RowProblem) -> tuple[dict[str, Any], str]:
     """The row and what is wrong with it ("" if nothing is)."""
     try:
         row = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8 ({error.reason} at byte {error.start})"
+    except UnicodeEncodeError:
+        return {}, "it holds half of a surrogate pair, expected whole characters"
     except json.JSONDecodeError as error:
         return {}, f"not JSON ({error.msg} at column {error.colno})"
     if not isinstance(row, dict):
@@ -158,8 +192,8 @@ def answer_problem(row: dict[str, Any], config: DataConfig) -> str:
         value = row[column]
         if not isinstance(value, (str, int, float)) or not str(value).strip():
             return f"column {column!r} is {value!r}, expected text"
-        if any("\ud800" <= char <= "\udfff" for char in str(value)):
-            return f"column {column!r} holds half of a surrogate pair"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"column {column!r} is {value}, expected text or a finite number"
     return ""
 
 
@@ -180,7 +214,20 @@ def _dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     try:
         return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
     except Exception as error:  # pyarrow raises its own types for columns of mixed types
-        raise ValueError(f"{source}: the rows do not form columns of one type each ({error})") from error
+        found = next((text for name in names if (text := _clash(rows, name))), f"({error})")
+        raise ValueError(f"{source}: the rows do not form columns of one type each: {found}") from error
+
+
+def _clash(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """The first two rows between which the JSON type of a column changes; "" if none does."""
+    kinds = [(row["row_number"], _json_kind(row[name])) for row in rows if row.get(name) is not None]
+    other = next((kind for kind in kinds if kind[1] != kinds[0][1]), None)
+    return f"column {name!r} is {kinds[0][1]} in row {kinds[0][0]} and {other[1]} in row {other[0]}" if other else ""
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds[type(value)]
 
 
 def _from_hub(config: DataConfig, split: str) -> LoadedRows:

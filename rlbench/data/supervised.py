@@ -19,7 +19,9 @@ from rlbench.data.chat import chat_messages, question_text, render
 from rlbench.data.conversation import (
     as_messages,
     assistant_mask,
+    column_names,
     completion_ids,
+    completion_problem,
     conversation_ids,
     is_conversation,
     mixed_problem,
@@ -53,7 +55,7 @@ def supervised_problem(row: dict[str, Any], config: DataConfig) -> str:
     names = supervised_format(row, config)
     if names is None:
         return (
-            f"it has the columns {', '.join(map(str, row)) or 'none'}, expected prompt and completion, messages, text, "
+            f"it has the columns {column_names(row)}, expected prompt and completion, messages, text, "
             f"or {config.prompt_column} and {config.answer_column} (data.prompt_column, data.answer_column)"
         )
     if names == (config.prompt_column, config.answer_column) and names != ("prompt", "completion"):
@@ -61,7 +63,11 @@ def supervised_problem(row: dict[str, Any], config: DataConfig) -> str:
     for name in names:
         if name in ("messages", "conversations") and not is_conversation(row[name]):
             return f"column {name!r} is no list of messages with role and content"
-        problem = value_problem(name, row[name], may_be_empty=name == "prompt")
+        problem = (
+            completion_problem(name, row[name])
+            if name == "completion"
+            else value_problem(name, row[name], may_be_empty=name == "prompt")
+        )
         if problem:
             return problem
     return mixed_problem(row, names)

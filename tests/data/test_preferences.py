@@ -106,6 +106,12 @@ PROBLEMS = {
     "equal": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are equal"),
     "empty": ({"prompt": "a", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),
     "both kinds": ({"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}, "prompt is text, chosen is a conversation"),
+    "a null": ({"prompt": "a", "chosen": None, "rejected": "b"}, "has the columns prompt, chosen (null), rejected"),
+    "pairs with their prompt": (
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "user", "content": "a"}, GOOD],
+         "rejected": [BAD]},
+        "column 'chosen' begins with a turn of the user, expected what follows the prompt alone",
+    ),
     "a label for a paired loss": (
         {"prompt": "a", "completion": "b", "label": True}, "which kto and apo_zero_unpaired alone can read"
     ),

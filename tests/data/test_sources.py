@@ -35,6 +35,9 @@ BROKEN = {
     "null answer": (b'{"question": "a", "answer": null}', "column 'answer' is None"),
     "list answer": (b'{"question": "a", "answer": [1]}', r"column 'answer' is \[1\]"),
     "latin-1": ('{"question": "é", "answer": "1"}'.encode("latin-1"), "line 2: not UTF-8"),
+    "NaN": (b'{"question": "a", "answer": NaN}', "line 2: column 'answer' is nan, expected text or a finite number"),
+    "too large": (b'{"question": "a", "answer": -1e999}', "line 2: column 'answer' is -inf"),
+    "surrogate elsewhere": (row(more="\ud83d"), "line 2: it holds half of a surrogate pair"),
     "lone surrogate": (b'{"question": "\\ud800", "answer": "1"}', "half of a surrogate pair"),
 }
 
@@ -64,6 +67,38 @@ def test_a_missing_or_empty_file_is_named_with_its_key(tmp_path):
         load_rows(DataConfig(path=str(tmp_path / "nothing.jsonl")), "train")
     with pytest.raises(ValueError, match="it holds no row"):
         load_rows(DataConfig(path=write_rows(tmp_path / "empty.jsonl", [])), "train")
+
+
+def test_a_byte_order_mark_carriage_returns_and_blank_lines_are_no_part_of_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + row() + b"\r\n\r\n" + row("2+2?", "4") + b"\r\n \n\n")
+
+    loaded = load_rows(DataConfig(path=str(tmp_path / "a.jsonl")), "train")
+
+    assert loaded.dataset["answer"] == ["2", "4"] and loaded.dataset["row_number"] == [1, 3]
+
+
+@pytest.mark.parametrize("answers", [(2, 3.5), (2, "3"), (2, 12345678901234567890123), (True, "x")])
+def test_answers_of_several_kinds_are_texts_as_the_file_writes_them(tmp_path, answers):
+    path = write_rows(tmp_path / "a.jsonl", [json.dumps({"question": "?", "answer": a}).encode() for a in answers])
+
+    assert load_rows(DataConfig(path=path), "train").dataset["answer"] == [str(answer) for answer in answers]
+
+
+def test_columns_of_two_types_are_named_with_both_rows(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(), row(level=3), row(level="hard")])
+
+    with pytest.raises(ValueError, match="column 'level' is a number in row 2 and text in row 3"):
+        load_rows(DataConfig(path=path), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b'\n[{"question": "a"}]', "one JSON array"), (b"PAR1", "a Parquet file")]
+)
+def test_files_of_other_formats_are_told_apart_from_broken_rows(tmp_path, content, kind):
+    (tmp_path / "a.jsonl").write_bytes(content)
+
+    with pytest.raises(ValueError, match=f"which is {kind}; expected JSONL"):
+        load_rows(DataConfig(path=str(tmp_path / "a.jsonl"), max_bad_rows=9), "train")
 
 
 def test_generated_problems_say_that_they_are_not_the_data_set_and_splits_differ():

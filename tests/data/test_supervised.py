@@ -135,6 +135,18 @@ PROBLEMS = {
     "a number": ({"prompt": 3, "completion": "b"}, "column 'prompt' is 3, expected text or a list of messages"),
     "no messages": ({"messages": "hello"}, "column 'messages' is no list of messages"),
     "a message without content": ({"messages": [{"role": "user"}]}, "expected a role and a content that is text"),
+    "a null": ({"prompt": "a", "completion": None}, "it has the columns prompt, completion (null), expected"),
+    "another's role": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "column 'conversations' has the role 'human', expected one of: system, developer, user, assistant, tool",
+    ),
+    "a turn without a role": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": None, "content": "b"}]}, "has the role None"
+    ),
+    "a completion with its prompt": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "a"}, REPLY]},
+        "column 'completion' begins with a turn of the user, expected what follows the prompt alone",
+    ),
     "both kinds": (
         {"prompt": "a", "completion": [REPLY]}, "prompt is text, completion is a conversation; expected one kind"
     ),
