@@ -102,7 +102,7 @@ def _without_a_job(command: str, arguments: list[str]) -> int:
     """Commands that take overrides but make no folder of Hydra's."""
     from rlbench.config.compose import CONFIG_ERRORS, explain_config_error
     from rlbench.config.own_errors import is_raised_by_us
-    from rlbench.tracking.errors import TrackingError
+    from rlbench.tracking.errors import FILE_STATUS, TrackingError
 
     try:
         if command == "replay":
@@ -115,7 +115,7 @@ def _without_a_job(command: str, arguments: list[str]) -> int:
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))
     except TrackingError as error:
-        return _fail(str(error))
+        return _fail(str(error), FILE_STATUS)
     except ValueError as error:
         if not is_raised_by_us(error):
             raise
@@ -247,9 +247,9 @@ def _run_command(composed: Any, notes: list[str], action: Callable[[Any, list[st
     return 1
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, status: int = 2) -> int:
     print(f"error: {sentence}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _fail_unknown_command(command: str) -> None:

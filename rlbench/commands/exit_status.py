@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.errors import FILE_STATUS, TrackingError
 
 
 def exit_status(action: Callable[[], None]) -> int:
@@ -14,5 +14,5 @@ def exit_status(action: Callable[[], None]) -> int:
         action()
     except (ValueError, TrackingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 4 if isinstance(error, TrackingError) else 2
+        return FILE_STATUS if isinstance(error, TrackingError) else 2
     return 0

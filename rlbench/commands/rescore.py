@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from rlbench.tracking.safe_text import printable, shorten
 
 USAGE = "python -m rlbench rescore RUN [--steps FIRST:LAST] [rewards=CHOICE] [key=value ...] [~key]"
 _NUM_EXAMPLES = 3
+_NAME = re.compile(r"step-\d+\.parquet")
 _TOLERANCE = 1e-6  # of an advantage that counts as unchanged
 
 Pair = tuple[float | None, float | None]  # recorded, new; None: no value
@@ -64,7 +66,7 @@ def rollout_files(run_folder: Path, steps: tuple[int, int] | None = None) -> lis
     Raises:
         ValueError: there is none.
     """
-    files = sorted((run_folder / "rollouts").glob("step-*.parquet"))
+    files = sorted(file for file in (run_folder / "rollouts").glob("step-*.parquet") if _NAME.fullmatch(file.name))
     if steps is not None:
         files = [file for file in files if steps[0] <= int(file.stem.removeprefix("step-")) <= steps[1]]
     if not files:

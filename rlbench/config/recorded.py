@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rlbench.config.compose import config_folder, group_choices, to_run_config
 from rlbench.config.schema import RunConfig
@@ -27,10 +29,28 @@ def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfi
         raise ValueError(
             f"{run_folder} holds no config.yaml; expected the folder of a run, e.g. outputs/grpo_gsm8k/..."
         )
-    config: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(saved))
+    config = _saved(saved)
     for override in overrides:
         apply_override(config, override)
     return to_run_config(config)
+
+
+def _saved(file: Path) -> Any:
+    """
+    Raises:
+        ValueError: it cannot be read, or a key is unknown here.
+    """
+    try:
+        return OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read ({reason}); expected the settings of a run") from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file} does not fit this version of rlbench ({reason}); expected the version that wrote it, which "
+            "environment.json beside it names"
+        ) from error
 
 
 def apply_override(config: Any, override: str) -> None:

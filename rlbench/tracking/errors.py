@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FILE_STATUS = 4  # exit status of a command that cannot read or write a file
+
 
 class TrackingError(Exception):
     """What could not be written or read, where, and the operating system's reason.

@@ -1,5 +1,6 @@
 """What was recorded can be sampled again token for token, and scored again with the same or other rewards."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def test_a_rollout_that_was_tampered_with_differs_at_that_token(recorded, tmp_pa
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"{rows[5]['rollout_id']}: differs at token 2: " in done.stdout
     assert "0 of 1 rollouts are identical" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["replay", "rescore"])
+def test_a_damaged_rollout_file_is_no_mistake_of_the_settings(recorded, tmp_path, command):
+    shutil.copytree(recorded, tmp_path / "run")
+    os.truncate(tmp_path / "run" / "rollouts" / "step-000002.parquet", 100)
+
+    done = run(command, "run", folder=tmp_path)
+
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+    assert "error: cannot read the rollouts in run/rollouts/step-000002.parquet" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["replay", "rescore"])
+def test_files_that_no_run_wrote_are_left_alone(recorded, tmp_path, command):
+    shutil.copytree(recorded, tmp_path / "run")
+    (tmp_path / "run" / "rollouts" / "step-abc.parquet").write_text("notes")
+
+    done = run(command, "run", folder=tmp_path)
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_that_were_not_kept_are_named(recorded, tmp_path):
