@@ -339,6 +339,12 @@ class EvaluationConfig:
         check_range("evaluation.num_prompts", self.num_prompts, low=0)
         check_range("evaluation.num_samples", self.num_samples, low=0)
         check_range("evaluation.every_steps", self.every_steps, low=0)
+        for name in ("every_steps", "num_samples"):
+            if self.num_prompts == 0 and getattr(self, name):
+                raise ValueError(
+                    f"evaluation.{name} is {getattr(self, name)}, but evaluation.num_prompts is 0, so nothing is "
+                    "evaluated; expected 0, or evaluation.num_prompts above 0"
+                )
 
 
 @dataclass

@@ -57,6 +57,14 @@ CONFIG_ERRORS = {
         "sampling.temperature is 0.5, but guided decoding needs 1",
     ),
     "penalty": (["sampling.presence_penalty=3"], "sampling.presence_penalty is 3.0, expected at most 2"),
+    "evaluations of nothing": (
+        ["evaluation.num_prompts=0", "evaluation.every_steps=5"],
+        "evaluation.every_steps is 5, but evaluation.num_prompts is 0, so nothing is evaluated; expected 0",
+    ),
+    "samples of nothing": (
+        ["evaluation.num_prompts=0", "evaluation.num_samples=4"],
+        "evaluation.num_samples is 4",
+    ),
     "output folder": (["hydra.run.dir=/proc/no"], "hydra.run.dir=/proc/no must be writable"),
 }
 
