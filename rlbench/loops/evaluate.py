@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from statistics import fmean
 from typing import Any
 
 from rlbench.engine.interface import Engine
-from rlbench.records import Prompt, RolloutGroup, SamplingParams
+from rlbench.records import Completion, Prompt, RolloutGroup, SamplingParams
 from rlbench.rollouts.collect import Scoring, make_groups, sample_completions
 from rlbench.rollouts.score import Scorer
 from rlbench.tracking.intervals import paired_interval, wilson_interval
@@ -33,7 +34,14 @@ class Evaluation:
 
 
 def evaluate(
-    prompts: Sequence[Prompt], engine: Engine, sampling: SamplingParams, tokenizer: Any, scorer: Scorer, *, step: int
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    sampling: SamplingParams,
+    tokenizer: Any,
+    scorer: Scorer,
+    *,
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Evaluation, list[RolloutGroup]]:
     """Answer every prompt once.
 
@@ -44,10 +52,17 @@ def evaluate(
         tokenizer: of the model.
         scorer: the run's rewards.
         step: optimizer steps applied so far.
+        progress: told how many of how many answers are finished.
     """
     scoring = Scoring(prompts, tokenizer, scorer, group_size=1)
     completions = sample_completions(
-        prompts, engine, sampling, group_size=1, run_seed=0, step=step, on_finished=scoring.take
+        prompts,
+        engine,
+        sampling,
+        group_size=1,
+        run_seed=0,
+        step=step,
+        on_finished=counted(scoring.take, len(prompts), progress),
     )
     groups = make_groups(completions, scoring, step=step)
     rollouts = [group.rollouts[0] for group in groups]
@@ -58,6 +73,19 @@ def evaluate(
     }
     metrics = _metrics(groups, is_correct)
     return Evaluation(step=step, is_correct=is_correct, metrics=metrics), groups
+
+
+def counted(
+    take: Callable[[int, Completion], None], total: int, progress: Callable[[int, int], None]
+) -> Callable[[int, Completion], None]:
+    """`take`, after which `progress` is told how many of the `total` completions it was called with."""
+    numbers = count(1)
+
+    def take_and_tell(index: int, completion: Completion) -> None:
+        take(index, completion)
+        progress(next(numbers), total)
+
+    return take_and_tell
 
 
 def sampled_shares(groups: Sequence[RolloutGroup]) -> dict[str, float]:

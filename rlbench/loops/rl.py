@@ -19,7 +19,7 @@ from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.stream import PromptStream
 from rlbench.data.success_memory import SuccessMemory, replayed
 from rlbench.engine.interface import engine_call
-from rlbench.loops.evaluate import evaluate, sampled_metrics, sampled_shares, sampled_text
+from rlbench.loops.evaluate import counted, evaluate, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
@@ -448,9 +448,12 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
             group_size=group_size,
             run_seed=config.seed,
             step=self.step,
-            on_finished=scoring.take,
+            on_finished=counted(scoring.take, len(prompts.prompts) * group_size, self._tell_answers),
         )
         return sampled_shares(make_groups(completions, scoring, step=self.step))
+
+    def _tell_answers(self, done: int, total: int) -> None:
+        self.console.progress("evaluation", done, total, "answers")
 
     @property
     def _is_recorded(self) -> bool:
@@ -468,6 +471,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
                 self.inputs.tokenizer,
                 self.parts.scorer,
                 step=self.step,
+                progress=self._tell_answers,
             )
             shares, num_samples = self._sampled_answers(), self.inputs.config.evaluation.num_samples
             first = self.evaluations[0] if self.evaluations else None

@@ -1,11 +1,14 @@
 """Numbers of sampled answers to held-out problems."""
 
+import io
 from dataclasses import replace
 
 import pytest
 
 from rlbench.loops.evaluate import sampled_metrics, sampled_shares, sampled_text
 from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
+from rlbench.tracking.console import RunConsole
+from tests.loops.test_algorithm_families import finish, short, start  # noqa: F401 (short is a fixture)
 
 
 def group(name: str, *values: float | None) -> RolloutGroup:
@@ -60,3 +63,16 @@ def test_the_change_of_sampled_accuracy_is_taken_problem_by_problem():
     assert metrics["eval/sampled_change_high"] == pytest.approx(0.25 + 0.282902, abs=1e-5)
     assert sampled_text(metrics, 4).endswith("+25.0 points (95% -3.3 to +53.3, on the same problems)")
     assert "eval/sampled_change" not in sampled_metrics(last, 4)
+
+
+def test_an_evaluation_whose_output_is_a_file_says_how_far_it_is(short, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("rlbench.tracking.console.PLAIN_PROGRESS_EVERY_S", 0.0)
+    options = ["evaluation.num_prompts=8", "evaluation.num_samples=2", "training.num_steps=1"]
+    loop, output = start(short, tmp_path / "run", *options), io.StringIO()
+    loop.console = RunConsole(is_terminal=False, file=output)
+
+    finish(loop)
+
+    for greedy in range(1, 9):
+        assert output.getvalue().count(f"evaluation {greedy}/8 answers") == 2  # before and after the step
+    assert output.getvalue().count("evaluation 16/16 answers") == 2
