@@ -16,6 +16,7 @@ import yaml
 from rlbench.commands.report import try_report
 from rlbench.commands.resume_command import own_overrides, resume_command
 from rlbench.commands.stages import Stage, load_stage
+from rlbench.config.full_training import high_lr_note
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
@@ -69,6 +70,9 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
         stage = load_stage(config.stage)
         inputs = stage.prepare(config)
     console.plan(stage.plan_rows(inputs, run_folder))
+    too_high = high_lr_note(config)
+    if too_high:
+        console.warning(f"optim.lr is {config.optim.lr:g}, {too_high}: add optim.lr=null unless you mean it")
     console.opening(f"{config.name}: {config.training.num_steps} steps, {inputs.model.name}, files in {run_folder}")
     if checkpoint is not None:
         for line in check_resumable(_saved_config(run_folder), asdict(config)):

@@ -51,6 +51,17 @@ def test_the_reward_rises(short, tmp_path, options):  # noqa: F811
         assert abs(kl[0]) < 1e-5 and kl[-1] > 0.5  # against a frozen copy, not against the policy itself
 
 
+def test_an_adapters_learning_rate_for_all_weights_is_warned_of_at_the_start(short, tmp_path):  # noqa: F811
+    options = ["training.parameters=full", "training.num_steps=1", "tracking.quiet=true", "hydra.run.dir=run"]
+    warned = run(*short, *options, "optim.lr=3e-4", folder=tmp_path)
+    silent = run(*short, *options, "optim.lr=null", "hydra.run.dir=other", folder=tmp_path)
+
+    assert warned.returncode == silent.returncode == 0, warned.stdout + warned.stderr + silent.stderr
+    text = " ".join(warned.stdout.split())
+    assert "warning: optim.lr is 0.0003, 300 times 1e-06, which optim.lr=null would take" in text
+    assert "warning" not in silent.stdout
+
+
 def test_a_resumed_run_ends_at_the_same_bits(short, tmp_path):  # noqa: F811
     options = [
         *FULL,
