@@ -84,13 +84,15 @@ class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
         metrics = {
             "eval/num": float(len(self.inputs.evaluation.rows)),
             "eval/loss": found["loss/preference"],
-            "eval/margin": found["preference/margin"],
             "eval/preference_accuracy": found["preference/accuracy"],
         }
+        margin = found.get("preference/margin")  # None: single completions of one label alone
+        if margin is not None:
+            metrics["eval/margin"] = margin
         self._log_evaluation(Evaluation(step=self.step, is_correct={}, metrics=metrics))
         self.console.note(
             f"evaluation, {len(self.inputs.evaluation.rows)} held-out rows after step {self.step}: "
-            f"loss {metrics['eval/loss']:.4f}, margin {metrics['eval/margin']:.3f} nats, "
+            f"loss {metrics['eval/loss']:.4f}, {'' if margin is None else f'margin {margin:.3f} nats, '}"
             f"{100 * metrics['eval/preference_accuracy']:.1f}% told apart"
         )
 

@@ -106,11 +106,12 @@ class PreferenceObjective:
         ((name, weight, options),) = self.config.weighted_losses()
         loss = weight * UNPAIRED_LOSSES[name](inputs, **options).sum() / self.num_rows
         ratio, is_good = completions.logps - completions.ref_logps, completions.is_desirable
-        chosen = torch.where(is_good, ratio, 0.0).sum() / max(1, self.num_desirable)
-        rejected = torch.where(is_good, 0.0, ratio).sum() / max(1, self.num_rows - self.num_desirable)
-        return loss, {
-            "preference/margin": chosen - rejected,
-            "preference/accuracy": ((ratio > inputs.kl) == is_good).sum() / self.num_rows,
-            "preference/chosen": chosen,
-            "preference/rejected": rejected,
-        }
+        num_undesirable = self.num_rows - self.num_desirable
+        metrics = {"preference/accuracy": ((ratio > inputs.kl) == is_good).sum() / self.num_rows}
+        if self.num_desirable:  # a mean of none is no 0
+            metrics["preference/chosen"] = torch.where(is_good, ratio, 0.0).sum() / self.num_desirable
+        if num_undesirable:
+            metrics["preference/rejected"] = torch.where(is_good, 0.0, ratio).sum() / num_undesirable
+        if self.num_desirable and num_undesirable:
+            metrics["preference/margin"] = metrics["preference/chosen"] - metrics["preference/rejected"]
+        return loss, metrics

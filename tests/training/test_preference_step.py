@@ -1,5 +1,7 @@
 """The packed preference step against a plain one: PEFT, one padded row a completion, full logits, autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,18 @@ def test_kto_has_the_gradients_of_the_plain_step_with_its_mismatched_kl(tiny_bas
     assert metrics["kl/mismatch"] == pytest.approx(kl.item(), rel=1e-4) and kl > 0
     assert metrics["loss/total"] == pytest.approx(expected.item(), rel=1e-5)
     assert_same(grads, gradients(model))
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_step_of_one_label_has_no_mean_of_the_other(tiny_base, label):
+    policy = make_policy(tiny_base)
+    rows = [replace(row, is_desirable=label) for row in make_rows(is_unpaired=True)]
+
+    metrics, *_ = captured(policy, rows, PreferenceConfig(losses=["kto"]), 20)
+
+    present, absent = ("chosen", "rejected") if label else ("rejected", "chosen")
+    assert f"preference/{present}" in metrics and f"preference/{absent}" not in metrics
+    assert "preference/margin" not in metrics and "preference/accuracy" in metrics
 
 
 def test_a_loss_that_sorts_the_whole_step_does_not_depend_on_the_split(tiny_base):
