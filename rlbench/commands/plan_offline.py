@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlbench.build import BaseInputs
 from rlbench.build_offline import PreferenceInputs, SftInputs
 from rlbench.commands.plan import loss_rows, lr_row, model_rows, recompute_keys, row_maker, source_rows
+from rlbench.data.preferences import PreferenceRow
+from rlbench.records import TrainingSample
 from rlbench.tracking.console import PlanRow
 
 
@@ -16,7 +20,7 @@ def sft_plan_rows(inputs: SftInputs, run_folder: Path) -> list[PlanRow]:
     rows = [
         PlanRow("Data", "columns read", train.format),
         PlanRow("Data", "training rows", f"{len(train.samples)}, the longest has {train.longest_tokens} tokens"),
-        PlanRow("Data", "held-out rows", str(len(inputs.evaluation.samples) if inputs.evaluation else 0)),
+        _held_out_row(train.samples, inputs.evaluation.samples if inputs.evaluation else ()),
         row("Data", "sft.loss_on"),
     ]
     if train.num_too_long:
@@ -47,11 +51,29 @@ def _pair_rows(inputs: PreferenceInputs) -> list[PlanRow]:
     rows = [
         PlanRow("Data", "columns read", train.format, note),
         PlanRow("Data", "training rows", f"{len(train.rows)}, the longest packs to {train.longest_tokens} tokens"),
-        PlanRow("Data", "held-out rows", str(len(inputs.evaluation.rows) if inputs.evaluation else 0)),
+        _held_out_row(train.rows, inputs.evaluation.rows if inputs.evaluation else ()),
     ]
     if train.num_too_long:
         rows.append(PlanRow("Data", "too long, left out", str(train.num_too_long)))
     return rows
+
+
+def _held_out_row(
+    train: Sequence[TrainingSample | PreferenceRow], held_out: Sequence[TrainingSample | PreferenceRow]
+) -> PlanRow:
+    """How many, and how many of them are no unseen rows."""
+    trained = set(map(_tokens, train))
+    num_trained = sum(_tokens(row) in trained for row in held_out)
+    note = f"{num_trained} of them are training rows too, so their loss is not of unseen rows" if num_trained else ""
+    return PlanRow("Data", "held-out rows", str(len(held_out)), note)
+
+
+def _tokens(row: TrainingSample | PreferenceRow) -> tuple[Any, ...]:
+    """Prompt, and the completion that is trained on or both that are compared."""
+    if isinstance(row, TrainingSample):
+        return row.prompt_token_ids, row.token_ids
+    completions = row.completions[:1] if row.is_desirable is not None else row.completions
+    return row.prompt_token_ids, completions
 
 
 def size_rows(inputs: BaseInputs) -> list[PlanRow]:

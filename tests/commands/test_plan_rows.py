@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from rlbench.commands.plan import lr_row
+from rlbench.commands.plan_offline import _held_out_row
 from rlbench.config.derive import derive
 from rlbench.config.schema import OptimConfig, RunConfig, TrainingConfig
+from rlbench.data.preferences import PreferenceRow
+from rlbench.data.supervised import given_sample
 from tests.config.test_algorithm_config import FACTS
 
 
@@ -31,3 +34,18 @@ def test_the_learning_rate_says_where_it_comes_from_or_that_it_is_unusual(parame
         reason,
         bool(reason),
     )
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted():
+    samples = [given_sample(f"train/{i}", ids, [False, True, True]) for i, ids in enumerate([(2, 3, 4), (2, 3, 5)])]
+    assert _held_out_row(samples, [samples[1]]).reason.startswith("1 of them are training rows too")
+    assert (_held_out_row(samples[:1], samples[1:]).value, _held_out_row(samples[:1], samples[1:]).reason) == ("1", "")
+
+    def pair(chosen: int, rejected: int, is_desirable: bool | None = None) -> PreferenceRow:
+        return PreferenceRow(
+            row_id=str(chosen), prompt_token_ids=(2,), completions=((chosen,), (rejected,)), is_desirable=is_desirable
+        )
+
+    assert _held_out_row([pair(3, 4)], [pair(3, 5)]).reason == ""
+    assert _held_out_row([pair(3, 4)], [pair(3, 4)]).reason.startswith("1 of")
+    assert _held_out_row([pair(3, 4, True)], [pair(3, 5, True)]).reason.startswith("1 of")  # whatever its mismatch is
