@@ -13,7 +13,7 @@ from rlbench.algorithms.gae import value_targets
 from rlbench.algorithms.shaping import overlong_penalty, returns_to_go
 from rlbench.config.algorithm import ADVANTAGES as ADVANTAGE_SPECS
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
-from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup, StateValues, TrainingSample
+from rlbench.records import FINISH_LENGTH, RewardComponent, Rollout, RolloutGroup, StateValues, TrainingSample
 
 
 class RewardFailure(Exception):
@@ -250,6 +250,12 @@ def _mean(tokens: Sequence[float]) -> float:
     return tokens[0] if min(tokens) == max(tokens) else fmean(tokens)
 
 
+def _what_happened(component: RewardComponent) -> str:
+    if component.status == "skipped":
+        return "returned None (it does not apply to the row), and no other reward gave a value"
+    return f"ended in {component.status}: {component.message}"
+
+
 def check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: RewardsConfig) -> None:
     if not invalid:
         return
@@ -261,5 +267,5 @@ def check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: Reward
     raise RewardFailure(
         f"{len(invalid)} of {num_rollouts} rollouts have no reward (rewards.on_invalid={rewards.on_invalid}, "
         f"rewards.max_invalid_frac={rewards.max_invalid_frac}); the first is {invalid[0].rollout_id}: "
-        f"{name} ended in {component.status}: {component.message}"
+        f"{name} {_what_happened(component)}"
     )

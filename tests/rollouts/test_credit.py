@@ -87,6 +87,15 @@ def test_too_many_invalid_rollouts_stop_the_run(options):
         credit([make_group("a", [1.0, None, 0.5])], AlgorithmConfig(), RewardsConfig(**options))
 
 
+def test_rollouts_to_which_no_reward_applies_say_so():
+    group = make_group("a", [None])
+    skipped = RewardComponent(status="skipped", value=None, weight=1.0)
+    group = replace(group, rollouts=(replace(group.rollouts[0], components={"accuracy": skipped}),))
+
+    with pytest.raises(RewardFailure, match=r"accuracy returned None \(it does not apply to the row\), and no other"):
+        credit([group], AlgorithmConfig(), RewardsConfig())
+
+
 def test_one_valid_rollout_has_nothing_to_be_compared_with():
     result = credit([make_group("a", [1.0, None])], AlgorithmConfig(), RewardsConfig(max_invalid_frac=1.0))
 
