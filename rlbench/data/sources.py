@@ -151,7 +151,9 @@ def _check_is_lines(start: bytes, path: Path, key: str) -> None:
     Raises:
         ValueError: the file begins as one of another format does.
     """
-    kind = "a Parquet file" if start.startswith(b"PAR1") else ""
+    kind = f"a {path.suffix} file" if path.suffix.lower() in (".csv", ".tsv") else ""
+    if start.startswith(b"PAR1"):
+        kind = "a Parquet file"
     if start.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         kind = "one JSON array"
     if kind:

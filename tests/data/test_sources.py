@@ -91,6 +91,13 @@ def test_columns_of_two_types_are_named_with_both_rows(tmp_path):
         load_rows(DataConfig(path=path), "train")
 
 
+def test_a_table_of_text_is_refused_by_its_name(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\n1+1,2\n")
+
+    with pytest.raises(ValueError, match="which is a .csv file; expected JSONL"):
+        load_rows(DataConfig(path=str(tmp_path / "a.csv")), "train")
+
+
 @pytest.mark.parametrize(
     ("content", "kind"), [(b'\n[{"question": "a"}]', "one JSON array"), (b"PAR1", "a Parquet file")]
 )
