@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 VALUE, ERROR, TIMEOUT, SKIPPED = "value", "error", "timeout", "skipped"
@@ -87,8 +88,8 @@ def checked_value(output: object) -> RewardOutput:
     value = output.value
     if value is None:
         return output
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real, its truth values are not
         raise RewardError(f"the reward's value is {value!r}, expected a number")
     if not math.isfinite(value):
         raise RewardError(f"the reward's value is {value}, expected a finite number")
-    return output
+    return output if type(value) in (int, float) else replace(output, value=float(value))
