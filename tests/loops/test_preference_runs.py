@@ -76,7 +76,14 @@ def test_a_killed_run_continues_bit_for_bit_with_the_reference_that_it_began_wit
 
 
 def test_kto_raises_the_margin_too(overrides, tmp_path):
-    done = run("+exp=kto_gsm8k", *overrides, "evaluation.num_prompts=0", "hydra.run.dir=run", folder=tmp_path)
+    done = run(
+        "+exp=kto_gsm8k",
+        *overrides,
+        "evaluation.num_prompts=0",
+        "evaluation.every_steps=0",
+        "hydra.run.dir=run",
+        folder=tmp_path,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))
