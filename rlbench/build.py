@@ -248,7 +248,7 @@ def policy_and_optimizer(
     else:
         policy = (make or Policy)(base, config.lora, seed=config.seed)
     policy.set_recompute(config.training)
-    optimizer = make_optimizer(policy.parameters(), config.optim, not_muon=policy.table_parameters())
+    optimizer = make_optimizer(policy.parameters(), config.optim, tables=policy.table_parameters())
     policy.follow(optimizer)
     return policy, optimizer
 

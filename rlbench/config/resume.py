@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rlbench.config.schema import AUTO, RunConfig
@@ -22,7 +23,7 @@ _WARN = (
     "name",
 )
 
-_FIXED = {"training.parameters": "lora", "lora.dropout": 0.0}  # whatever _WARN says; what runs before the key had
+_FIXED = ("training.parameters", "lora.dropout", "optim.name", "optim.galore.rank")  # whatever _WARN says
 
 _OF_THIS_MACHINE = ("hardware.", "rewards.num_workers")
 
@@ -57,10 +58,10 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> list[str]
     Raises:
         ValueError: a setting differs that the checkpoint depends on (model, adapter, data, seed).
     """
-    before, now = dict(_leaves(saved)), dict(_leaves(current))
+    before, now, defaults = (dict(_leaves(tree)) for tree in (saved, current, asdict(RunConfig())))
     warnings = []
     for key in sorted(before.keys() | now.keys()):
-        old = before.get(key, _FIXED.get(key))
+        old = before.get(key, defaults.get(key))  # a run from before the key had what is its default now
         if old == now.get(key) or key.startswith(_FREE):
             continue
         change = f"{key} was {old!r} in the run that is resumed and is {now.get(key)!r} now"

@@ -13,6 +13,7 @@ from typing import Any
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_pattern, check_range, nearest
 from rlbench.config.full_training import LORA, PARAMETERS, check_full_training
+from rlbench.config.optim import OptimConfig
 from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
@@ -258,40 +259,6 @@ class ChecksConfig:
         check_range("checks.drift_stop_nats", self.drift_stop_nats, low=0, is_low_open=True)
         check_range("checks.drift_stop_ess_frac", self.drift_stop_ess_frac, low=0, high=1)
         check_range("checks.drift_max_ratio", self.drift_max_ratio, low=1)
-
-
-@dataclass
-class OptimConfig:
-    # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes) | muon: of matrices torch's
-    # Muon with updates of AdamW's size, AdamW of norms, biases, embeddings and the head
-    name: str = "adamw"
-    # the highest learning rate, reached after the warm-up; null: derived from training.parameters and stage
-    lr: float | None = None
-    beta1: float = 0.9  # decay of the first moment
-    beta2: float = 0.99  # decay of the second moment
-    momentum: float | None = None  # optim.name=muon: decay of the matrices' momentum; null: 0.95
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.0  # decoupled, times lr
-    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
-    warmup_steps: int = 2  # lr rises linearly over them
-    min_lr_frac: float = 0.1  # the schedule ends at this share of lr
-    max_grad_norm: float = 1.0  # 0: no clipping
-
-    def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ["adamw", "adamw_8bit", "muon"])
-        if self.momentum is not None and self.name != "muon":
-            raise ValueError(
-                f"optim.momentum is {self.momentum}, which optim.name={self.name} does not read; expected null, or muon"
-            )
-        check_range("optim.momentum", self.momentum, low=0, high=1)
-        check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
-        check_range("optim.lr", self.lr, low=0, high=float("inf"), is_low_open=True, is_high_open=True)
-        check_range("optim.beta1", self.beta1, low=0, high=1)
-        check_range("optim.beta2", self.beta2, low=0, high=1)
-        check_range("optim.weight_decay", self.weight_decay, low=0)
-        check_range("optim.warmup_steps", self.warmup_steps, low=0)
-        check_range("optim.min_lr_frac", self.min_lr_frac, low=0, high=1)
-        check_range("optim.max_grad_norm", self.max_grad_norm, low=0)
 
 
 @dataclass

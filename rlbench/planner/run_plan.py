@@ -23,6 +23,7 @@ from rlbench.planner.probes import Probe, Probes, kv_bytes_per_token, largest_pr
 from rlbench.planner.step_work import adapter_bytes, beside_weights
 from rlbench.records import TrainingSample
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
+from rlbench.training.optim import moment_bytes
 
 FILE_NAME = "plan.json"
 FORMULA = "formula: what is held after loading, and what the layers keep for each token; times are not planned"
@@ -89,7 +90,8 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     parts.engine.sleep()  # it wakes by itself
     asleep = memory.held()
     adapter = adapter_bytes(parts)
-    moments = {"adamw": 2 * adapter, "muon": adapter}.get(config.optim.name, adapter // 2)  # what is trained is float32
+    moments = moment_bytes(parts.policy.parameters(), config.optim, tables=parts.policy.table_parameters())
+    moments += moment_bytes(parts.critic.parameters() if parts.critic is not None else [], config.optim)
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
     step_tokens = sum(len(p.token_ids) + group * (tokens - 1) for p in prompts)

@@ -5,31 +5,34 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
 from rlbench.config.schema import OptimConfig
-from rlbench.training.muon import MuonAdamW
+from rlbench.training.galore import GaloreAdamW, state_numbers
+from rlbench.training.muon import MuonAdamW, is_matrix
 
 MUON_MOMENTUM = 0.95  # torch's own default
+_LEAST_8BIT = 4096  # numbers from which bitsandbytes keeps 8 bits of each
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], config: OptimConfig, *, not_muon: Sequence[nn.Parameter] = ()
+    parameters: list[nn.Parameter], config: OptimConfig, *, tables: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW or Muon over float32 parameters; the learning rate is set before each step by `set_lr`.
+    """AdamW, Muon or GaLore over float32 parameters; the learning rate is set before each step by `set_lr`.
 
     Args:
         parameters: all that are trained.
         config: the `optim` part of the config, lr derived.
-        not_muon: matrices that optim.name=muon leaves to AdamW: embeddings and the head.
+        tables: matrices that Muon and GaLore leave to AdamW: embeddings and the head.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; in 8 bits Dettmers et al. 2022, arXiv:2110.02861.
 
     Raises:
-        ValueError: optim.name needs a package that is not installed.
+        ValueError: optim.name needs a package that is not installed, or GaLore's rank is above all matrices.
     """
     assert config.lr is not None
     options: dict[str, Any] = {
@@ -38,18 +41,52 @@ def make_optimizer(
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
+    is_cuda = parameters[0].is_cuda
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=parameters[0].is_cuda)
+        return torch.optim.AdamW(parameters, **options, fused=is_cuda)
     if config.name == "muon":
         momentum = MUON_MOMENTUM if config.momentum is None else config.momentum
-        return MuonAdamW(parameters, momentum=momentum, others=not_muon, **options)
+        return MuonAdamW(parameters, momentum=momentum, others=tables, **options)
+    if config.name == "galore":
+
+        def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(groups, **options, fused=is_cuda)
+
+        return GaloreAdamW(parameters, make_adamw, others=tables, **asdict(config.galore), **options)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"optim.name is {config.name}, which needs the package bitsandbytes; expected it installed, or adamw"
         )
     from bitsandbytes.optim.adamw import AdamW8bit
 
+    if config.name == "galore_8bit":
+        return GaloreAdamW(
+            parameters, lambda groups: AdamW8bit(groups, **options), others=tables, **asdict(config.galore), **options
+        )
     return AdamW8bit(parameters, **options)
+
+
+def moment_bytes(
+    parameters: Sequence[nn.Parameter], config: OptimConfig, *, tables: Sequence[nn.Parameter] = ()
+) -> int:
+    """Bytes of the state that `make_optimizer`'s optimizer keeps of them, counts of steps and scales left out."""
+    left_out = {id(table) for table in tables}
+    item = 1 if "8bit" in config.name else 4
+    total = 0
+    for parameter in parameters:
+        is_special = is_matrix(parameter) and id(parameter) not in left_out
+        if config.name == "muon" and is_special:
+            total += 4 * parameter.numel()
+        elif config.name.startswith("galore") and is_special and min(parameter.shape) > config.galore.rank:
+            moment, basis = state_numbers(parameter.shape, config.galore.rank)
+            total += _moments(moment, item) + 4 * basis
+        else:
+            total += _moments(parameter.numel(), item)
+    return total
+
+
+def _moments(numbers: int, item: int) -> int:
+    return 2 * numbers * (item if numbers >= _LEAST_8BIT else 4)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

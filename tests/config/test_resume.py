@@ -1,6 +1,11 @@
 """A resumed run goes on as it began."""
 
-from rlbench.config.resume import keep_derived
+from dataclasses import asdict
+
+import pytest
+
+from rlbench.config.optim import GaloreConfig, OptimConfig
+from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import EngineConfig, RunConfig
 
 DERIVED = {
@@ -19,3 +24,20 @@ def test_what_was_derived_is_kept_but_not_what_the_user_sets_or_the_machine_deci
     assert kept == ["model.dtype=float32", "training.num_steps=24"]
     assert (config.model.dtype, config.training.num_steps, config.engine.kind) == ("float32", 24, "vllm")
     assert config.hardware.num_threads is None
+
+
+def test_an_optimizer_whose_state_would_not_fit_is_refused_and_its_other_settings_are_told():
+    before = asdict(RunConfig())
+    for optim in (OptimConfig(name="galore"), OptimConfig(galore=GaloreConfig(rank=64))):
+        with pytest.raises(ValueError, match=r"optim\.(name was 'adamw'|galore\.rank was 128) in the run"):
+            check_resumable(before, asdict(RunConfig(optim=optim)))
+
+    (told,) = check_resumable(before, asdict(RunConfig(optim=OptimConfig(beta1=0.8))))
+    assert told.startswith("optim.beta1 was 0.9")
+
+
+def test_a_run_from_before_a_setting_had_its_default():
+    before = asdict(RunConfig())
+    del before["optim"]["galore"]
+
+    assert check_resumable(before, asdict(RunConfig())) == []

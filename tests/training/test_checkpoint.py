@@ -8,6 +8,7 @@ import resource
 import pytest
 import torch
 
+from rlbench.config.optim import GaloreConfig
 from rlbench.config.schema import AlgorithmConfig, OptimConfig
 from rlbench.data.packing import pack
 from rlbench.tracking.errors import TrackingError
@@ -24,34 +25,35 @@ def make_update(policy, optimizer, seed: int) -> None:
 
 def start(base, name: str = "adamw"):
     policy = make_policy(base)
-    return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01, name=name))
+    galore = GaloreConfig(rank=2, interval=3, threshold=0.01)
+    return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01, name=name, galore=galore))
 
 
 def save(folder, policy, optimizer, step: int, keep_last: int = 2):
     return save_checkpoint(folder, policy, optimizer, {"step": step, "n": 7}, base_name="tiny", keep_last=keep_last)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon", "galore", "galore_8bit"])
 def test_training_goes_on_bit_for_bit_after_a_restore(tiny_base, tmp_path, name, monkeypatch):
-    if name == "adamw_8bit":
+    if name.endswith("8bit"):
         optim = pytest.importorskip("bitsandbytes.optim.adamw")
         # the tiny model's matrices have fewer numbers than bitsandbytes would quantise the moments of
         monkeypatch.setattr(optim, "AdamW8bit", functools.partial(optim.AdamW8bit, min_8bit_size=16))
     policy, optimizer = start(tiny_base, name)
-    for seed in range(4):
+    for seed in range(5):
         make_update(policy, optimizer, seed)
         if seed == 1:
             save(tmp_path, policy, optimizer, 2)
     restored, its_optimizer = start(tiny_base, name)
     checkpoint, _ = find_checkpoint(tmp_path)
     restore(checkpoint, restored, its_optimizer)
-    for seed in (2, 3):
+    for seed in (2, 3, 4):
         make_update(restored, its_optimizer, seed)
 
     assert restored.adapter().fingerprint() == policy.adapter().fingerprint()
     assert checkpoint.state == {"step": 2, "n": 7}
     moments = {value.dtype for state in optimizer.state.values() for key, value in state.items() if key == "state1"}
-    assert moments == ({torch.uint8} if name == "adamw_8bit" else set())
+    assert moments == ({torch.uint8} if name.endswith("8bit") else set())
 
 
 def test_only_the_newest_are_kept(tiny_base, tmp_path):

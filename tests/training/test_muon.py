@@ -80,9 +80,7 @@ def test_embeddings_and_head_of_a_model_are_left_to_adamw(tiny_base):
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
 
     assert [names[id(p)] for p in policy.table_parameters()] == ["model.embed_tokens.weight", "lm_head.weight"]
-    optimizer = make_optimizer(
-        policy.parameters(), OptimConfig(name="muon", lr=1e-4), not_muon=policy.table_parameters()
-    )
+    optimizer = make_optimizer(policy.parameters(), OptimConfig(name="muon", lr=1e-4), tables=policy.table_parameters())
     matrices, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
     assert len(matrices) == 2 * 7 and all("proj" in name for name in matrices)
     assert "model.norm.weight" in rest and "lm_head.weight" in rest
@@ -107,7 +105,7 @@ def sums(seed: int) -> list[TrainingSample]:
 
 
 def loss_at_the_end(policy: Policy, config: OptimConfig, num_steps: int = 120) -> float:
-    optimizer = make_optimizer(policy.parameters(), config, not_muon=policy.table_parameters())
+    optimizer = make_optimizer(policy.parameters(), config, tables=policy.table_parameters())
     policy.follow(optimizer)
     losses = []
     for step in range(num_steps):
