@@ -44,9 +44,14 @@ class SampleSet:
 
 
 def supervised_format(columns: Mapping[str, Any], config: DataConfig) -> tuple[str, ...] | None:
-    """The columns that a row is read by; None if it has no format."""
+    """The columns that a row is read by: those that data.* names, if they are not the defaults, before TRL's.
+
+    None if it has no format.
+    """
     formats = [("prompt", "completion"), ("messages",), ("conversations",), ("text",)]
-    formats.append((config.prompt_column, config.answer_column))
+    own, default = (config.prompt_column, config.answer_column), DataConfig()
+    is_asked_for = own != (default.prompt_column, default.answer_column)
+    formats.insert(0 if is_asked_for else len(formats), own)
     return next((names for names in formats if all(columns.get(name) is not None for name in names)), None)
 
 

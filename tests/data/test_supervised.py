@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlbench.config.schema import DataConfig, ExampleConfig
-from rlbench.data.supervised import make_samples, supervised_problem
+from rlbench.data.supervised import make_samples, supervised_format, supervised_problem
 from rlbench.engine.vllm_process import clean_start
 
 with warnings.catch_warnings(), clean_start():  # TRL imports vLLM where it is installed
@@ -163,3 +163,14 @@ def test_what_is_wrong_with_a_row(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_in_trls_formats_are_right(name):
     assert supervised_problem(ROWS[name], DataConfig()) == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [(("text", "code"), ("text", "code")), (("question", "answer"), ("text",)), (("text", "missing"), ("text",))],
+)
+def test_columns_that_were_named_are_read_before_those_of_trl(columns, expected):
+    row = {"text": "write f", "code": "def f(): pass", "question": "q", "answer": "a"}  # as in MBPP
+    config = DataConfig(prompt_column=columns[0], answer_column=columns[1])
+
+    assert supervised_format(row, config) == expected
