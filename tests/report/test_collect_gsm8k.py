@@ -29,7 +29,8 @@ def made_chain(folder: Path) -> Path:
     steps = [
         {
             "phase": "train", "time/step_s": 3.0, "reward/mean": i / 20, "groups/no_signal_frac": 0.5,
-            "drift/ess_frac": 1 - i / 100, "memory/peak_gib": 1.0 + i,
+            "drift/ess_frac": 1 - i / 100, "drift/level": float(i > 17), "memory/peak_gib": 1.0 + i, "step": i + 1,
+            "accuracy/train": 0.05,
         }
         | ({"identity/rollout_gap_mean": 0.01, "identity/rollout_gap_p99": 0.1 + i} if i % 10 == 0 else {})
         for i in range(20)
@@ -43,6 +44,7 @@ def made_chain(folder: Path) -> Path:
         "packages": {"torch": "2", "vllm": "0", "transformers": "5", "peft": "0"},
     }
     (folder / "2_grpo" / "environment.json").write_text(json.dumps(environment))
+    (folder / "2_grpo" / "config.yaml").write_text("algorithm:\n  group_size: 8\n")
     return folder
 
 
@@ -56,6 +58,8 @@ def test_sums_quarters_curve_and_both_evaluations(collector, tmp_path):
     assert found["grpo", "reward, steps 19 to 20"] == pytest.approx(0.925)
     assert found["grpo", "|engine - trainer|, p99, highest check"] == pytest.approx(10.1)
     assert found["grpo", "effective sample size, lowest step"] == pytest.approx(0.81)
+    assert found["grpo", "identity checks, all passed"] == 2 and found["grpo", "steps with drift above a limit"] == 2
+    assert "warning: Most groups teach nothing: hardly any completion is right" in made["findings"]
     assert found["after sft", "eval/accuracy"] == 0.25 and found["after grpo", "eval/accuracy"] == 0.5
     assert found["after grpo", "eval/sampled_change"] == 0.1 and ("after sft", "eval/sampled_change") not in found
 
