@@ -51,6 +51,10 @@ class OptimConfig:
             raise ValueError(
                 f"optim.momentum is {self.momentum}, which optim.name={self.name} does not read; expected null, or muon"
             )
+        if self.galore != GaloreConfig() and not self.name.startswith("galore"):
+            raise ValueError(
+                f"optim.galore is set, which optim.name={self.name} does not read; expected its defaults, or galore"
+            )
         check_range("optim.momentum", self.momentum, low=0, high=1)
         check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])
         check_range("optim.lr", self.lr, low=0, high=float("inf"), is_low_open=True, is_high_open=True)

@@ -28,9 +28,11 @@ def test_what_was_derived_is_kept_but_not_what_the_user_sets_or_the_machine_deci
 
 def test_an_optimizer_whose_state_would_not_fit_is_refused_and_its_other_settings_are_told():
     before = asdict(RunConfig())
-    for optim in (OptimConfig(name="galore"), OptimConfig(galore=GaloreConfig(rank=64))):
-        with pytest.raises(ValueError, match=r"optim\.(name was 'adamw'|galore\.rank was 128) in the run"):
-            check_resumable(before, asdict(RunConfig(optim=optim)))
+    galore = asdict(RunConfig(optim=OptimConfig(name="galore")))
+    with pytest.raises(ValueError, match=r"optim\.name was 'adamw' in the run"):
+        check_resumable(before, galore)
+    with pytest.raises(ValueError, match=r"optim\.galore\.rank was 128 in the run"):
+        check_resumable(galore, asdict(RunConfig(optim=OptimConfig(name="galore", galore=GaloreConfig(rank=64)))))
 
     (told,) = check_resumable(before, asdict(RunConfig(optim=OptimConfig(beta1=0.8))))
     assert told.startswith("optim.beta1 was 0.9")

@@ -25,7 +25,7 @@ def make_update(policy, optimizer, seed: int) -> None:
 
 def start(base, name: str = "adamw"):
     policy = make_policy(base)
-    galore = GaloreConfig(rank=2, interval=3, threshold=0.01)
+    galore = GaloreConfig(rank=2, interval=3, threshold=0.01) if "galore" in name else GaloreConfig()
     return policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01, name=name, galore=galore))
 
 

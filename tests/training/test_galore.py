@@ -136,10 +136,16 @@ def test_a_rank_that_projects_nothing_is_refused(tiny_base):
         make_optimizer(policy.parameters(), OptimConfig(name="galore", lr=1e-4))
 
 
+def test_settings_of_galore_without_it_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.galore is set, which optim\.name=adamw does not read; expected its"):
+        OptimConfig(galore=GaloreConfig(rank=64))
+
+
 def test_moments_are_counted_as_they_are_kept(tiny_base):
     policy = FullPolicy(copy.deepcopy(tiny_base))
     for name in ("adamw", "muon", "galore"):
-        config = OptimConfig(name=name, lr=1e-4, galore=GaloreConfig(rank=8))
+        settings = GaloreConfig(rank=8) if name == "galore" else GaloreConfig()
+        config = OptimConfig(name=name, lr=1e-4, galore=settings)
         optimizer = make_optimizer(policy.parameters(), config, tables=policy.table_parameters())
         set_gradients(policy.parameters(), 0)
         optimizer.step()
