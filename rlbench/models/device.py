@@ -16,6 +16,7 @@ _PROBE_SHAPES = {  # rows, out, in: a linear layer of a model for that device ov
     "cuda": (8192, 4096, 4096),
 }
 _PROBE_ROUNDS = 15
+_PROBE_GIB = 1.0  # of a GPU, with room to spare
 GIB = 2**30
 
 
@@ -75,7 +76,8 @@ def _free_host_bytes() -> int:
 
 def _matmul_gflops(device: str) -> dict[str, float]:
     """Best of each dtype over rounds that take them in turn, so that a busy moment of the machine does not decide."""
-    rows, out, inner = _PROBE_SHAPES[device]
+    has_room = device == "cuda" and torch.cuda.mem_get_info()[0] >= _PROBE_GIB * GIB
+    rows, out, inner = _PROBE_SHAPES["cuda" if has_room else "cpu"]
     x = torch.randn(rows, inner, device=device)
     weight = torch.randn(out, inner, device=device)
     best = dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))

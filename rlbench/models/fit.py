@@ -24,8 +24,8 @@ from rlbench.models.memory import (
 from rlbench.models.names import FULL, NONE, PATCHED_FAMILIES
 
 _LEAST_TOKENS = 1024  # of a microbatch
-# Seconds that a layer's matmuls should take forward and backward at the measured rate: they reach half of it, and the
-# host takes 7.7 ms for the launches (kernels/benchmarks/results/host_h200.json), which is to be a fifth less.
+# Seconds that a layer's matmuls should take forward and backward at the measured rate. They reach half of it, and are
+# to take a fifth longer than their launches do on the host, 7.7 ms (kernels/benchmarks/results/host_h200.json).
 _LEAST_LAYER_S = 0.0046
 _MOST_TOKENS = 32768
 _LEAST_SEQS = 8  # decoded together
@@ -134,14 +134,16 @@ def _microbatch_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any
         needed = _least_training_bytes(config, LayerShape.from_config(text_config), tokens, held)
         if needed <= room:
             if tokens == wanted:
-                return _busier_tokens(config, facts, text_config, room)
+                return _busier_tokens(config, facts, text_config, room, held)
             left = f"{room / GIB:.1f} GiB beside the base{beside_words(held)}"
             return tokens, f"gpu profile: {wanted} tokens do not fit in the {left}, of {facts.memory_words}"
         tokens //= 2
     raise ValueError(_no_room(config, facts, text_config, f"{min(least, wanted)} tokens of training", needed, room))
 
 
-def _busier_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any, room: int) -> tuple[int, str] | None:
+def _busier_tokens(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, room: int, held: Sequence[HeldModel]
+) -> tuple[int, str] | None:
     """More tokens where a small model would wait for the host's launches; none for whose sake layers are recomputed."""
     rate = 1e9 * facts.matmul_gflops.get(config.model.dtype, 0.0)
     if not rate or config.training.parameters == FULL_TRAINING:
@@ -153,7 +155,8 @@ def _busier_tokens(config: RunConfig, facts: HardwareFacts, text_config: Any, ro
 
     def is_kept_whole(tokens: int) -> bool:
         backward = backward_bytes(shape, tokens, item, has_dropout=config.lora.dropout > 0)
-        return kept_bytes(shape, NONE, 0, tokens, item) + backward <= room
+        whole = kept_bytes(shape, NONE, 0, tokens, item) + backward
+        return max(whole, _least_training_bytes(config, shape, tokens, held)) <= room
 
     wanted = tokens = config.training.tokens_per_microbatch or 1
     while layer_s(tokens) < _LEAST_LAYER_S and 2 * tokens <= _MOST_TOKENS and is_kept_whole(2 * tokens):

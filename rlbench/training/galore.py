@@ -85,28 +85,23 @@ class GaloreAdamW(torch.optim.Optimizer):
             group["lr"] = lr
         for parameter in self._rest:
             _share(self.state, parameter, self._inner.state, parameter)
+        projected = []
         for matrix, stand_in in self._stand_ins.items():
-            if matrix.grad is None:
-                stand_in.grad = None
-                continue
-            own = self._projected(matrix, stand_in)
-            _share(self.state, matrix, self._inner.state, stand_in)
-            self.state[matrix] = own  # the inner part comes back after the update
+            if matrix.grad is not None:
+                projected.append((matrix, stand_in, self._project(matrix, stand_in)))
+                _share(self.state, matrix, self._inner.state, stand_in)
         self._inner.step()
         for parameter in self._rest:
             if self._inner.state.get(parameter):
                 self.state[parameter] = self._inner.state[parameter]
-        for matrix, stand_in in self._stand_ins.items():
-            if stand_in.grad is None:
-                continue
-            own = self.state[matrix]
+        for matrix, stand_in, own in projected:
             self.state[matrix] = {**self._inner.state[stand_in], **own}
             matrix.mul_(1 - lr * weight_decay).add_(_back(stand_in, own["basis"], matrix.shape), alpha=self._scale)
             stand_in.grad = None
         return None
 
-    def _projected(self, matrix: nn.Parameter, stand_in: nn.Parameter) -> dict[str, Any]:
-        """The projection's state, after the stand-in is zero with the projected gradient as its own."""
+    def _project(self, matrix: nn.Parameter, stand_in: nn.Parameter) -> dict[str, Any]:
+        """Make the stand-in zero, with the projected gradient as its own; returns the projection's state."""
         assert matrix.grad is not None
         state = self.state.get(matrix, {})
         own = {key: state[key] for key in _OWN if key in state}
@@ -136,7 +131,7 @@ def state_numbers(shape: Sequence[int], rank: int) -> tuple[int, int]:
 def leading_basis(gradient: Tensor, rank: int) -> Tensor:
     """float32 [min(m, n), rank]: singular vectors of the largest singular values, on the shorter side.
 
-    From the eigenvectors of the smaller Gram matrix, at a quarter of the cost of all singular vectors. The largest
+    From the eigenvectors of the smaller Gram matrix, which cost far less than all singular vectors. The largest
     entry of each is positive, so that moments mean the same after another projection that finds the same vector.
     """
     gradient = gradient.float()

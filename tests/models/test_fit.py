@@ -6,7 +6,9 @@ import pytest
 
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, RunConfig
-from rlbench.models.fit import derive_sizes, fit_sizes, trim_kv_cache
+from rlbench.models.fit import _busier_tokens, derive_sizes, fit_sizes, trim_kv_cache
+from rlbench.models.held_models import HeldModel
+from rlbench.models.layer_shape import LayerShape
 from rlbench.models.memory import derive_dense_copies, derive_recompute
 
 GIB = 2**30
@@ -129,6 +131,18 @@ def test_a_small_model_takes_larger_microbatches_on_a_fast_device(name, memory_g
     assert config.training.tokens_per_microbatch == tokens
     assert config.training.recompute == "none" or tokens == 8192
     assert ("than its launches on the host" in found["training.tokens_per_microbatch"].reason) == (tokens > 8192)
+
+
+def test_microbatches_grow_only_as_far_as_a_larger_teachers_forward_pass_fits():
+    config, shape = config_of(), MODELS["Qwen2.5-1.5B"]
+    config.model.dtype, config.training.tokens_per_microbatch = "bfloat16", 8192
+    room = 56 * GIB
+    wide = LayerShape.from_config(text_config("llama", 2**12, 2**19, 2, 32, 8, 128, 1000, False))
+    teacher = HeldModel(name="a teacher", shape=wide)
+
+    alone, _ = _busier_tokens(config, facts_of(139.0, bf16_gflops=7.8e5), shape, room, [])
+    assert alone == 32768
+    assert _busier_tokens(config, facts_of(139.0, bf16_gflops=7.8e5), shape, room, [teacher]) is None
 
 
 def test_microbatches_of_the_user_are_not_made_larger():
