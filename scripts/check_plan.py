@@ -1,7 +1,7 @@
 """Planned against measured peak memory: runs `plan`, then the run itself, for several settings.
 
     python scripts/check_plan.py --out scripts/results/plan_cpu.json         # three settings of one experiment
-    python scripts/check_plan.py --gpu --out scripts/results/plan_h100.json  # nine runs of real shapes, random weights
+    python scripts/check_plan.py --gpu --out scripts/results/plan_h100.json  # twelve of real shapes, random weights
 
 The run's peak is the highest `memory/peak_gib` of its steps (on a CPU the kernel's own count, on a GPU torch's
 allocator's), the plan's comes from its probes. The plan holds for completions of full length; where the model ends some
@@ -71,6 +71,9 @@ GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, wh
         "sampling.max_tokens=512",
         *_LARGE,
     ],
+    ("qwen2.5-1.5b", "nf4", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_LARGE],
+    ("qwen2.5-1.5b", "fp8", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_LARGE],
+    ("llama-3.1-8b", "fp8", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_SMALL],
 }
 _ROWS = 64
 

@@ -3,7 +3,7 @@
     python scripts/smoke_stages.py [--model FOLDER_OR_GGUF] [--parallel 4] [--engine hf] [--out FILE] [KEY=VALUE ...]
 
 Without --model: a tiny one with random weights. The reward is the share of lowercase letters, which differs within a
-group for any model. `grpo_vllm` runs where vLLM can be imported, and alone: it asks for a share of the free memory.
+group for any model. Those of `vllm` run where it can be imported, and alone: they ask for a share of the free memory.
 Exit status 1 if a stage failed or made no update. KEY=VALUE are settings for every stage.
 """
 
@@ -38,6 +38,10 @@ ONLINE = [
     "algorithm.prompts_per_step=4", "algorithm.group_size=4", "evaluation.num_prompts=0", "engine.max_num_seqs=16",
 ]  # fmt: skip
 SMALL_VLLM = ["engine=vllm", "engine.kv_cache_gib=0.5"]
+TRUNCATED = [
+    "sampling.top_p=0.95", "sampling.top_k=50", "sampling.min_p=0.01", "sampling.repetition_penalty=1.05",
+    "sampling.presence_penalty=0.1",
+]  # fmt: skip
 OFFLINE = ["evaluation.num_prompts=4"]
 WAIT_S = 0.05
 NO_VLLM = "no vllm"
@@ -56,9 +60,22 @@ class Stage:
 
 STAGES = {
     "grpo_vllm": Stage("grpo_gsm8k", [], engine="vllm"),
+    "grpo_vllm_truncated": Stage("grpo_gsm8k", TRUNCATED, engine="vllm"),
+    "grpo_vllm_full": Stage("grpo_full_gsm8k", [], engine="vllm"),
     "sft": Stage("sft_gsm8k", [*OFFLINE, "sft.rows_per_step=4"], is_online=False),
     "reward_model": Stage("reward_model_gsm8k", [*OFFLINE, "reward_model.pairs_per_step=4"], is_online=False),
     "grpo_hf": Stage("grpo_gsm8k", [], engine="hf"),
+    "grpo_muon": Stage("grpo_gsm8k", ["optim=muon"]),
+    "grpo_adamw_8bit": Stage("grpo_gsm8k", ["optim=adamw_8bit"]),
+    "grpo_full": Stage("grpo_full_gsm8k", []),
+    "sft_full_galore": Stage(
+        "sft_full_gsm8k", [*OFFLINE, "sft.rows_per_step=4", "optim=galore", "optim.galore.rank=32"], is_online=False
+    ),
+    "sft_full_galore_8bit": Stage(
+        "sft_full_gsm8k",
+        [*OFFLINE, "sft.rows_per_step=4", "optim=galore_8bit", "optim.galore.rank=32"],
+        is_online=False,
+    ),
     "ppo": Stage("ppo_gsm8k", ["algorithm.critic.warmup_steps=0"]),
     "online_dpo": Stage("online_dpo_gsm8k", []),
     "dpo": Stage("dpo_gsm8k", [*OFFLINE, "preference.pairs_per_step=4"], is_online=False),
