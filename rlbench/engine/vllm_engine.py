@@ -10,6 +10,7 @@ What it does around vLLM:
 - on a GPU logits are float32: in bf16 their steps are 0.06 to 0.12 nats, most of the gap to the trainer;
 - sampling logprobs are vLLM's `processed_logprobs`: after penalties, temperature, min_p, top_k, top_p and
   renormalisation; the plain ones come beside them (`rlbench.engine.vllm_sampler`);
+- steps that give each sequence a token are scheduled by a short way (`rlbench.engine.vllm_scheduler`);
 - `score` reads prompt logprobs, which are never taken from the prefix cache.
 
 What starting it changes in the process, and what it puts back: see `rlbench.engine.vllm_process`.
@@ -34,7 +35,7 @@ from rlbench.config.vllm_version import check_vllm_version
 from rlbench.engine.dense_copies import DENSE_COPIES
 from rlbench.engine.interface import BASE_FINGERPRINT, Adapter, EngineCorruptedError, OnFinished, Weights
 from rlbench.engine.vllm_checks import check_formats, check_kv_cache_dtype, check_model, slot_rank
-from rlbench.engine.vllm_process import clean_start, untouched_random_state
+from rlbench.engine.vllm_process import clean_start, graph_sizes, untouched_random_state
 from rlbench.engine.vllm_requests import (
     check_requests,
     check_sampling,
@@ -44,6 +45,7 @@ from rlbench.engine.vllm_requests import (
     sampling_request,
     scores,
 )
+from rlbench.engine.vllm_scheduler import schedule_quickly
 from rlbench.models.shared_base import EngineWeight
 from rlbench.records import Completion, SamplingParams
 
@@ -142,7 +144,7 @@ class VllmEngine:
             options["gpu_memory_utilization"] = max(0.01, round(0.5 * free / total, 3))
             options["hf_overrides"] = {"head_dtype": "float32"}
             options["compilation_config"] = {
-                "cudagraph_capture_sizes": _graph_sizes(max_num_seqs),
+                "cudagraph_capture_sizes": graph_sizes(max_num_seqs),
                 "cudagraph_specialize_lora": False,  # all but the checks' batches have the adapter
             }
             options["additional_config"] = {DENSE_COPIES: dense_copies}
@@ -169,6 +171,7 @@ class VllmEngine:
                 **of_lora,
                 **options,
             )
+            schedule_quickly(self._llm.llm_engine.engine_core.engine_core.scheduler)
             self._slot_shapes: dict[str, tuple[int, int, int]] = {}
             self._adapter_request = None  # None: no slot, all weights are synced or the adapter is merged
             if lora_rank is not None and self._merges:
@@ -465,19 +468,6 @@ class VllmEngine:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._llm.collective_rpc(method, args=arguments)[0]
-
-
-def _graph_sizes(max_num_seqs: int) -> list[int]:
-    """Tokens of a batch that gets a CUDA graph; others are padded to the next: above 64 by less than an eighth.
-
-    The last is twice `max_num_seqs`: where sequences that end make room for waiting prompts, a batch holds both. vLLM's
-    own list is three times as long, since it goes on to 512 in equal steps; each is captured at every start.
-    """
-    sizes, size = [1, 2, 4], 8
-    while size < 2 * max_num_seqs:
-        sizes.append(size)
-        size += max(8, 2 ** (size.bit_length() - 4))
-    return sorted({*(size for size in sizes if size < 2 * max_num_seqs), max_num_seqs, 2 * max_num_seqs})
 
 
 def _use_batch_invariant_kernels(device: str) -> None:
