@@ -138,6 +138,7 @@ def _keep_bytes(model: nn.Module) -> None:
             bias = None if module.bias is None else module.bias.data
             quantised = Nf4Weight.from_quant_state(weight.data, weight.quant_state)
             model.set_submodule(name, Nf4Linear(quantised, bias))
+            weight.module = None  # bitsandbytes' circle: the bytes would stay after they are joined
     join_neighbours(model)
 
 

@@ -1,11 +1,14 @@
 """A base in NF4 without an engine: the bytes of bitsandbytes, read again, trained on, refused where it cannot be."""
 
+import gc
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 
 from rlbench.config.schema import LoraConfig
 from rlbench.data.packing import pack
@@ -84,8 +87,13 @@ def test_q_k_v_and_gate_up_are_rows_of_one_matrix_and_no_byte_is_held_twice(tmp_
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     dense = load_base(str(tmp_path), dtype=torch.bfloat16, device="cpu")
-
-    base = nf4(str(tmp_path))
+    gc.collect()
+    gc.disable()
+    try:
+        base = nf4(str(tmp_path))
+        assert not [held for held in gc.get_objects() if isinstance(held, Linear4bit)]
+    finally:
+        gc.enable()
 
     attention, mlp = base.model.layers[0].self_attn, base.model.layers[0].mlp
     for group in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
