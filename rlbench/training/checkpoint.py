@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from rlbench.models.policy import Policy
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
+from rlbench.training.optimizer_state import fill_state, state_tensors
 
 _FORMAT = 1
 
@@ -180,38 +181,14 @@ def restore(
 def _save(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None, base_name: str) -> None:
     trained.save(folder, base_name)
     if optimizer is not None:
-        save_file(_optimizer_tensors(trained, optimizer), str(folder / "optimizer.safetensors"))
+        save_file(state_tensors(trained.named_parameters(), optimizer), str(folder / "optimizer.safetensors"))
 
 
 def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | None) -> None:
     trained.load(folder)
     if optimizer is None:
         return
-    tensors = load_file(str(folder / "optimizer.safetensors"))
-    is_fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in trained.named_parameters():
-        prefix = f"{name}|"
-        values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if values:
-            optimizer.state[parameter] = {
-                key: _state_value(key, value, parameter.device, is_fused=is_fused[id(parameter)])
-                for key, value in values.items()
-            }
-
-
-def _state_value(key: str, value: torch.Tensor, device: torch.device, *, is_fused: bool) -> torch.Tensor | int:
-    """torch keeps the step as a tensor, on the host unless it is fused; bitsandbytes as a plain number."""
-    if key == "step" and not value.is_floating_point():
-        return int(value)
-    return value if key == "step" and not is_fused else value.to(device)
-
-
-def _optimizer_tensors(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}|{key}": torch.as_tensor(value).detach().cpu().clone()
-        for name, parameter in trained.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    fill_state(trained.named_parameters(), optimizer, load_file(str(folder / "optimizer.safetensors")))
 
 
 def _folders(run_folder: Path) -> list[Path]:
