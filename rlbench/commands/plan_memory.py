@@ -110,6 +110,9 @@ def _rows(made: MemoryPlan, probes: Probes, config: RunConfig, kind: str) -> Ite
     memory = f"Memory ({kind}), GiB"
     for name, gib in made.memory_gib.items():
         yield PlanRow(memory, name, f"{gib:.2f}", "#" * round(30 * max(0.0, gib) / made.peak_gib))
+    if made.paged_gib:
+        note = "beside the peak: the driver moves it to host memory where the device is full"
+        yield PlanRow(memory, "optimizer state, paged", f"{made.paged_gib:.2f}", note)
     free = f"{made.limit_gib - made.peak_gib:.2f} of {made.limit_gib:.2f} stay free"
     yield PlanRow(memory, "peak", f"{made.peak_gib:.2f}", free)
     if made.max_completion_tokens is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rlbench.config.full_training import FULL, default_lr
+from rlbench.config.optim import check_paged
 from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
 
@@ -103,6 +104,7 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
         )
     cap = "" if facts.uncapped_gib is None else f"; memory: {facts.memory_words}"
     fill("hardware.profile", profile, f"torch sees {facts.device_name}{cap}")
+    check_paged(config.optim, config.hardware.profile)
     fill("hardware.num_threads", facts.num_cores, f"{facts.num_cores} cores are open to this process")
     own_sizes = _RL_SIZES if config.stage == "rl" else _OFFLINE_SIZES
     sizes = _SIZES[config.hardware.profile] | own_sizes[config.hardware.profile]

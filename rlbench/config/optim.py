@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from rlbench.config.checks import check_choice, check_range
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "galore", "galore_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "galore", "galore_8bit")
+_PAGED = "paged_"
 
 
 @dataclass
@@ -28,9 +29,11 @@ class GaloreConfig:
 
 @dataclass
 class OptimConfig:
-    # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes) | muon: of matrices torch's
-    # Muon with updates of AdamW's size, AdamW of norms, biases, embeddings and the head | galore, galore_8bit: of such
-    # matrices AdamW, or that of 8 bits, in a low-rank subspace of their gradients
+    # adamw | adamw_8bit: moments of matrices from 4,096 numbers on in 8 bits (bitsandbytes) | paged_adamw,
+    # paged_adamw_8bit: on a GPU, bitsandbytes'; the driver moves moments of tensors from 100,000 numbers on to host
+    # memory while the GPU is full | muon: of matrices torch's Muon with updates of AdamW's size, AdamW of norms,
+    # biases, embeddings and the head | galore, galore_8bit: of such matrices AdamW, or that of 8 bits, in a low-rank
+    # subspace of their gradients
     name: str = "adamw"
     # the highest learning rate, reached after the warm-up; null: derived from training.parameters and stage
     lr: float | None = None
@@ -64,3 +67,23 @@ class OptimConfig:
         check_range("optim.warmup_steps", self.warmup_steps, low=0)
         check_range("optim.min_lr_frac", self.min_lr_frac, low=0, high=1)
         check_range("optim.max_grad_norm", self.max_grad_norm, low=0)
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether moments of large tensors lie in memory that GPU and host share."""
+        return self.name.startswith(_PAGED)
+
+
+def check_paged(config: OptimConfig, profile: str) -> None:
+    """
+    Args:
+        profile: hardware.profile, cpu or gpu.
+
+    Raises:
+        ValueError: paged moments, and no GPU whose driver would page them.
+    """
+    if config.is_paged and profile != "gpu":
+        raise ValueError(
+            f"optim.name is {config.name}, whose moments lie in memory that a GPU shares with the host; found "
+            f"hardware={profile}; expected a GPU, or optim={config.name.removeprefix(_PAGED)}"
+        )

@@ -27,6 +27,7 @@ class Knob:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     memory_gib: dict[str, float]  # by part, of the phase that needs most; they add up to peak_gib
+    paged_gib: float  # of the optimizer's state, beside the peak: it moves to the host where the device is full
     peak_gib: float
     generation_peak_gib: float
     update_peak_gib: float
@@ -53,6 +54,7 @@ def offline_plan(probes: Probes, config: RunConfig, limit_bytes: int) -> MemoryP
     update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches)
     return MemoryPlan(
         memory_gib=_parts(probes, above, 0.0, peak, 0.0),
+        paged_gib=probes.moments.paged / GIB,
         peak_gib=peak / GIB,
         generation_peak_gib=0.0,
         update_peak_gib=peak / GIB,
@@ -89,6 +91,7 @@ def make_plan(probes: Probes, config: RunConfig, limit_bytes: int, longest_promp
     update_s = probes.num_microbatches * seconds.at(probes.step_tokens / probes.num_microbatches)
     return MemoryPlan(
         memory_gib=_parts(probes, above, generation_peak, update_peak, cache_slope * tokens),
+        paged_gib=probes.moments.paged / GIB,
         peak_gib=max(generation_peak, update_peak) / GIB,
         generation_peak_gib=generation_peak / GIB,
         update_peak_gib=update_peak / GIB,
@@ -122,7 +125,7 @@ def _parts(probes: Probes, above: Line, generation_peak: float, update_peak: flo
         parts |= probes.beside_weights
     else:
         parts |= {"adapter": adapter} | ({"engine's adapter": adapter / 2} if probes.generation else {})
-    parts["optimizer state"] = 2 * adapter
+    parts["optimizer state"] = probes.moments.device
     if update_peak >= generation_peak:
         work = above.at(probes.microbatch_tokens)
         head = min(probes.head_bytes, work)
@@ -157,8 +160,9 @@ def _update_knobs(probes: Probes, above: Line, config: RunConfig) -> list[Knob]:
         saves_gib=(above.at(probes.microbatch_tokens) - above.at(half)) / GIB,
     )
     if probes.beside_weights is not None:  # moments, gradients, masters and copy; less the adapter, which is small
-        saved = 3 * probes.adapter_bytes + sum(probes.beside_weights.values())
+        saved = probes.moments.device + probes.adapter_bytes + sum(probes.beside_weights.values())
         return [tokens, Knob(setting="training.parameters=lora", saves_gib=saved / GIB)]
     rank = max(1, config.lora.rank // 2)
-    saved = 4.5 * probes.adapter_bytes * (1 - rank / config.lora.rank)
+    # the numbers, their gradients and the engine's copy in 16 bits; the moments
+    saved = (2.5 * probes.adapter_bytes + probes.moments.device) * (1 - rank / config.lora.rank)
     return [tokens, Knob(setting=f"lora.rank={rank}", saves_gib=saved / GIB)]

@@ -16,7 +16,7 @@ from rlbench.loops.stopping import StopRequest
 from rlbench.loops.watchdog import Watchdog
 from rlbench.models.base import storage_bytes
 from rlbench.planner.probes import SHARES, Probe, Probes, head_bytes, is_safe, with_origin
-from rlbench.planner.step_work import adapter_bytes, beside_weights
+from rlbench.planner.step_work import adapter_bytes, all_moments, beside_weights
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.device_memory import DeviceMemory, watch
 from rlbench.tracking.jsonl import JsonlWriter
@@ -53,7 +53,7 @@ def probed_loop(
 def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Probes:
     """Measure. The optimizer gets its state; the policy stays as it was (learning rate 0)."""
     parts = loop.parts
-    idle = memory.held()
+    idle, limit = memory.held(), memory.limit()  # paged moments that lie on the device later can leave it
     steps = largest_steps(loop)
     rows, largest = max(((rows, max(sizes)) for rows, sizes in steps), key=lambda found: found[1])
     _, longest = max(steps, key=lambda step: sum(step[1]))
@@ -63,7 +63,7 @@ def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Pro
     memory.settle()
     warm = memory.held()
     update = with_origin([_probe(loop, memory, subset) for subset in subsets], warm)
-    if largest > update[-1].size and is_safe(update, warm, largest, memory.limit()):
+    if largest > update[-1].size and is_safe(update, warm, largest, limit):
         update.append(_probe(loop, memory, rows))
     return Probes(
         idle_bytes=idle,
@@ -78,6 +78,7 @@ def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Pro
         update=update,
         head_bytes=0 if loop.inputs.config.stage == "reward_model" else head_bytes(parts, memory, largest),
         num_rows=len(rows),
+        moments=all_moments(parts, loop.inputs.config),
         beside_weights=beside_weights(parts),
     )
 

@@ -13,8 +13,9 @@ from rlbench.build import BaseParts, Inputs, Parts, training_sampling
 from rlbench.data.packing import Microbatch, pack
 from rlbench.data.stream import PromptStream
 from rlbench.models.base import storage_bytes
+from rlbench.models.moments import MomentBytes
 from rlbench.planner.linear_fit import fit
-from rlbench.planner.step_work import adapter_bytes, beside_weights, with_returns, work_on
+from rlbench.planner.step_work import adapter_bytes, all_moments, beside_weights, with_returns, work_on
 from rlbench.records import Prompt, TrainingSample
 from rlbench.rollouts.seeds import sampling_seed
 from rlbench.tracking.device_memory import DeviceMemory, watch
@@ -54,6 +55,7 @@ class Probes:
     update: list[Probe]
     head_bytes: int  # peak of the logits workspace
     num_rows: int  # sequences decoded together
+    moments: MomentBytes  # of the optimizers; paged ones are in no peak
     engine_cache_bytes: int = 0  # of fixed size, held while the engine is awake
     scoring_bytes: int = 0  # peak while the engine scores what the identity check compares
     beside_weights: dict[str, int] | None = None  # with all weights trained: bytes of master weights and frozen copy
@@ -62,7 +64,7 @@ class Probes:
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     """Measure. The optimizer gets its state; the adapter stays as it was (learning rate 0)."""
     config = inputs.config
-    idle = memory.held()
+    idle, limit = memory.held(), memory.limit()  # paged moments that lie on the device later can leave it
     step = largest_step(inputs)
     full = _pack(inputs, parts, step)
     microbatch_tokens = max(len(mb.token_ids) for mb in full)
@@ -82,7 +84,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     memory.settle()
     warm = memory.held()
     update = with_origin([_update(inputs, parts, memory, step[:count]) for count in sizes], warm)
-    if microbatch_tokens > update[-1].size and is_safe(update, warm, microbatch_tokens, memory.limit()):
+    if microbatch_tokens > update[-1].size and is_safe(update, warm, microbatch_tokens, limit):
         largest = max(full, key=lambda mb: len(mb.token_ids))
         update.append(_update(inputs, parts, memory, largest.samples))
     return Probes(
@@ -100,6 +102,7 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         num_rows=rows,
         engine_cache_bytes=cache,
         scoring_bytes=scoring,
+        moments=all_moments(parts, config),
         beside_weights=beside_weights(parts),
     )
 

@@ -20,10 +20,9 @@ from rlbench.models.memory import backward_bytes, kept_bytes
 from rlbench.models.policy import Policy
 from rlbench.planner.memory_plan import MemoryPlan, make_plan
 from rlbench.planner.probes import Probe, Probes, kv_bytes_per_token, largest_prompts
-from rlbench.planner.step_work import adapter_bytes, beside_weights
+from rlbench.planner.step_work import adapter_bytes, all_moments, beside_weights
 from rlbench.records import TrainingSample
 from rlbench.tracking.device_memory import DeviceMemory, device_memory
-from rlbench.training.optim import moment_bytes
 
 FILE_NAME = "plan.json"
 FORMULA = "formula: what is held after loading, and what the layers keep for each token; times are not planned"
@@ -90,8 +89,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     parts.engine.sleep()  # it wakes by itself
     asleep = memory.held()
     adapter = adapter_bytes(parts)
-    moments = moment_bytes(parts.policy.parameters(), config.optim, tables=parts.policy.table_parameters())
-    moments += moment_bytes(parts.critic.parameters() if parts.critic is not None else [], config.optim)
+    moments = all_moments(parts, config)
     prompts = largest_prompts(inputs)
     group, tokens = config.algorithm.group_size or 1, config.sampling.max_tokens
     step_tokens = sum(len(p.token_ids) + group * (tokens - 1) for p in prompts)
@@ -100,7 +98,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     per_token = 0 if config.engine.kind == "vllm" else kv_bytes_per_token(parts)  # vLLM's cache is held already
     prefill = held + per_token * longest_prompt_tokens(prompts) * len(prompts)
     head = _head_bytes(inputs, parts, min(budget, step_tokens))
-    warm = asleep + moments
+    warm = asleep + moments.device
     probes = Probes(
         idle_bytes=held,
         base_bytes=storage_bytes(parts.base),
@@ -117,6 +115,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
         head_bytes=head,
         num_rows=rows,
         engine_cache_bytes=held - asleep,
+        moments=moments,
         beside_weights=beside_weights(parts),
     )
     made = make_plan(probes, config, memory.limit(), longest_prompt_tokens(inputs.train.prompts), inputs.context_tokens)

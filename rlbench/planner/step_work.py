@@ -14,7 +14,9 @@ from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.schema import RunConfig
 from rlbench.data.packing import Microbatch
 from rlbench.models.full_policy import FullPolicy
+from rlbench.models.moments import MomentBytes
 from rlbench.records import TrainingSample
+from rlbench.training.optim import moment_bytes
 from rlbench.training.step import count_totals, fixed_columns, policy_logprobs, reference_logprobs, train_step
 from rlbench.training.support import support_sampler
 from rlbench.training.update import Minibatch
@@ -106,6 +108,13 @@ def adapter_bytes(parts: BaseParts) -> int:
     """Of all that is trained."""
     critic = parts.critic.parameters() if isinstance(parts, Parts) and parts.critic is not None else []
     return sum(p.numel() * p.element_size() for p in chain(parts.policy.parameters(), critic))
+
+
+def all_moments(parts: BaseParts, config: RunConfig) -> MomentBytes:
+    """Of all that is trained."""
+    moments = moment_bytes(parts.policy.parameters(), config.optim, tables=parts.policy.table_parameters())
+    critic = parts.critic.parameters() if isinstance(parts, Parts) and parts.critic is not None else []
+    return moments + moment_bytes(critic, config.optim)
 
 
 def beside_weights(parts: BaseParts) -> dict[str, int] | None:

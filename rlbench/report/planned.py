@@ -85,5 +85,8 @@ def _parts(plan: Mapping[str, Any]) -> Html | None:
             tag("td", f"{100 * gib / total:.0f}%", class_="number"))
         for name, gib in sorted(known.items(), key=lambda item: -item[1])
     ]  # fmt: skip
+    paged = number(plan.get("paged_gib"))
+    notes = [tag("p", f"Beside it {paged:.2f} GiB of optimizer state, paged: the driver moves it to host memory where "
+                      "the device is full.", class_="quiet")] if paged else []  # fmt: skip
     return tag("details", tag("summary", f"The planned peak of {total:.2f} GiB by part"),
-               table(("part", "GiB", "share"), rows))  # fmt: skip
+               table(("part", "GiB", "share"), rows), *notes)  # fmt: skip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlbench.training.muon import is_matrix
+from rlbench.models.moments import is_matrix, low_shape
 
 _OWN = ("basis", "age", "interval")  # of the state: of the projection; all else is the inner optimizer's
 MakeAdamW = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -59,9 +58,9 @@ class GaloreAdamW(torch.optim.Optimizer):
             ValueError: no matrix has both sides above `rank`.
         """
         left_out = {id(parameter) for parameter in others}
-        matrices = [p for p in parameters if is_matrix(p) and min(p.shape) > rank and id(p) not in left_out]
+        matrices = [p for p in parameters if is_matrix(p.shape) and min(p.shape) > rank and id(p) not in left_out]
         if not matrices:
-            shapes = sorted({tuple(p.shape) for p in parameters if is_matrix(p) and id(p) not in left_out})[:4]
+            shapes = sorted({tuple(p.shape) for p in parameters if is_matrix(p.shape) and id(p) not in left_out})[:4]
             raise ValueError(
                 f"optim.galore.rank is {rank}, but no trained matrix is larger both ways (some are {shapes}), so "
                 "GaLore would change nothing; expected a lower rank, training.parameters=full or another optim.name"
@@ -115,17 +114,6 @@ class GaloreAdamW(torch.optim.Optimizer):
         stand_in.zero_()
         stand_in.grad = _low(matrix.grad, own["basis"])
         return own
-
-
-def low_shape(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Of a matrix's projected gradient."""
-    rows, columns = shape
-    return (rank, columns) if rows <= columns else (rows, rank)
-
-
-def state_numbers(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Numbers of each moment, and of the basis, of a matrix that is projected."""
-    return math.prod(low_shape(shape, rank)), min(shape) * rank
 
 
 def leading_basis(gradient: Tensor, rank: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlbench.models.moments import is_matrix
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """torch's own Muon over the matrices and AdamW over the rest; state and learning rate as of one optimizer.
@@ -35,7 +37,7 @@ class MuonAdamW(torch.optim.Optimizer):
             adamw: lr, betas, eps and weight_decay; lr and weight_decay hold for the matrices too.
         """
         left_out = {id(parameter) for parameter in others}
-        matrices = [p for p in parameters if is_matrix(p) and id(p) not in left_out]
+        matrices = [p for p in parameters if is_matrix(p.shape) and id(p) not in left_out]
         chosen = {id(parameter) for parameter in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
         super().__init__(list(parameters), adamw)
@@ -56,7 +58,3 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self._parts:
             part.step()
         return None
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and min(parameter.shape) > 1

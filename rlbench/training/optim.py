@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +12,17 @@ import torch
 from torch import nn
 
 from rlbench.config.schema import OptimConfig
-from rlbench.training.galore import GaloreAdamW, state_numbers
-from rlbench.training.muon import MuonAdamW, is_matrix
+from rlbench.models.moments import MomentBytes, count_moments
+from rlbench.training.galore import GaloreAdamW
+from rlbench.training.muon import MuonAdamW
 
 MUON_MOMENTUM = 0.95  # torch's own default
-_LEAST_8BIT = 4096  # numbers from which bitsandbytes keeps 8 bits of each
+_BITSANDBYTES = {  # its classes
+    "adamw_8bit": "AdamW8bit",
+    "galore_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
 
 
 def make_optimizer(
@@ -53,40 +59,36 @@ def make_optimizer(
             return torch.optim.AdamW(groups, **options, fused=is_cuda)
 
         return GaloreAdamW(parameters, make_adamw, others=tables, **asdict(config.galore), **options)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"optim.name is {config.name}, which needs the package bitsandbytes; expected it installed, or adamw"
-        )
-    from bitsandbytes.optim.adamw import AdamW8bit
-
+    make = _bitsandbytes_adamw(config.name)
     if config.name == "galore_8bit":
         return GaloreAdamW(
-            parameters, lambda groups: AdamW8bit(groups, **options), others=tables, **asdict(config.galore), **options
+            parameters, lambda groups: make(groups, **options), others=tables, **asdict(config.galore), **options
         )
-    return AdamW8bit(parameters, **options)
+    return make(parameters, **options)
+
+
+def _bitsandbytes_adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        expected = name.removesuffix("_8bit").removeprefix("paged_")
+        raise ValueError(
+            f"optim.name is {name}, which needs the package bitsandbytes; expected it installed, or {expected}"
+        )
+    from bitsandbytes.optim import adamw
+
+    return getattr(adamw, _BITSANDBYTES[name])
 
 
 def moment_bytes(
     parameters: Sequence[nn.Parameter], config: OptimConfig, *, tables: Sequence[nn.Parameter] = ()
-) -> int:
-    """Bytes of the state that `make_optimizer`'s optimizer keeps of them, counts of steps and scales left out."""
+) -> MomentBytes:
+    """`count_moments` of these parameters.
+
+    Args:
+        parameters, config, tables: as of `make_optimizer`.
+    """
     left_out = {id(table) for table in tables}
-    item = 1 if "8bit" in config.name else 4
-    total = 0
-    for parameter in parameters:
-        is_special = is_matrix(parameter) and id(parameter) not in left_out
-        if config.name == "muon" and is_special:
-            total += 4 * parameter.numel()
-        elif config.name.startswith("galore") and is_special and min(parameter.shape) > config.galore.rank:
-            moment, basis = state_numbers(parameter.shape, config.galore.rank)
-            total += _moments(moment, item) + 4 * basis
-        else:
-            total += _moments(parameter.numel(), item)
-    return total
-
-
-def _moments(numbers: int, item: int) -> int:
-    return 2 * numbers * (item if numbers >= _LEAST_8BIT else 4)
+    others = [parameter.shape for parameter in parameters if id(parameter) not in left_out]
+    return count_moments(others, config, tables=[table.shape for table in tables])
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

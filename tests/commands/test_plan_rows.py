@@ -1,16 +1,20 @@
 """Rows of the plan whose reason is worked out for them."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rlbench.commands.plan import lr_row
+from rlbench.commands.plan_memory import _rows
 from rlbench.commands.plan_offline import _held_out_row
 from rlbench.config.derive import derive
 from rlbench.config.schema import OptimConfig, RunConfig, TrainingConfig
 from rlbench.data.preferences import PreferenceRow
 from rlbench.data.supervised import given_sample
+from rlbench.models.moments import MomentBytes
 from tests.config.test_algorithm_config import FACTS
+from tests.planner.test_memory_plan import made
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,19 @@ def test_the_learning_rate_says_where_it_comes_from_or_that_it_is_unusual(parame
         reason,
         bool(reason),
     )
+
+
+@pytest.mark.parametrize("paged", [0, 2**29])
+def test_paged_moments_are_a_row_of_their_own_above_the_peak(paged):
+    plan = made(moments=MomentBytes(device=2**24, paged=paged))
+    probes: Any = SimpleNamespace(microbatch_tokens=1024, update=[1, 2])
+    rows = {row.name: row for row in _rows(plan, probes, RunConfig(), "device memory")}
+
+    assert rows["optimizer state"].value == "0.02" and rows["peak"].value == "3.00"
+    if paged:
+        row = rows["optimizer state, paged"]
+        assert row.value == "0.50" and row.reason.startswith("beside the peak: the driver moves it to host memory")
+    assert ("optimizer state, paged" in rows) == bool(paged)
 
 
 def test_held_out_rows_that_are_trained_on_too_are_counted():

@@ -3,7 +3,7 @@
 import pytest
 
 from rlbench.config.derive import HardwareFacts, derive
-from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, RunConfig, SamplingConfig
+from rlbench.config.schema import EngineConfig, HardwareConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 
 
 def facts(device="cpu", problem="vllm is not installed", bfloat16_gflops=400.0):
@@ -95,6 +95,17 @@ def test_what_the_user_set_is_not_derived():
 def test_what_does_not_go_together_is_one_sentence(config, options, message):
     with pytest.raises(ValueError, match=message):
         derive(config, facts(**options))
+
+
+@pytest.mark.parametrize(("name", "unpaged"), [("paged_adamw", "adamw"), ("paged_adamw_8bit", "adamw_8bit")])
+def test_paged_moments_need_a_gpu(name, unpaged):
+    message = f"optim.name is {name}, .* found hardware=cpu; expected a GPU, or optim={unpaged}$"
+    for hardware, device in ((HardwareConfig(), "cpu"), (HardwareConfig(profile="cpu"), "cuda")):
+        with pytest.raises(ValueError, match=message):
+            derive(RunConfig(optim=OptimConfig(name=name), hardware=hardware), facts(device=device))
+
+    derive(RunConfig(optim=OptimConfig(name=name)), facts(device="cuda"))
+    derive(RunConfig(optim=OptimConfig(name=unpaged)), facts())
 
 
 def test_a_guide_needs_vllm():

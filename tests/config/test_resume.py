@@ -31,6 +31,12 @@ def test_an_optimizer_whose_state_would_not_fit_is_refused_and_its_other_setting
     galore = asdict(RunConfig(optim=OptimConfig(name="galore")))
     with pytest.raises(ValueError, match=r"optim\.name was 'adamw' in the run"):
         check_resumable(before, galore)
+    for one, other in (("adamw", "paged_adamw"), ("paged_adamw_8bit", "adamw_8bit")):
+        configs = [asdict(RunConfig(optim=OptimConfig(name=name))) for name in (one, other)]
+        with pytest.raises(
+            ValueError, match=rf"optim\.name was '{one}' in the run that is resumed and is '{other}' now"
+        ):
+            check_resumable(*configs)
     with pytest.raises(ValueError, match=r"optim\.galore\.rank was 128 in the run"):
         check_resumable(galore, asdict(RunConfig(optim=OptimConfig(name="galore", galore=GaloreConfig(rank=64)))))
 

@@ -20,6 +20,7 @@ def test_a_plan_measures_prints_and_leaves_the_numbers(tiny_overrides, tmp_path)
     assert probes["base_bytes"] == 4 * sum(
         [98 * 64 * 2, 64, 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)]  # embedding, head, norms, 2 layers
     )
+    assert probes["moments"] == {"device": 2 * probes["adapter_bytes"], "paged": 0}
     assert [p["size"] for p in probes["update"]] == sorted({p["size"] for p in probes["update"]})
     assert not (tmp_path / "plan" / "metrics.jsonl").exists()
 

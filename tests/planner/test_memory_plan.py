@@ -2,6 +2,7 @@ from pytest import approx
 
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.schema import RunConfig, SamplingConfig
+from rlbench.models.moments import MomentBytes
 from rlbench.planner.memory_plan import GIB, UNBOUNDED, make_plan
 from rlbench.planner.probes import Probe, Probes
 
@@ -24,6 +25,7 @@ def made(**changes):
         ],
         "head_bytes": GIB // 8,
         "num_rows": 8,
+        "moments": MomentBytes(device=GIB // 8),
     }
     config = RunConfig(
         algorithm=AlgorithmConfig(prompts_per_step=2, group_size=8), sampling=SamplingConfig(max_tokens=56)
@@ -94,7 +96,7 @@ def test_half_a_microbatch_saves_its_share():
 
 def test_of_all_weights_masters_and_a_frozen_copy_are_parts():
     beside = {"master weights": GIB // 4, "frozen copy": GIB // 8}
-    plan = made(adapter_bytes=GIB // 4, beside_weights=beside)
+    plan = made(adapter_bytes=GIB // 4, beside_weights=beside, moments=MomentBytes(device=GIB // 2))
 
     assert sum(plan.memory_gib.values()) == approx(plan.peak_gib)
     assert not {"adapter", "engine's adapter"} & plan.memory_gib.keys()
@@ -102,3 +104,12 @@ def test_of_all_weights_masters_and_a_frozen_copy_are_parts():
     assert {name: plan.memory_gib[name] for name in expected} == approx(expected)
     assert plan.knobs[-1].setting == "training.parameters=lora"
     assert plan.knobs[-1].saves_gib == approx(3 * 0.25 + 0.375)
+
+
+def test_paged_moments_are_beside_the_peak():
+    plan = made(moments=MomentBytes(device=GIB // 64, paged=GIB // 2))
+
+    assert (plan.memory_gib["optimizer state"], plan.paged_gib) == (1 / 64, 1 / 2)
+    assert sum(plan.memory_gib.values()) == approx(plan.peak_gib) and plan.peak_gib == made().peak_gib
+    # of half the rank: half of 2.5 times the adapter, and of the moments that lie on the device
+    assert plan.knobs[-1].saves_gib == approx((2.5 / 16 + 1 / 64) / 2)

@@ -50,6 +50,15 @@ def test_the_deviation_is_that_of_the_highest_step(make):
     assert "measured <b>here</b>" in text
 
 
+@pytest.mark.parametrize("paged", [{"paged_gib": 1.5}, {"paged_gib": 0.0}, {}])  # {}: an older plan
+def test_paged_moments_are_named_beside_the_planned_peak(make, paged):
+    text = make(PLAN | {"plan": PLAN["plan"] | paged}).text
+
+    assert "planned peak of 4.00 GiB by part" in text
+    words = "Beside it 1.50 GiB of optimizer state, paged: the driver moves it to host memory"
+    assert (words in text) == ("of optimizer state" in text) == bool(paged.get("paged_gib"))
+
+
 def test_a_formula_plans_no_times(make):
     text = make(PLAN | {"kind": "device memory", "plan": PLAN["plan"] | {"time_s": {}}}).text
 

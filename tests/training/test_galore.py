@@ -11,6 +11,7 @@ from rlbench.config.optim import GaloreConfig
 from rlbench.config.schema import LoraConfig, OptimConfig
 from rlbench.data.packing import pack
 from rlbench.models.full_policy import FullPolicy
+from rlbench.models.moments import MomentBytes
 from rlbench.models.policy import Policy
 from rlbench.records import TrainingSample
 from rlbench.training.galore import GaloreAdamW, leading_basis, likeness
@@ -143,8 +144,11 @@ def test_settings_of_galore_without_it_are_refused():
 
 def test_moments_are_counted_as_they_are_kept(tiny_base):
     policy = FullPolicy(copy.deepcopy(tiny_base))
-    for name in ("adamw", "muon", "galore"):
-        settings = GaloreConfig(rank=8) if name == "galore" else GaloreConfig()
+    scales = ("qmap1", "qmap2", "absmax1", "absmax2")
+    for name in ("adamw", "adamw_8bit", "muon", "galore", "galore_8bit"):
+        if name.endswith("8bit"):
+            pytest.importorskip("bitsandbytes")
+        settings = GaloreConfig(rank=8) if name.startswith("galore") else GaloreConfig()
         config = OptimConfig(name=name, lr=1e-4, galore=settings)
         optimizer = make_optimizer(policy.parameters(), config, tables=policy.table_parameters())
         set_gradients(policy.parameters(), 0)
@@ -154,9 +158,11 @@ def test_moments_are_counted_as_they_are_kept(tiny_base):
             value.numel() * value.element_size()
             for state in optimizer.state.values()
             for key, value in state.items()
-            if key not in ("step", "age", "interval")
+            if key not in ("step", "age", "interval", *scales)
         )
-        assert kept == moment_bytes(policy.parameters(), config, tables=policy.table_parameters())
+        kept += sum(4 * stand_in.numel() for stand_in in getattr(optimizer, "_stand_ins", {}).values())
+        found = moment_bytes(policy.parameters(), config, tables=policy.table_parameters())
+        assert found == MomentBytes(device=kept)
         optimizer.zero_grad()
 
 
