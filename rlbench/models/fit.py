@@ -63,7 +63,7 @@ def fit_sizes(
 ) -> list[Derivation]:
     """Lower what `derived` filled in, in place, until generation and training each take at most 90% of the memory.
 
-    What the user set stays. Base, what is trained with AdamW and vLLM's own memory are there in both phases.
+    What the user set stays. Base, what is trained, its optimizer and vLLM's own memory are there in both phases.
 
     Args:
         config: with the values of `derived`.

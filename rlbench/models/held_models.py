@@ -1,6 +1,6 @@
 """What a run holds on the device beside base and policy: critic, reference, teacher, reward models; by arithmetic.
 
-An adapter is counted on all linear layers; a value head, D numbers, is not.
+Adapters are counted as in `rlbench.models.trained_memory`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from rlbench.config.trained_reward import find_trained_rewards, is_trained
 from rlbench.models.layer_shape import GIB, LayerShape, base_bytes, item_bytes
 from rlbench.models.names import PATCHED_FAMILIES
 from rlbench.models.source import model_place, read_text_config
+from rlbench.models.trained_memory import frozen_adapter_bytes, paged_bytes, trained_adapter_bytes
 from rlbench.models.warm_start import frozen_adapter
-
-ADAMW_BYTES = 16  # of one trained number: itself, its gradient and two moments in float32
-_FROZEN_BYTES = 4  # of one number of an adapter that is not trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +24,12 @@ class HeldModel:
     """An adapter, or a model, that is there in generation and in training.
 
     Example:
-        HeldModel(name="critic", num_bytes=16 * 41_943_040)
+        HeldModel(name="the critic", num_bytes=18 * 41_943_040)
     """
 
     name: str
     num_bytes: int = 0
-    uncounted: str = ""  # why num_bytes is not known
+    uncounted: str = ""  # why num_bytes does not say it
     shape: LayerShape | None = None  # of a model that has a base of its own
 
     @property
@@ -52,15 +50,18 @@ def held_models(config: RunConfig, text_config: Any) -> list[HeldModel]:
     if reason:
         copy = base_bytes(shape, text_config, item_bytes(config), quantization="none")
         found.append(HeldModel(name=f"a frozen copy for {reason}", num_bytes=copy))
+    paged = paged_bytes(config, shape, text_config)
+    if paged:
+        found.append(HeldModel(name="paged moments", uncounted=f"{paged / GIB:.1f} GiB, not counted"))
     if config.stage != "rl":
         return found
-    own = shape.adapter_numbers(config.lora.rank)
     if config.algorithm.has_critic:
-        found.append(HeldModel(name="the critic", num_bytes=ADAMW_BYTES * own))
+        found.append(HeldModel(name="the critic", num_bytes=trained_adapter_bytes(config, shape)))
     found += _rewards(config, shape)
     found += _teacher(config, shape)
     if has_reference(config):
-        found.append(HeldModel(name="the reference's adapter", num_bytes=_FROZEN_BYTES * own))
+        size = frozen_adapter_bytes(config, shape, config.lora.rank)
+        found.append(HeldModel(name="the reference's adapter", num_bytes=size))
     return found
 
 
@@ -91,7 +92,7 @@ def _rewards(config: RunConfig, shape: LayerShape) -> list[HeldModel]:
         trained = find_trained_rewards(config)
     except ValueError:  # `build.prepare` says what is wrong; of a chain, an earlier stage may still write it
         return [HeldModel(name="the reward model", uncounted="not there yet, not counted")]
-    sizes = {name: _FROZEN_BYTES * shape.adapter_numbers(reward.lora.rank) for name, reward in trained.items()}
+    sizes = {name: frozen_adapter_bytes(config, shape, reward.lora.rank) for name, reward in trained.items()}
     return [HeldModel(name=f"reward model {name}", num_bytes=size) for name, size in sizes.items()]
 
 
@@ -116,5 +117,5 @@ def _teacher(config: RunConfig, shape: LayerShape) -> list[HeldModel]:
             rank = frozen_adapter(teacher.adapter, "algorithm.teacher.adapter").rank
         except ValueError:  # as for reward models
             return [HeldModel(name=name, num_bytes=base, uncounted="its adapter is not there yet, not counted")]
-    adapter = _FROZEN_BYTES * shape.adapter_numbers(rank)
+    adapter = frozen_adapter_bytes(config, shape, rank)
     return [HeldModel(name=name, num_bytes=base + adapter, shape=own_shape)]

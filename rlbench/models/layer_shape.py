@@ -29,14 +29,20 @@ class LayerShape:
     has_post_norms: bool = False  # behind attention and MLP
 
     @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Outputs and inputs of the linear layers of one layer."""
+        attention = [(self.query, self.hidden), *2 * [(self.key, self.hidden)], (self.hidden, self.query)]
+        return [*attention, *2 * [(self.intermediate, self.hidden)], (self.hidden, self.intermediate)]
+
+    @property
     def linear_weights(self) -> int:
         """Numbers in the matrices of one layer."""
-        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+        return sum(outputs * inputs for outputs, inputs in self.matrices)
 
     @property
     def adapter_width(self) -> int:
         """Inputs and outputs of the linear layers of one layer: numbers of an adapter of rank 1."""
-        return 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key) + 3 * (self.hidden + self.intermediate)
+        return sum(outputs + inputs for outputs, inputs in self.matrices)
 
     def adapter_numbers(self, rank: int) -> int:
         """Numbers of an adapter on all linear layers of all decoder layers."""

@@ -7,9 +7,10 @@ from typing import Any
 from rlbench.config.derive import Derivation, HardwareFacts
 from rlbench.config.full_training import FULL as ALL_WEIGHTS
 from rlbench.config.schema import AUTO, RunConfig
-from rlbench.models.held_models import ADAMW_BYTES, beside_words, has_reward_model, held_models
+from rlbench.models.held_models import beside_words, has_reward_model, held_models
 from rlbench.models.layer_shape import GIB, LayerShape, base_bytes, forward_bytes, item_bytes
 from rlbench.models.names import FULL, MLP, NONE, PATCHED_FAMILIES
+from rlbench.models.trained_memory import policy_bytes
 
 _SHARE = 0.9  # of the memory that a phase may fill
 _RESERVE_GIB = 1.5  # CUDA context, the head's tiles, fragmentation
@@ -124,22 +125,19 @@ def _choose(config: RunConfig, facts: HardwareFacts, text_config: Any) -> tuple[
 
 
 def memory_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> int:
-    """Bytes that a phase may take beside what is always there: base, what is trained with AdamW, vLLM's graphs, and
-    `held_models`.
+    """Bytes that a phase may take beside what is always there: base, what is trained and its optimizer, vLLM's graphs,
+    and `held_models`.
 
-    Negative where those alone are above 90% of the memory. An adapter is counted on all linear layers; all weights, if
-    they are trained, with float32 masters.
+    Negative where those alone are above 90% of the memory.
     """
     shape = LayerShape.from_config(text_config)
     is_vllm = config.stage == "rl" and config.engine.kind == "vllm"
     num_bases = 2 if is_vllm and config.engine.share is False else 1
     base = num_bases * base_bytes(shape, text_config, item_bytes(config), quantization=config.model.quantization)
-    trained = shape.adapter_numbers(config.lora.rank)
-    if config.training.parameters == ALL_WEIGHTS:
-        trained = base_bytes(shape, text_config, 1, quantization="none")
+    trained = policy_bytes(config, shape, text_config)
     reserved = (_RESERVE_GIB + (_VLLM_GIB if is_vllm else 0.0)) * GIB
     held = sum(model.num_bytes for model in held_models(config, text_config))
-    return int(_SHARE * facts.memory_gib * GIB - base - ADAMW_BYTES * trained - held - reserved)
+    return int(_SHARE * facts.memory_gib * GIB - base - trained - held - reserved)
 
 
 def generation_room(config: RunConfig, facts: HardwareFacts, text_config: Any) -> int:
