@@ -164,7 +164,7 @@ def _bitsandbytes(machine: Machine) -> Answer:
     requirement = _requirements(machine.declared.gpu_packages)["bitsandbytes"]
     version, fix = machine.version("bitsandbytes"), f"pip install '{requirement}'"
     if version is None or not requirement.specifier.contains(version):
-        return f"{version or 'not installed'}: no model.quantization=nf4, no optim=adamw_8bit", False, fix
+        return f"{version or 'not installed'}: no model.quantization=nf4, no 8-bit or paged optim", False, fix
     if machine.facts.device == "cuda":
         machine.load("bitsandbytes")
     return version, True, ""
