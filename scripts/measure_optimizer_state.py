@@ -1,11 +1,11 @@
 """Bytes of an optimizer's state by optim.name, after one update with random gradients, beside what `plan` counts.
 
     python scripts/measure_optimizer_state.py --out scripts/results/optimizer_state_cpu.json
-    python scripts/measure_optimizer_state.py --out scripts/results/optimizer_state_GPU.json --device cuda   # paged, too
+    python scripts/measure_optimizer_state.py --out scripts/results/optimizer_state_GPU.json --device cuda  # paged too
 
-A float32 model of SmolLM2-135M's shape with random weights: all of them trained, and an adapter of rank 16, which GaLore
-cannot project. Each optimizer has a process of its own. `state` is all that it keeps, GaLore's stand-ins with it;
-`counted` leaves out the counts of steps and the scales of 8 bits.
+A float32 model of SmolLM2-135M's shape with random weights: all of them trained, and an adapter of rank 16, which
+GaLore cannot project. Each optimizer has a process of its own. `state` is all that it keeps, GaLore's stand-ins with
+it; `counted` leaves out the counts of steps and the scales of 8 bits.
 """
 
 from __future__ import annotations
