@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "NAME"))
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(*options.worker, options.device)))
+        case, name = options.worker
+        print(json.dumps(measure(case, name, options.device)))
         return
     if options.out is None:
         parser.error("--out FILE is needed")

@@ -64,7 +64,7 @@ class Probes:
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     """Measure. The optimizer gets its state; the adapter stays as it was (learning rate 0)."""
     config = inputs.config
-    idle, limit = memory.held(), memory.limit()  # paged moments that lie on the device later can leave it
+    idle, limit = memory.held(), memory.limit()  # before moments, of which paged ones can leave the device
     step = largest_step(inputs)
     full = _pack(inputs, parts, step)
     microbatch_tokens = max(len(mb.token_ids) for mb in full)
