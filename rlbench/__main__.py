@@ -22,6 +22,7 @@ COMMANDS = {
     "preflight": "sample the untrained policy as the run would: is there a signal, what does a step cost, go or no-go",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
+    "export": "export RUN DEST: what a run trained as one folder for transformers and vLLM, compared with its policy",
     "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
     "diff": "diff RUN_A RUN_B: settings, numbers, curves and samples of two runs, finished or not, side by side",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
@@ -93,7 +94,7 @@ def main() -> None:
         sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
-    if command in ("replay", "rescore", "explain"):
+    if command in ("replay", "rescore", "export", "explain"):
         sys.exit(_without_a_job(command, arguments))
     sys.exit(_run_with_hydra(arguments))
 
@@ -109,6 +110,8 @@ def _without_a_job(command: str, arguments: list[str]) -> int:
             from rlbench.commands.replay import replay as action
         elif command == "rescore":
             from rlbench.commands.rescore import rescore as action
+        elif command == "export":
+            from rlbench.commands.export import export as action
         else:
             from rlbench.commands.explain import explain as action
         return action(arguments)

@@ -1,0 +1,49 @@
+"""A folder that is there whole or not at all: written under another name, brought to the disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import fsync_folder
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its place at the end, and is removed if anything fails.
+
+    Args:
+        final: absent or empty.
+
+    Raises:
+        TrackingError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _bring_to_disk(temporary)
+        os.rename(temporary, final)  # an empty folder is replaced
+        fsync_folder(final.parent)
+    except OSError as error:
+        raise TrackingError.from_os_error("export to", final, error) from error
+    except SafetensorError as error:  # its writer's way to say what OSError says: disk full
+        raise TrackingError(f"cannot export to {final}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    for inside in [*(f for f in folder.rglob("*") if f.is_dir()), folder]:
+        fsync_folder(inside)
