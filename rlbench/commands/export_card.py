@@ -54,7 +54,7 @@ def write_record(job: ExportJob, proof: Proof, folder: Path) -> None:
 def write_card(job: ExportJob, proof: Proof, folder: Path) -> None:
     """README.md with what is on record, and nothing else."""
     name = job.options.destination.name
-    parts = [_front_matter(job), f"# {name}\n", _what(job), _measured(job, proof), _settings(job), _use(job)]
+    parts = [_front_matter(job), f"# {name}\n", _what(job), _measured(job, proof), _settings(job, proof), _use(job)]
     (folder / "README.md").write_text("\n".join(part for part in parts if part))
 
 
@@ -126,14 +126,17 @@ def _measured(job: ExportJob, proof: Proof) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _settings(job: ExportJob) -> str:
+def _settings(job: ExportJob, proof: Proof) -> str:
     config = job.config
     rows: dict[str, Any] = {
-        "data": config.data.path or config.data.name,
+        "data.path" if config.data.path else "data.name, data.source": (
+            config.data.path or f"{config.data.name}, {config.data.source}"
+        ),
+        "base, as it was found for this folder": job.model.description,
         "model.dtype, model.quantization": f"{config.model.dtype}, {config.model.quantization}",
         "optim.lr": config.optim.lr,
         "seed": config.seed,
-        "fingerprint of the trained weights": job.weights.fingerprint or "not recorded",
+        "fingerprint of the trained weights": proof.fingerprint,
     }
     if config.stage == "rl":
         rows["algorithm.prompts_per_step x group_size"] = (

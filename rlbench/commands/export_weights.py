@@ -82,7 +82,7 @@ def write_weights(job: ExportJob, folder: Path) -> Proof:
         proof = _write_adapter(job, folder)
     else:
         proof = _write_merged(job, folder)
-    job.tokenizer.save_pretrained(str(folder))
+    _save_tokenizer(job.tokenizer, folder)
     again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if (again.get_vocab(), again.chat_template) != (job.tokenizer.get_vocab(), job.tokenizer.chat_template):
         raise ValueError("the proof failed: the tokenizer that was written reads back as another; nothing was exported")
@@ -216,6 +216,15 @@ def _save_model(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None
         parameter.data = parameter.data.to(dtype)
     with no_progress_bars():
         base.save_pretrained(str(folder))
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if "(os error" not in str(error):
+            raise
+        raise OSError(str(error)) from error  # tokenizers' writer has no class of its own for a full disk
 
 
 def _read_back(job: ExportJob, folder: Path, probe: Probe, expected: Tensor) -> Tensor:

@@ -12,20 +12,17 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlbench.commands import export_weights
 from rlbench.commands.export import export
 from rlbench.commands.export_proof import Probe, plain_logprobs, policy_logprobs
-from rlbench.config.schema import LoraConfig, RunConfig
+from rlbench.config.schema import RunConfig
 from rlbench.models.base import load_base
 from rlbench.models.full_policy import FullPolicy
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, Rollout, RolloutGroup
-from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter
 from rlbench.tracking.rollout_store import write_rollouts
 from rlbench.training.checkpoint import save_checkpoint
 from tests.models.test_lora import randomise
-from tests.tiny import save_tiny_model
 
 PROBE = Probe(prompts=((20, 21, 22), (30, 31)), completions=((40, 41, 42, 43), (50, 51, 1)), origin="a test")
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -244,7 +241,7 @@ def test_a_quantised_base_is_written_as_it_was_trained_on_or_as_it_was(tiny_fold
     config = make_config(tiny_folder, model__dtype="bfloat16", model__quantization=quantization)
     policy = write_run(tmp_path / "run", config)
     adapter = policy.adapter()
-    layer, change = NAME.removesuffix(".weight"), {}
+    layer = NAME.removesuffix(".weight")
     change = adapter.scaling * adapter.lora_b[layer] @ adapter.lora_a[layer]
     quantised = policy._tree.get_submodule(layer).get_base_layer().dense_weight().float()
     disk = load_file(tiny_folder / "model.safetensors")[NAME]
