@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rlbench.commands.export_folder import whole_folder
-from rlbench.commands.export_run import MERGED, NEAREST, ORIGINAL, ExportOptions, find_weights, read_call
+from rlbench.commands.export_run import MERGED, ORIGINAL, STOCHASTIC, ExportOptions, find_weights, read_call
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 
@@ -113,10 +113,12 @@ def _rounding_lines(options: ExportOptions, survival: Survival | None) -> list[s
         f"rounding: {options.dtype}, {options.rounding}, keeps {100 * survival.share:.1f}% of the adapter's change "
         f"(relative error {survival.relative_error:.2g})"
     ]
-    if options.rounding == NEAREST and survival.share < 1 - _MOST_LOST:
+    if options.rounding == STOCHASTIC:
+        lines[0] += ": a sum goes up or down by chance, drawn from the fingerprint, so that small changes are not lost"
+    elif survival.share < 1 - _MOST_LOST:
         lines.append(
             f"warning: {100 * (1 - survival.share):.0f}% of what was trained is lost, being less than half a step of "
-            f"{options.dtype}; --rounding stochastic keeps it in expectation, with noise, --dtype float32 and --format "
-            "adapter keep it exactly"
+            f"{options.dtype}; --rounding stochastic, the default, keeps it in expectation, with noise, --dtype "
+            "float32 and --format adapter keep it exactly"
         )
     return lines

@@ -74,14 +74,16 @@ def read_call(arguments: Sequence[str]) -> tuple[ExportOptions, RunConfig]:
     config = recorded_config(run_folder, overrides)
     _check(given, config)
     check_destination(destination)
+    dtype = "float32" if given.format == ADAPTER else given.dtype or config.model.dtype
+    is_exact = dtype == "float32" or config.training.parameters == FULL  # nothing is added to 16-bit weights
     return (
         ExportOptions(
             run_folder=run_folder,
             destination=destination,
             step=given.step,
             format=given.format or MERGED,
-            dtype=given.dtype or ("float32" if given.format == ADAPTER else config.model.dtype),
-            rounding=given.rounding or NEAREST,
+            dtype=dtype,
+            rounding=given.rounding or (NEAREST if is_exact else STOCHASTIC),
             base=given.base or TRAINED,
         ),
         config,
