@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlbench.tracking.errors import TrackingError
@@ -14,7 +14,7 @@ from rlbench.tracking.jsonl import fsync_folder
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place at the end, and is removed if anything fails.
+    """A temporary folder beside `final` that takes its place at the end. If anything fails, nothing is left.
 
     Args:
         final: absent or empty.
@@ -25,6 +25,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    above = [folder for folder in final.parents if not folder.exists()]  # made here, the nearest first
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -38,6 +39,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise TrackingError(f"cannot export to {final}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in () if final.exists() else above:
+            with suppress(OSError):  # another process uses it
+                folder.rmdir()
 
 
 def _bring_to_disk(folder: Path) -> None:

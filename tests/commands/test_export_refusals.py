@@ -213,8 +213,9 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(lora_run, 
     monkeypatch.setattr(export_weights, part, full)
     (tmp_path / "out").mkdir()
 
-    refused([lora_run, tmp_path / "out"], r"cannot export to .*/out: .*File too large", TrackingError)
-    assert [f.name for f in tmp_path.iterdir()] == ["out"] and not any((tmp_path / "out").iterdir())
+    for dest in (tmp_path / "out", tmp_path / "new" / "folders"):
+        refused([lora_run, dest], f"cannot export to {dest}: .*File too large", TrackingError)
+        assert [f.name for f in tmp_path.iterdir()] == ["out"] and not any((tmp_path / "out").iterdir())
 
 
 def test_a_whole_run_is_exported_and_transformers_generates_what_it_learned(tiny_overrides, tmp_path):  # noqa: F811
