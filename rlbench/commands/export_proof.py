@@ -74,11 +74,12 @@ def choose_probe(run_folder: Path, step: int, fingerprint: str, config: RunConfi
         if rollouts and {rollout.completion.adapter_fingerprint for rollout in rollouts} == {fingerprint}:
             kind = "answers of the evaluation after" if file.name.startswith("eval") else "rollouts sampled after"
             return _of_rollouts(rollouts, f"{kind} step {step}", temperature)
-    files = (run_folder / "rollouts").glob("step-[0-9]*.parquet")
-    nearest = min(files, key=lambda file: abs(int(file.stem.removeprefix("step-")) - step), default=None)
-    rollouts = _first_rollouts(nearest) if nearest else []
-    if nearest and rollouts:
-        return _of_rollouts(rollouts, f"rollouts of step {int(nearest.stem.removeprefix('step-'))}", None)
+    found = {f.stem.removeprefix("step-"): f for f in (run_folder / "rollouts").glob("step-*.parquet")}
+    files = {int(number): file for number, file in found.items() if number.isdigit()}
+    nearest = min(files, key=lambda number: abs(number - step), default=0)
+    rollouts = _first_rollouts(files[nearest]) if files else []
+    if rollouts:
+        return _of_rollouts(rollouts, f"rollouts of step {nearest}", None)
     tokens = [tuple(tokenizer(text)["input_ids"]) for text in _TEXTS]
     return Probe(
         prompts=tuple(ids[:1] for ids in tokens), completions=tuple(ids[1:] for ids in tokens), origin="fixed texts"

@@ -175,6 +175,17 @@ def test_an_adapter_with_other_settings_than_the_config_is_refused(lora_run, tmp
     refused([tmp_path / "run", tmp_path / "out"], "holds weights with fingerprint .*, but its state says ")
 
 
+def test_where_these_weights_sampled_nothing_rollouts_of_the_nearest_step_prove_it(lora_run, tmp_path):
+    shutil.copytree(lora_run, tmp_path / "run")
+    rollouts = tmp_path / "run" / "rollouts"
+    os.rename(rollouts / "step-000007.parquet", rollouts / "step-000009.parquet")
+    (rollouts / "step-abc.parquet").write_text("notes")
+
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    proof = record_of(tmp_path / "out")["proof"]
+    assert proof["tokens"] == "rollouts of step 9" and proof["num_tokens"] == 7 and proof["recorded_gap_nats"] is None
+
+
 def test_without_checkpoints_the_result_is_exported_with_a_warning_and_fixed_texts_prove_it(lora_run, tmp_path, capsys):
     shutil.copytree(lora_run, tmp_path / "run")
     shutil.copytree(lora_run / "checkpoints" / "step-000006" / "adapter", tmp_path / "run" / "adapter")
