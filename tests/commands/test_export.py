@@ -231,6 +231,20 @@ def test_of_all_weights_the_masters_are_written_in_the_dtype_asked_for(tiny_fold
     assert found["rounding"] is found["survived_share"] is None
 
 
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+def test_a_gpus_fingerprint_of_all_weights_is_taken_over_for_a_cpu_makes_another(tiny_folder, tmp_path, profile):
+    config = make_config(tiny_folder, training__parameters="full", hardware__profile=profile)
+    write_run(tmp_path / "run", config, state={"adapter_fingerprint": "00c0ffee00c0ffee"})
+    call = [str(tmp_path / "run"), str(tmp_path / "out")]
+
+    if profile == "cpu":
+        with pytest.raises(ValueError, match="but its state says 00c0ffee00c0ffee"):
+            export(call)
+        return
+    assert export(call) == 0
+    assert record_of(tmp_path / "out")["fingerprint"] == "00c0ffee00c0ffee"
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp8"])
 def test_a_quantised_base_is_written_as_it_was_trained_on_or_as_it_was(tiny_folder, tmp_path, quantization, capsys):
     if quantization == "nf4":
