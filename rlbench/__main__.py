@@ -23,6 +23,8 @@ COMMANDS = {
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
     "export": "export RUN DEST: what a run trained as one folder for transformers and vLLM, compared with its policy",
+    "chat": "chat RUN: talk with the policy of a run, at any step that was kept, beside the base if asked",
+    "serve": "serve RUN: vLLM's OpenAI-compatible server with the run's adapter",
     "report": "report RUN [RUN2 ...]: curves, samples and health findings of a run as one HTML file, or a comparison",
     "diff": "diff RUN_A RUN_B: settings, numbers, curves and samples of two runs, finished or not, side by side",
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
@@ -94,7 +96,7 @@ def main() -> None:
         sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
-    if command in ("replay", "rescore", "export", "explain"):
+    if command in ("replay", "rescore", "export", "chat", "serve", "explain"):
         sys.exit(_without_a_job(command, arguments))
     sys.exit(_run_with_hydra(arguments))
 
@@ -112,6 +114,10 @@ def _without_a_job(command: str, arguments: list[str]) -> int:
             from rlbench.commands.rescore import rescore as action
         elif command == "export":
             from rlbench.commands.export import export as action
+        elif command == "chat":
+            from rlbench.commands.chat import chat as action
+        elif command == "serve":
+            from rlbench.commands.serve import serve as action
         else:
             from rlbench.commands.explain import explain as action
         return action(arguments)
