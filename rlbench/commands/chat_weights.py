@@ -55,7 +55,7 @@ def find_step(run_folder: Path, name: str, config: RunConfig, said_by: str = "--
         return Found(checkpoint=None)
     if name == LAST:
         return _newest(run_folder, said_by)
-    said = f"{said_by} is {name}"
+    said = f"{said_by} is {name or 'nothing'}"
     if name == BEST:
         step = _best_step(_newest(run_folder, said_by).checkpoint, config, said)
         said = f"{said}, which is step {step}"
