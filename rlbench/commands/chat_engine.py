@@ -64,6 +64,7 @@ class ChatPolicy:
         from rlbench.weight_sync import sync
 
         weights = self._weights(found)
+        self._shown = None  # what the engine holds if the next lines are interrupted is not known
         if weights is not None:
             self._version += 1
             expected = sync(weights, self.engine, self._version)

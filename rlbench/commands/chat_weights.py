@@ -104,8 +104,14 @@ def read_weights_of(checkpoint: Checkpoint, config: RunConfig, device: str) -> A
 
 
 def without_adapter(adapter: Adapter) -> Adapter:
-    """An adapter of the same shapes that adds nothing: an engine with it computes as its base alone."""
-    return replace(adapter, lora_b={name: b.new_zeros(b.shape) for name, b in adapter.lora_b.items()})
+    """A float32 adapter of the same shapes that adds nothing: an engine with it computes as its base alone."""
+    import torch
+
+    return replace(
+        adapter,
+        lora_a={name: a.float() for name, a in adapter.lora_a.items()},
+        lora_b={name: torch.zeros_like(b, dtype=torch.float32) for name, b in adapter.lora_b.items()},
+    )
 
 
 def _is_comparable(checkpoint: Checkpoint, config: RunConfig) -> bool:

@@ -218,13 +218,28 @@ def test_weights_that_the_engine_does_not_hold_never_answer(opened, monkeypatch)
     def load_another(self, adapter):
         load(self, replace(adapter, lora_b={name: 2 * b for name, b in adapter.lora_b.items()}))
 
-    dialogue.say("/step base")
+    (before,) = dialogue.say("/step base", "one", "/new")
     monkeypatch.setattr(type(slots), "load", load_another)
     assert dialogue.say("/step 2", "/step last") == [] and dialogue.said.count("error: ") == 2
     assert "error: the engine does not hold the weights of step 2: the engine holds other values in" in dialogue.said
     monkeypatch.undo()
-    (answer,) = dialogue.say("/step 2", "one")
+    still_base, answer = dialogue.say("one", "/step 2", "one")
+    assert still_base.text == before.text.split("\n")[-1] and still_base.facts["weights"] == "base"
     assert answer.facts["weights"].startswith("step 2, ")
+
+
+def test_sixteen_bits_change_between_a_step_and_the_base(run_folder):
+    inputs = prepare_chat(answering_config(run_folder, ["model.dtype=bfloat16"]))
+    policy, names = ChatPolicy(inputs), ("last", "base", "last")
+    fingerprints = []
+    for name in names:
+        policy.use(find_step(run_folder, name, inputs.config))
+        held = policy.engine.held_adapter()
+        assert any(bool(b.any()) for b in held.lora_b.values()) == (name == "last")
+        fingerprints.append(policy.fingerprint)
+    policy.close()
+
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
 
 def test_a_checkpoint_with_other_weights_than_the_run_recorded_is_refused(run_folder, tmp_path):
