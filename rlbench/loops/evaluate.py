@@ -75,6 +75,32 @@ def evaluate(
     return Evaluation(step=step, is_correct=is_correct, metrics=metrics), groups
 
 
+def sample_answers(
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    sampling: SamplingParams,
+    tokenizer: Any,
+    scorer: Scorer,
+    *,
+    num_samples: int,
+    run_seed: int,
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RolloutGroup]:
+    """`num_samples` answers to every prompt, drawn as in training; the other arguments are those of `evaluate`."""
+    scoring = Scoring(prompts, tokenizer, scorer, group_size=num_samples)
+    completions = sample_completions(
+        prompts,
+        engine,
+        sampling,
+        group_size=num_samples,
+        run_seed=run_seed,
+        step=step,
+        on_finished=counted(scoring.take, len(prompts) * num_samples, progress),
+    )
+    return make_groups(completions, scoring, step=step)
+
+
 def counted(
     take: Callable[[int, Completion], None], total: int, progress: Callable[[int, int], None]
 ) -> Callable[[int, Completion], None]:

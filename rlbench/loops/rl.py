@@ -19,7 +19,7 @@ from rlbench.data.packing import Microbatch, num_packed_tokens
 from rlbench.data.stream import PromptStream
 from rlbench.data.success_memory import SuccessMemory, replayed
 from rlbench.engine.interface import engine_call
-from rlbench.loops.evaluate import counted, evaluate, sampled_metrics, sampled_shares, sampled_text
+from rlbench.loops.evaluate import evaluate, sample_answers, sampled_metrics, sampled_shares, sampled_text
 from rlbench.loops.training_loop import TrainingLoop
 from rlbench.models.policy import Policy
 from rlbench.records import Completion, Prompt, RolloutGroup
@@ -439,18 +439,18 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         config, parts, prompts = self.inputs.config, self.parts, self.inputs.evaluation
         if prompts is None or not config.evaluation.num_samples:
             return {}
-        group_size = config.evaluation.num_samples
-        scoring = Scoring(prompts.prompts, self.inputs.tokenizer, parts.scorer, group_size=group_size)
-        completions = sample_completions(
+        groups = sample_answers(
             prompts.prompts,
             parts.engine,
             training_sampling(self.inputs),
-            group_size=group_size,
+            self.inputs.tokenizer,
+            parts.scorer,
+            num_samples=config.evaluation.num_samples,
             run_seed=config.seed,
             step=self.step,
-            on_finished=counted(scoring.take, len(prompts.prompts) * group_size, self._tell_answers),
+            progress=self._tell_answers,
         )
-        return sampled_shares(make_groups(completions, scoring, step=self.step))
+        return sampled_shares(groups)
 
     def _tell_answers(self, done: int, total: int) -> None:
         self.console.progress("evaluation", done, total, "answers")
