@@ -12,7 +12,7 @@ from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.full_training import FULL, needs_frozen_copy
 from rlbench.config.schema import LoraConfig, RunConfig, SamplingConfig
 from rlbench.config.trained_reward import find_trained_rewards
-from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, select_rows
+from rlbench.data.prompts import PromptSet, longest_prompt_tokens, make_prompts, prompt_limit, select_rows
 from rlbench.data.sources import LoadedRows, RowProblem, check_paths, load_rows
 from rlbench.models.held_models import has_reference
 from rlbench.models.source import ResolvedModel, resolve_model
@@ -86,13 +86,23 @@ def prepare(config: RunConfig) -> Inputs:
     Raises:
         ValueError: anything a user can get wrong.
     """
-    from rlbench.models.fit import derive_engine_memory
-
     basis = prepare_base(config)
-    derived = basis.derived + derive_drift_limits(config)
     find_trained_rewards(config)
     train, evaluation = prompt_sets(config, basis.rows, basis.tokenizer, basis.context_tokens)
     _check_microbatch(config, train)
+    return with_prompts(basis, train, evaluation)
+
+
+def with_prompts(basis: BaseInputs, train: PromptSet, evaluation: PromptSet | None) -> Inputs:
+    """`basis`, with what is derived from the prompts.
+
+    Raises:
+        ValueError: the engine does not fit in memory, or a completion could never end.
+    """
+    from rlbench.models.fit import derive_engine_memory
+
+    config = basis.config
+    derived = basis.derived + derive_drift_limits(config)
     longest = longest_sequence(config, train, evaluation)
     return Inputs(
         **shared_fields(
@@ -115,15 +125,9 @@ def prompt_sets(
         context_tokens: most tokens of a prompt and a completion.
 
     Raises:
-        ValueError: as `make_prompts`, or completions leave no room for a prompt.
+        ValueError: as `make_prompts` and `prompt_limit`.
     """
-    limit = context_tokens - config.sampling.max_tokens
-    if limit < 1:
-        raise ValueError(
-            f"sampling.max_tokens is {config.sampling.max_tokens}, but the model's context is {context_tokens} "
-            "tokens, prompt included; expected a smaller sampling.max_tokens"
-        )
-    reason = f"the model's context of {context_tokens} less sampling.max_tokens of {config.sampling.max_tokens}"
+    limit, reason = prompt_limit(config.sampling.max_tokens, context_tokens)
 
     def prompts(selected: Any, split: str) -> PromptSet:
         return make_prompts(selected, split, config.data, tokenizer, max_prompt_tokens=limit, limit_reason=reason)

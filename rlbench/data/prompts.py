@@ -64,5 +64,24 @@ def make_prompts(
     return PromptSet(prompts=tuple(prompts), num_too_long=num_too_long)
 
 
+def prompt_limit(max_completion_tokens: int, context_tokens: int) -> tuple[int, str]:
+    """Most tokens of a prompt, and how that number comes about.
+
+    Args:
+        max_completion_tokens: sampling.max_tokens.
+        context_tokens: most tokens of a prompt and a completion.
+
+    Raises:
+        ValueError: completions leave no room for a prompt.
+    """
+    limit = context_tokens - max_completion_tokens
+    if limit < 1:
+        raise ValueError(
+            f"sampling.max_tokens is {max_completion_tokens}, but the model's context is {context_tokens} "
+            "tokens, prompt included; expected a smaller sampling.max_tokens"
+        )
+    return limit, f"the model's context of {context_tokens} less sampling.max_tokens of {max_completion_tokens}"
+
+
 def longest_prompt_tokens(prompts: Sequence[Prompt]) -> int:
     return max(len(prompt.token_ids) for prompt in prompts)
