@@ -39,26 +39,42 @@ def write_rollouts(
     advantages: Mapping[str, float],
     phase: str = "train",
 ) -> Path:
-    """Write one row a rollout, by temporary name, fsync and rename.
-
-    Token ids are the record of what was sampled; in the two text columns a lone surrogate, which UTF-8 cannot hold,
-    is written as its escape (`\\ud800`).
+    """`write_rollout_file` at the place of a step's rollouts.
 
     Args:
         folder: the run's folder.
-        step: optimizer step that the rollouts were made for.
-        groups: may be empty.
-        advantages: by rollout_id; a rollout that is missing (no reward, no signal, evaluation) gets null.
+        step: as in `write_rollout_file`, as are groups and advantages.
         phase: "train", "eval" or "replayed".
 
     Returns:
         Path of the file.
 
     Raises:
-        TrackingError: if it cannot be written (disk full, no permission); no partial file is left.
-        ValueError: for an unknown phase, or reward names whose columns would clash.
+        ValueError: for an unknown phase.
+        TrackingError, ValueError: as `write_rollout_file`.
     """
-    path = rollouts_path(folder, step, phase)
+    return write_rollout_file(rollouts_path(folder, step, phase), step, groups, advantages)
+
+
+def write_rollout_file(path: Path, step: int, groups: Sequence[RolloutGroup], advantages: Mapping[str, float]) -> Path:
+    """Write one row a rollout, by temporary name, fsync and rename.
+
+    Token ids are the record of what was sampled; in the two text columns a lone surrogate, which UTF-8 cannot hold,
+    is written as its escape (`\\ud800`).
+
+    Args:
+        path: of the file.
+        step: optimizer step that the rollouts were made for.
+        groups: may be empty.
+        advantages: by rollout_id; a rollout that is missing (no reward, no signal, evaluation) gets null.
+
+    Returns:
+        The path.
+
+    Raises:
+        TrackingError: if it cannot be written (disk full, no permission); no partial file is left.
+        ValueError: for reward names whose columns would clash.
+    """
     table = _table(step, [rollout for group in groups for rollout in group.rollouts], advantages)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
