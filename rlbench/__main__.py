@@ -20,6 +20,7 @@ COMMANDS = {
     "explain": "explain +exp=... [KEY ...]: every setting of a run, where it comes from, and what a key means",
     "doctor": "what is usable on this machine, and the command that fixes what is not",
     "preflight": "sample the untrained policy as the run would: is there a signal, what does a step cost, go or no-go",
+    "eval": "eval RUN: a policy's answers to held-out prompts, of any data, alone or beside the base or another run",
     "replay": "replay RUN: sample recorded rollouts again, token for token, and say where they differ",
     "rescore": "rescore RUN: other rewards on recorded rollouts, and how the advantages would have changed",
     "export": "export RUN DEST: what a run trained as one folder for transformers and vLLM, compared with its policy",
@@ -96,12 +97,25 @@ def main() -> None:
         sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
-    if command in ("replay", "rescore", "export", "chat", "serve", "explain"):
-        sys.exit(_without_a_job(command, arguments))
+    if command in ("replay", "rescore", "export", "chat", "serve", "eval", "explain"):
     sys.exit(_run_with_hydra(arguments))
 
 
-def _without_a_job(command: str, arguments: list[str]) -> int:
+def _action(command: str) -> Callable[[list[str]], int]:
+    if command == "replay":
+        from rlbench.commands.replay import replay
+
+        return replay
+    if command == "rescore":
+        from rlbench.commands.rescore import rescore
+
+        return rescore
+    from rlbench.commands.explain import explain
+
+    return explain
+
+
+def _without_a_job(action: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Commands that take overrides but make no folder of Hydra's."""
     from rlbench.config.compose import CONFIG_ERRORS, explain_config_error
     from rlbench.config.own_errors import is_raised_by_us
@@ -141,6 +155,19 @@ def _reward(arguments: list[str]) -> int:
     # A trial writes no files: Hydra's folder is one that is thrown away.
     with tempfile.TemporaryDirectory() as folder:
         return _run_with_hydra([*overrides, f"hydra.run.dir={folder}"], lambda config, _: reward_test(config, options))
+
+
+def _eval(arguments: list[str]) -> int:
+    from rlbench.commands import eval as command
+
+    try:
+        options = command.parse(arguments)
+    except ValueError as error:
+        return _fail(str(error))
+    if options.run_folder is not None:
+        return _without_a_job(lambda _: command.eval_run(options), options.overrides)
+    overrides = command.overrides_for_hydra(options)
+    return _run_with_hydra(overrides, lambda config, notes: command.eval_untrained(config, notes, options))
 
 
 def _preflight(arguments: list[str]) -> int:

@@ -84,7 +84,7 @@ def _run_stage(config: RunConfig, stage: RunConfig, index: int, record: ChainRec
         record.finish(index)
     else:
         print(f"the chain stopped in stage {place}; {_go_on(record)}", file=sys.stderr)
-    _free_memory()
+    free_memory()
     return status
 
 
@@ -145,8 +145,8 @@ def _find_folder(resume: str | None, hydra_folder: Path, console: RunConsole) ->
     return folder
 
 
-def _free_memory() -> None:
-    """The next stage loads the base anew."""
+def free_memory() -> None:
+    """What loads a base after this has the memory of the last one."""
     import torch
 
     gc.collect()
