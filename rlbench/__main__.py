@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
+_WITHOUT_A_JOB = ("replay", "rescore", "export", "chat", "serve", "explain")  # each a function of its name's module
 _SIGNALLED = 128  # plus the signal's number: exit status of a run that a signal ended
 
 _HELP = """rlbench: reinforcement learning for reasoning language models
@@ -97,22 +99,12 @@ def main() -> None:
         sys.exit(_run_with_hydra(with_folder(arguments), plan))
     if command == "preflight":
         sys.exit(_preflight(arguments))
-    if command in ("replay", "rescore", "export", "chat", "serve", "eval", "explain"):
+    if command == "eval":
+        sys.exit(_eval(arguments))
+    if command in _WITHOUT_A_JOB:
+        action = getattr(import_module(f"rlbench.commands.{command}"), command)
+        sys.exit(_without_a_job(action, arguments))
     sys.exit(_run_with_hydra(arguments))
-
-
-def _action(command: str) -> Callable[[list[str]], int]:
-    if command == "replay":
-        from rlbench.commands.replay import replay
-
-        return replay
-    if command == "rescore":
-        from rlbench.commands.rescore import rescore
-
-        return rescore
-    from rlbench.commands.explain import explain
-
-    return explain
 
 
 def _without_a_job(action: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -122,18 +114,6 @@ def _without_a_job(action: Callable[[list[str]], int], arguments: list[str]) -> 
     from rlbench.tracking.errors import FILE_STATUS, TrackingError
 
     try:
-        if command == "replay":
-            from rlbench.commands.replay import replay as action
-        elif command == "rescore":
-            from rlbench.commands.rescore import rescore as action
-        elif command == "export":
-            from rlbench.commands.export import export as action
-        elif command == "chat":
-            from rlbench.commands.chat import chat as action
-        elif command == "serve":
-            from rlbench.commands.serve import serve as action
-        else:
-            from rlbench.commands.explain import explain as action
         return action(arguments)
     except CONFIG_ERRORS as error:
         return _fail(explain_config_error(error, arguments))
