@@ -25,7 +25,7 @@ from bench_workers import write_result
 BLOCK, PROMPT, CONTEXT = 16, 64, 2112
 STEPS, ROUNDS, WARM_UP = 150, 5, 40
 WAYS = ("vllm", "rlbench")
-PHASES = ("schedule", "update", "outputs")
+PHASES: tuple[str, ...] = ("schedule", "update", "outputs")
 
 
 class Host:
@@ -52,7 +52,7 @@ class Host:
 
     def run(self, steps: int) -> dict[str, float]:
         """Seconds by phase."""
-        taken = dict.fromkeys(PHASES, 0.0)
+        taken: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         for _ in range(steps):
             start = time.perf_counter()
             scheduled = self.scheduler.schedule()

@@ -171,7 +171,7 @@ class VllmEngine:
                 **of_lora,
                 **options,
             )
-            schedule_quickly(self._llm.llm_engine.engine_core.engine_core.scheduler)
+            schedule_quickly(self._llm.llm_engine.engine_core.engine_core.scheduler)  # pyright: ignore
             self._slot_shapes: dict[str, tuple[int, int, int]] = {}
             self._adapter_request = None  # None: no slot, all weights are synced or the adapter is merged
             if lora_rank is not None and self._merges:
