@@ -131,6 +131,7 @@ def pack(
 
     Groups are kept whole where they fit; a larger group is cut between completions, and each part carries the prompt.
     Parts are spread over the fewest microbatches, largest first, always onto the lightest, so that costs are balanced.
+    The microbatch with most tokens comes first: a GPU's allocator can give its blocks to those that follow.
 
     Args:
         samples: one step's training samples, samples of a group next to each other.
@@ -194,7 +195,8 @@ def _distribute(parts: list[list[TrainingSample]], budget: int) -> list[list[lis
             bins[lightest].append(i)
             loads[lightest] += num_packed_tokens(parts[i])
         if max(loads) <= budget:
-            return [[parts[i] for i in sorted(bin_)] for bin_ in bins if bin_]
+            largest_first = sorted(zip(loads, bins, strict=True), key=lambda pair: -pair[0])
+            return [[parts[i] for i in sorted(bin_)] for _, bin_ in largest_first if bin_]
         num_bins += 1
 
 

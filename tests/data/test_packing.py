@@ -62,6 +62,14 @@ def test_microbatches_are_balanced():
     assert sizes == [60, 60, 60]
 
 
+def test_the_microbatch_with_most_tokens_comes_first():
+    samples = [make_sample(f"g{i}", [1] * 10, [2] * length) for i, length in enumerate([20, 31, 26, 41, 22])]
+
+    sizes = [len(b.token_ids) for b in pack(samples, tokens_per_microbatch=64, device="cpu")]
+
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
+
+
 def test_a_sample_longer_than_the_budget_is_a_clear_error():
     with pytest.raises(ValueError, match=r"training.tokens_per_microbatch is 5, .* group a has 6 tokens \(prompt 3"):
         pack([make_sample("a", [1, 2, 3], [4] * 4)], tokens_per_microbatch=5, device="cpu")
