@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_step import ALPHA, LINEARS, RANK
-from bench_workers import matmul_tflops, rows_of_process, write_result
+from bench_workers import matmul_tflops, rows_of_process, spare_flashinfer, write_result
 from random_models import num_weights, random_model, text_of
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 16, 16, 200
@@ -277,6 +277,7 @@ def make_trl(shape: str, quantization: str, data: Any, steps: int, folder: str) 
 
 
 def run_worker(case: str, impl: str, steps: int, more: list[str]) -> None:
+    spare_flashinfer()
     if impl == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (must come before torch's other users)
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_workers import rows_of_process, write_result
+from bench_workers import rows_of_process, spare_flashinfer, write_result
 from random_models import SHAPES
 
 CASES = (
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "shared_base_h100.json")
     arguments = parser.parse_args()
     if arguments.worker:
+        spare_flashinfer()
         impl, name, quantization, options = split_case(arguments.worker)
         report = reporter(impl, case_words(name, quantization, options))
         IMPLS[impl](model_folder(name, arguments.smollm2), name, quantization, report, **options)

@@ -57,13 +57,15 @@ class Pair(NamedTuple):
 # nearest number, scripts/measure_fp8_kv.py, scripts/results/fp8_kv_cpu.json).
 # cuda: one H100, vLLM 0.26 against a transformers model bound to its tensors, no adapter; nf4 on 8,000 tokens with the
 # float32 logits of today, 0.042 mean with bf16 ones (scripts/results/shared_base_h100.json); none on 15,000 tokens with
-# bf16 logits, so a little wide. Where it comes from: scripts/measure_rounding.py.
+# bf16 logits, so a little wide; with fp8 one H200, 8,192 tokens (scripts/results/fp8_h200.json). Where it comes from: scripts/measure_rounding.py.
 MEASURED: Mapping[Pair, Gap] = {
     Pair("hf", "cpu", "float32", "none"): Gap(8.5e-6, 2.3e-5, 3.1e-5),
     Pair("hf", "cpu", "bfloat16", "none"): Gap(0.039, 0.22, 0.47),
     Pair("vllm", "cpu", "bfloat16", "none"): Gap(0.043, 0.24, 0.5),
     Pair("vllm", "cuda", "bfloat16", "none"): Gap(0.039, 0.21, 1.08),
     Pair("vllm", "cuda", "bfloat16", "nf4"): Gap(0.032, 0.175, 0.37),
+    Pair("vllm", "cuda", "bfloat16", "fp8"): Gap(0.112, 0.63, 2.05),
+    Pair("vllm", "cuda", "bfloat16", "none", "fp8"): Gap(0.122, 0.7, 2.14),
     Pair("vllm", "cpu", "bfloat16", "fp8"): Gap(0.112, 0.53, 2.12),
     Pair("vllm", "cpu", "bfloat16", "none", "fp8"): Gap(0.162, 1.03, 2.27),
     Pair("vllm", "cpu", "bfloat16", "fp8", "fp8"): Gap(0.205, 1.21, 1.99),

@@ -51,18 +51,37 @@ def test_the_table_holds_what_the_committed_measurement_says(key):
         ("fp8", "fp8", "fp8_kv_cpu", "FP8 keys, values and base", "with an FP8 base and FP8 keys and values"),
     ],
 )
-def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own_also_on_a_gpu(
-    quantization, kv_cache_dtype, file, case, words
-):  # fmt: skip
+def test_what_vllm_rounds_to_fp8_has_wider_limits_of_its_own(quantization, kv_cache_dtype, file, case, words):
     rows = json.loads((RESULTS.parent / f"{file}.json").read_text())["rows"]
     measured = {row["metric"]: row["value"] for row in rows if row["case"] == case}
 
-    for device, origin in (("cpu", "measured for engine=vllm on cpu"), ("cuda", "no measurement of its own")):
-        gap, source = honest_gap(Pair("vllm", device, "bfloat16", quantization, kv_cache_dtype))
-        assert f"{words};" in f"{source};" and origin in source
-        for name in NAMES:
-            assert getattr(gap, name) == pytest.approx(measured[name], rel=0.1)
-        assert ("a GPU rounds otherwise" in source) == (device == "cuda" and kv_cache_dtype == "fp8")
+    gap, source = honest_gap(Pair("vllm", "cpu", "bfloat16", quantization, kv_cache_dtype))
+
+    assert f"{words};" in f"{source};" and "measured for engine=vllm on cpu" in source
+    for name in NAMES:
+        assert getattr(gap, name) == pytest.approx(measured[name], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_cache_dtype", "case"),
+    [("fp8", "auto", "smollm2-135m, fp8"), ("none", "fp8", "smollm2-135m, none, fp8 keys and values")],
+)
+def test_of_what_a_gpu_rounds_to_fp8_the_table_holds_what_was_measured_there(quantization, kv_cache_dtype, case):
+    rows = json.loads((RESULTS.parent / "fp8_h200.json").read_text())["rows"]
+
+    gap, source = honest_gap(Pair("vllm", "cuda", "bfloat16", quantization, kv_cache_dtype))
+
+    assert "measured for engine=vllm on cuda" in source
+    for name in NAMES:
+        found = max(r["value"] for r in rows if r["case"] == case and r["metric"].endswith(f", {name}"))
+        assert getattr(gap, name) == pytest.approx(found, rel=0.02)
+
+
+def test_a_pair_that_no_gpu_has_been_measured_with_has_the_widest_of_a_cpu_and_says_why():
+    gap, source = honest_gap(Pair("vllm", "cuda", "bfloat16", "fp8", "fp8"))
+
+    assert gap == MEASURED[Pair("vllm", "cpu", "bfloat16", "fp8", "fp8")]
+    assert "no measurement of its own" in source and "a GPU rounds otherwise" in source
 
 
 def test_only_vllms_roundings_widen_a_limit():
