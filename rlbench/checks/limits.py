@@ -57,7 +57,8 @@ class Pair(NamedTuple):
 # nearest number, scripts/measure_fp8_kv.py, scripts/results/fp8_kv_cpu.json).
 # cuda: one H100, vLLM 0.26 against a transformers model bound to its tensors, no adapter; nf4 on 8,000 tokens with the
 # float32 logits of today, 0.042 mean with bf16 ones (scripts/results/shared_base_h100.json); none on 15,000 tokens with
-# bf16 logits, so a little wide; with fp8 one H200, 8,192 tokens (scripts/results/fp8_h200.json). Where it comes from: scripts/measure_rounding.py.
+# bf16 logits, so a little wide; fp8 on one H200, 8,192 tokens (scripts/results/fp8_h200.json). Where it comes from:
+# scripts/measure_rounding.py.
 MEASURED: Mapping[Pair, Gap] = {
     Pair("hf", "cpu", "float32", "none"): Gap(8.5e-6, 2.3e-5, 3.1e-5),
     Pair("hf", "cpu", "bfloat16", "none"): Gap(0.039, 0.22, 0.47),
