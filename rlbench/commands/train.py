@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 import traceback
@@ -324,6 +325,11 @@ def _summarise(
     if result is not None:
         files[result.name] = result
     commands = [] if is_in_chain else [_next_command(loop, is_done=result is not None)]
+    if commands and result is not None and config.stage != "reward_model":
+        own = shlex.join(["python", "-m", "rlbench", "chat", str(folder)])
+        commands.append(f"{own}   # talk with it")
+        own = shlex.join(["python", "-m", "rlbench", "export", str(folder), str(folder / "exported")])
+        commands.append(f"{own}   # one folder for transformers and vLLM")
     wandb = loop.tracker.wandb
     if wandb is not None and wandb.mode == "offline":
         commands.append(f"wandb sync {folder}/wandb/offline-run-*   # upload this run to wandb")

@@ -146,6 +146,17 @@ def test_the_command_that_is_printed_goes_on_with_the_same_settings(tiny_overrid
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+@pytest.mark.parametrize("ending", ["# talk with it", "# one folder for transformers and vLLM"])
+def test_the_commands_for_what_was_trained_are_printed_and_work(finished, ending):
+    command = next(line for line in finished[0].stdout.splitlines() if line.rstrip().endswith(ending))
+    python, dash_m, program, *arguments = shlex.split(command, comments=True)
+
+    done = run(*arguments, folder=finished[1].parent)
+
+    assert [python, dash_m, program] == ["python", "-m", "rlbench"] and str(finished[1]) in arguments
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_bit_for_bit(finished, tiny_overrides, tmp_path, how):
     arguments = [*tiny_overrides, "training.num_steps=24", "checkpoint.every_steps=2"]
