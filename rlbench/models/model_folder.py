@@ -18,6 +18,13 @@ _BESIDE = (
 )  # fmt: skip
 
 
+def share_mode(folder: Path, like: str) -> None:
+    """Let all who may read `folder / like` read the safetensors files too, whose writer keeps them to their owner."""
+    mode = (folder / like).stat().st_mode & 0o777
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
 def write_model(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], source: str) -> None:
     """Write `folder` anew, loadable by `AutoModelForCausalLM.from_pretrained` and as `model.path`.
 
@@ -34,6 +41,7 @@ def write_model(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tens
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(str(folder))
+    share_mode(folder, "config.json")
     origin = Path(source)
     if source and origin.is_dir() and origin.resolve() != folder.resolve():
         for pattern in _BESIDE:

@@ -24,6 +24,7 @@ from rlbench.models.attention import PackedAttention, use_rlbench_attention
 from rlbench.models.base import output_softcap, output_weight, share_base
 from rlbench.models.lora import add_lora, export_adapter
 from rlbench.models.lora_dropout import ForwardCounter, forward_of
+from rlbench.models.model_folder import share_mode
 from rlbench.models.patch import KernelLayer, describe, is_patch_useful, patch_model
 from rlbench.models.recompute import set_recompute
 from rlbench.models.warm_start import find_adapter
@@ -174,6 +175,7 @@ class Policy:
         self.model.peft_config["default"].base_model_name_or_path = base_name
         # PEFT would ask the hub whether the vocabulary was changed; it never is.
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        share_mode(folder, "adapter_config.json")
 
     def load_adapter(self, folder: Path) -> None:
         """Take over the tensors of `save_adapter`, bit for bit.

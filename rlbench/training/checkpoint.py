@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rlbench.models.model_folder import share_mode
 from rlbench.models.policy import Policy
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
@@ -94,6 +95,7 @@ def save_checkpoint(
             (temporary / name).mkdir()
             _save(temporary / name, trained, its_optimizer, base_name)
         (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
+        share_mode(temporary, "state.json")
         _write_manifest(temporary)
         if final.exists():  # the same step, saved before
             os.rename(final, aside)

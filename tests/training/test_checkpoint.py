@@ -81,6 +81,16 @@ def two_checkpoints(tiny_base, tmp_path):
     return [save(tmp_path, policy, optimizer, step) for step in (1, 2)]
 
 
+def test_who_may_read_the_state_may_read_the_weights(two_checkpoints, tiny_base, tmp_path):
+    policy = make_policy(tiny_base)
+    policy.save_adapter(tmp_path / "result", "tiny")
+    files = [*two_checkpoints[1].rglob("*.safetensors"), *(tmp_path / "result").rglob("*.safetensors")]
+    written = tmp_path / "written"
+    written.touch()
+
+    assert len(files) == 3 and {file.stat().st_mode for file in files} == {written.stat().st_mode}
+
+
 DAMAGES = {
     "a flipped bit": lambda f: f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:]),
     "cut short": lambda f: f.write_bytes(f.read_bytes()[:-1]),
