@@ -186,6 +186,9 @@ def make_preferences(
     if not found:
         raise ValueError(f"no row is left of the {split} data: all {num_too_long} are longer than {max_tokens} tokens")
     described = "; ".join(" and ".join(names) for names in formats)
+    labels = {row.is_desirable for row in labelled}
+    if len(labels) == 1:
+        described += f" (all labels are {str(*labels).lower()}: the loss has nothing to tell them from)"
     return PreferenceSet(rows=tuple(found), num_too_long=num_too_long, format=described)
 
 

@@ -58,6 +58,15 @@ def test_single_completions_and_their_mismatches_are_those_of_kto_trainer(tiny_f
     assert all(own.completions[1] == ours[i - 1].completions[0] for i, own in enumerate(ours))
 
 
+def test_data_of_one_label_alone_says_so(tokenizer):
+    def described(*labels):
+        rows = [{"prompt": "ab" + "c" * i, "completion": "d", "label": label} for i, label in enumerate(labels)]
+        return preferences(rows, tokenizer, is_unpaired=True).format
+
+    assert "all labels are true" in described(True, True) and "all labels are false" in described(False, False)
+    assert "all labels" not in described(True, False)
+
+
 def test_for_an_unpaired_loss_a_pair_is_two_completions(tokenizer):
     rows = preferences([PAIRS["explicit texts"], PAIRS["implicit texts"]], tokenizer, is_unpaired=True).rows
 
