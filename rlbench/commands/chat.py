@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 
-from rlbench.commands.chat_weights import LAST, Found, find_step
+from rlbench.commands.run_step import LAST, Found, find_step
 from rlbench.tracking.safe_text import SafeFile, printable, shorten
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def _sides(options: ChatOptions, config: object) -> dict[str, Found]:
     from rlbench.config.schema import RunConfig
 
     assert isinstance(config, RunConfig)
-    sides = {POLICY: find_step(options.run_folder, options.step, config)}
+    sides = {POLICY: find_step(options.run_folder, options.step, config, may_be_base=True)}
     if options.compare is not None:
-        sides[COMPARED] = find_step(options.run_folder, options.compare, config, said_by="--compare")
+        sides[COMPARED] = find_step(options.run_folder, options.compare, config, "--compare", may_be_base=True)
         if sides[COMPARED].label == sides[POLICY].label:
             raise ValueError(f"--step and --compare are both {sides[POLICY].label}, expected two that differ")
     return sides

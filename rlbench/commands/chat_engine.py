@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlbench.commands.chat_weights import Found, read_weights_of, without_adapter
+from rlbench.commands.chat_weights import read_weights_of, without_adapter
+from rlbench.commands.run_step import Found, policy_config
 from rlbench.config.full_training import FULL
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import STAGES, RunConfig
@@ -167,13 +168,7 @@ def answering_config(run_folder: Path, overrides: list[str]) -> RunConfig:
     Raises:
         ValueError: the run trained no policy, or an override cannot be applied.
     """
-    recorded = recorded_config(run_folder)
-    if recorded.chain:
-        names = ", ".join(stage.name for stage in recorded.chain)
-        raise ValueError(f"{run_folder} is a chain of runs; expected the folder of one of its stages ({names})")
-    if recorded.stage == "reward_model":
-        raise ValueError(f"{run_folder} is a run of stage=reward_model, which scores and does not answer; expected one "
-                         "of stage=rl, sft or preference")  # fmt: skip
+    recorded = policy_config(run_folder)
     added = []
     if recorded.engine.kind == "recorded":  # its own run sampled nothing
         added = ["engine.kind=auto", "engine.recorded_from=null", "engine.share=null"]

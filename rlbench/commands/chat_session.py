@@ -14,7 +14,7 @@ from rich.console import Console
 from rlbench.commands.chat_conversation import Conversation, HeldOutProblems, Question, Turn
 from rlbench.commands.chat_engine import ChatPolicy
 from rlbench.commands.chat_rewards import ChatRewards
-from rlbench.commands.chat_weights import BASE, Found, find_step
+from rlbench.commands.run_step import BASE, Found, find_step
 from rlbench.config.checks import nearest
 from rlbench.config.own_errors import is_raised_by_us
 from rlbench.config.schema import RunConfig
@@ -175,7 +175,7 @@ class Session:
         self._note("the system prompt of the answers to come is set" if text else "there is no system prompt now")
 
     def change_step(self, name: str) -> None:
-        found = find_step(self._run_folder, name, self._config, said_by="/step")
+        found = find_step(self._run_folder, name, self._config, "/step", may_be_base=True)
         compared = self._sides.get(COMPARED)
         if compared is not None and compared.label == found.label:
             raise ValueError(f"/step is {name}, but {found.label} is what it is compared with; expected another")
@@ -186,7 +186,7 @@ class Session:
     def say_weights(self, found: Found) -> None:
         """Which weights answer, and that the engine has them."""
         for line in found.passed_over:
-            self._note(f"{line}; an older checkpoint is taken")
+            self._note(line)
         if found.checkpoint is None:
             self._note("base: the engine computes with the weights of model.path alone, without adapter")
         else:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from rlbench.commands.eval_against import BASE, Against, find_against, note_differences, other_inputs
+from rlbench.commands.eval_against import Against, find_against, note_differences, other_inputs
 from rlbench.commands.eval_files import Places, reserve, write
 from rlbench.commands.eval_held_out import describe_data, hold_out
-from rlbench.commands.eval_settings import run_settings, trained_config, untrained_settings
-from rlbench.commands.eval_weights import LAST, Side, find_side
+from rlbench.commands.eval_settings import run_settings, untrained_settings
+from rlbench.commands.eval_weights import Side, find_side
+from rlbench.commands.run_step import BASE, LAST, policy_config
 from rlbench.commands.train import remove_if_unused
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.console import RunConsole
@@ -85,12 +86,11 @@ def eval_run(options: EvalOptions) -> int:
     """
     assert options.run_folder is not None
     run_folder = options.run_folder
-    trained = trained_config(run_folder)
+    trained = policy_config(run_folder)
     config = run_settings(run_folder, trained, options.overrides)
     notes = hold_out(config, trained, run_folder)
     side, damaged = find_side(run_folder, trained, options.step, "--step")
-    warnings = [*(f"{line}; an older checkpoint is taken" for line in damaged), *_changes(trained, config)]
-    return _evaluate(config, side, options, run_folder, notes, warnings)
+    return _evaluate(config, side, options, run_folder, notes, [*damaged, *_changes(trained, config)])
 
 
 def eval_untrained(composed: RunConfig, notes: Sequence[str], options: EvalOptions) -> int:

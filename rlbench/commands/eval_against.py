@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlbench.commands.eval_held_out import seen_by
-from rlbench.commands.eval_settings import settings_like, trained_config
+from rlbench.commands.eval_settings import settings_like
 from rlbench.commands.eval_weights import Side, find_side, split_place
+from rlbench.commands.run_step import BASE, policy_config
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.console import RunConsole
 
 if TYPE_CHECKING:
     from rlbench.build import Inputs
 
-BASE = "base"
 _COMPARED = ("model.path", "model.dtype", "model.quantization", "training.parameters", "engine.kind")
 
 
@@ -45,10 +45,10 @@ def find_against(option: str | None, side: Side, console: RunConsole) -> Against
     place, which = split_place(option)
     if not place.is_dir():
         raise ValueError(f"--against is {option}, but {place} is no folder; expected base or RUN2[@STEP]")
-    trained = trained_config(place)
+    trained = policy_config(place)
     other, damaged = find_side(place, trained, which, "the step of --against")
     for line in damaged:
-        console.warning(f"{line}; an older checkpoint is taken")
+        console.warning(line)
     is_same_run = side.run_folder is not None and side.run_folder.resolve() == place.resolve()
     if is_same_run and other.step == side.step:
         raise ValueError(f"--against is {option}, which is the policy itself; expected another step or run")

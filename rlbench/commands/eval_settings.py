@@ -9,12 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlbench.commands.chain_record import RECORD_NAME
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.compose import to_run_config
 from rlbench.config.optim import OptimConfig
 from rlbench.config.preference import PreferenceConfig
-from rlbench.config.recorded import apply_override, recorded_config
+from rlbench.config.recorded import apply_override
 from rlbench.config.schema import CheckpointConfig, EngineConfig, RunConfig
 
 _NOT_READ = (
@@ -25,27 +24,12 @@ _OF_BOTH = ("data", "evaluation", "sampling", "rewards", "seed")  # what is aske
 _OF_A_POLICY = ("model", "engine", "hardware", "checks", "training")
 
 
-def trained_config(run_folder: Path) -> RunConfig:
-    """What a run was trained with.
-
-    Raises:
-        ValueError: no run is there, or it trained no policy.
-    """
-    if (run_folder / RECORD_NAME).is_file():
-        stages = ", ".join(str(file.parent) for file in sorted(run_folder.glob("*/config.yaml")))
-        raise ValueError(f"{run_folder} is the folder of a chain; expected one of its stages: {stages or 'none yet'}")
-    trained = recorded_config(run_folder)
-    if trained.stage == "reward_model":
-        raise ValueError(f"{run_folder} is a run of stage=reward_model, which answers nothing; expected a policy's run")
-    return trained
-
-
 def run_settings(run_folder: Path, trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Those to evaluate a run's policy with.
 
     Args:
         run_folder: for messages.
-        trained: from `trained_config`.
+        trained: from `policy_config`.
         overrides: of this call.
 
     Raises:
@@ -91,7 +75,7 @@ def settings_like(config: RunConfig, run_folder: Path, trained: RunConfig, overr
     Args:
         config: of the first policy, derived.
         run_folder: of the other run, for messages.
-        trained: from `trained_config`, of the other run.
+        trained: from `policy_config`, of the other run.
         overrides: of this call; those of the model, engine and device hold for both policies.
 
     Raises:

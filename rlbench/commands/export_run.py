@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rlbench.commands.run_step import LAST, checkpoint_folders, find_step, policy_config
 from rlbench.config.checks import check_choice
 from rlbench.config.full_training import FULL
-from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 from rlbench.tracking.jsonl import read_metrics
 
@@ -21,7 +20,6 @@ USAGE = (
 MERGED, ADAPTER = "merged", "adapter"
 NEAREST, STOCHASTIC = "nearest", "stochastic"
 TRAINED, ORIGINAL = "trained", "original"
-BEST, LAST = "best", "last"
 _CHOICES = {
     "format": [MERGED, ADAPTER],
     "dtype": ["bfloat16", "float32"],
@@ -62,16 +60,13 @@ def read_call(arguments: Sequence[str]) -> tuple[ExportOptions, RunConfig]:
         ValueError: anything a user can get wrong.
     """
     given, run_folder, destination, overrides = _parse(arguments)
-    if (run_folder / "chain.json").is_file():
-        stages = ", ".join(sorted(f.parent.name for f in run_folder.glob("*/config.yaml")))
-        raise ValueError(f"{run_folder} is a chain of runs ({stages}); expected one of them, e.g. {run_folder}/1_...")
     for override in overrides:
         if override.partition("=")[0] not in _OVERRIDES:
             raise ValueError(
                 f"export takes the settings of the run, so {override} is not read; expected none but "
                 f"{' and '.join(_OVERRIDES)}, which say where the base lies"
             )
-    config = recorded_config(run_folder, overrides)
+    config = policy_config(run_folder, overrides)
     _check(given, config)
     check_destination(destination)
     dtype = "float32" if given.format == ADAPTER else given.dtype or config.model.dtype
@@ -105,48 +100,20 @@ def find_weights(options: ExportOptions, config: RunConfig) -> TrainedWeights:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    from rlbench.training.checkpoint import find_checkpoint, read_checkpoint
-
     run_folder = options.run_folder
-    folders = {int(f.name.removeprefix("step-")): f for f in sorted((run_folder / "checkpoints").glob("step-*"))}
-    if options.step == LAST and not folders:
-        return _result(run_folder, config)
-    if not folders:
-        raise ValueError(f"--step is {options.step}, but {run_folder} holds no checkpoints; expected --step last")
-    if options.step == LAST:
-        checkpoint, damaged = find_checkpoint(run_folder)
-    else:
-        step = int(options.step) if options.step != BEST else _best_step(find_checkpoint(run_folder)[0].state, config)
-        if step not in folders:
-            kept = ", ".join(map(str, folders))
-            raise ValueError(
-                f"--step is {options.step}, but the checkpoint of step {step} was not kept; expected one of {kept}, "
-                "last or best"
-            )
-        checkpoint, damaged = read_checkpoint(folders[step]), []
+    if not checkpoint_folders(run_folder):
+        if options.step == LAST:
+            return _result(run_folder, config)
+        raise ValueError(f"--step is {options.step}, but {run_folder} holds no checkpoints; expected --step {LAST}")
+    found = find_step(run_folder, options.step, config)
+    assert found.checkpoint is not None
     return TrainedWeights(
-        folder=checkpoint.folder,
-        step=checkpoint.step,
-        fingerprint=checkpoint.state.get("adapter_fingerprint", ""),
-        origin=f"{checkpoint.folder}, every file as its manifest says",
-        warnings=tuple(f"passed over: {line}" for line in damaged),
+        folder=found.checkpoint.folder,
+        step=found.checkpoint.step,
+        fingerprint=found.checkpoint.state.get("adapter_fingerprint", ""),
+        origin=f"{found.checkpoint.folder}, every file as its manifest says",
+        warnings=found.passed_over,
     )
-
-
-def _best_step(state: Mapping[str, Any], config: RunConfig) -> int:
-    """Of all evaluations until the newest checkpoint, the first of equals."""
-    key = config.checkpoint.keep_best
-    found = [(e["step"], e["metrics"][key]) for e in state["evaluations"] if key in e["metrics"]]
-    if not key or not found:
-        raise ValueError(
-            f"--step is best, but the run has checkpoint.keep_best={key or 'null'} and {len(found)} evaluations of it; "
-            "expected --step N or last"
-        )
-    sign = -1.0 if key.endswith("loss") else 1.0
-    step, value = max(found, key=lambda pair: sign * pair[1])
-    if not step:
-        raise ValueError(f"--step is best, but {key} was best before training ({value:.4g}); expected --step N or last")
-    return step
 
 
 def _result(run_folder: Path, config: RunConfig) -> TrainedWeights:
@@ -172,13 +139,6 @@ def _check(given: argparse.Namespace, config: RunConfig) -> None:
         value = getattr(given, name)
         if value is not None:
             check_choice(f"--{name}", value, choices)
-    if given.step not in (LAST, BEST) and not given.step.isdigit():
-        raise ValueError(f"--step is {given.step}, expected a number, last or best")
-    if config.stage == "reward_model":
-        raise ValueError(
-            "the run's stage is reward_model: its result is an adapter with a head for scores, no language model; "
-            "expected a run that trains a policy (an online run reads a reward model from RUN itself)"
-        )
     is_full, dtype = config.training.parameters == FULL, given.dtype or config.model.dtype
     if is_full and given.format == ADAPTER:
         raise ValueError("--format is adapter, but the run trained all weights; expected --format merged")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlbench.commands.chat_weights import BASE, LAST, Found, find_step
+from rlbench.commands.run_step import BASE, LAST, Found, find_step
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 from rlbench.config.vllm_version import vllm_problem
@@ -47,7 +47,7 @@ def serve(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     config = answering_config(options.run_folder, [])
     device = _usable_device(config.hardware.profile)
-    found = find_step(options.run_folder, options.step, config)
+    found = find_step(options.run_folder, options.step, config, may_be_base=True)
     command, name = compose(config, found, options, device)
     environment = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     for line in _notes(config, found, name):
@@ -157,7 +157,7 @@ def _usable_device(profile: str) -> str:
 
 
 def _notes(config: RunConfig, found: Found, name: str) -> list[str]:
-    lines = [f"{line}; an older checkpoint is taken" for line in found.passed_over]
+    lines = [*found.passed_over]
     if found.checkpoint is None:
         lines.append(f"{BASE}: the model alone, without adapter; requests name it {name}")
     else:

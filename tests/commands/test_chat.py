@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rlbench.commands import chat_weights
 from rlbench.commands.chat import chat, parse_arguments
 from rlbench.commands.chat_conversation import Conversation, Question, Turn
 from rlbench.commands.chat_engine import ChatPolicy, answer_sampling, answering_config, prepare_chat
 from rlbench.commands.chat_rewards import ChatRewards
 from rlbench.commands.chat_session import COMPARED, INTERRUPTED, NUM_SEEDS, POLICY, Session
-from rlbench.commands.chat_weights import find_step
+from rlbench.commands.run_step import find_step
 from rlbench.config.schema import DataConfig, ExampleConfig
 from rlbench.engine import hf_engine
 from rlbench.training import checkpoint as checkpoints
@@ -48,7 +47,8 @@ class Dialogue:
         config = self.inputs.config
         names = [POLICY, COMPARED] if compared else [POLICY]
         sides = {
-            name: find_step(self.folder, step, config) for name, step in zip(names, ["last", "base"], strict=False)
+            name: find_step(self.folder, step, config, may_be_base=True)
+            for name, step in zip(names, ["last", "base"], strict=False)
         }
         self.out, self.prompts, self.seeds = io.StringIO(), [], []
         self.conversation = Conversation(config.data, self.inputs.tokenizer)
@@ -167,9 +167,9 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_conversation_stays(dialog
         ("/retyr", "did you mean /retry?"),
         ("/new now", "/new is followed by now, expected nothing"),
         ("/retry", "/retry: nothing was answered yet"),
-        ("/step", "/step is nothing, expected a step, last, best or base"),
-        ("/step x", "/step is x, expected a step, last, best or base"),
-        ("/step 3", "/step is 3, of which no checkpoint was kept (there are: 2, 4)"),
+        ("/step", "/step is nothing, expected one of: 2, 4, last, best, base"),
+        ("/step x", "/step is x, expected one of: 2, 4, last, best, base"),
+        ("/step 3", "/step is 3, of which no checkpoint was kept in"),
         ("/step best", "/step is best, but checkpoint.keep_best is null"),
         ("/problem", "/problem is followed by nothing, expected 1 to 8"),
         ("/problem 9", "/problem is followed by 9, expected 1 to 8"),
@@ -233,7 +233,7 @@ def test_sixteen_bits_change_between_a_step_and_the_base(run_folder):
     policy, names = ChatPolicy(inputs), ("last", "base", "last")
     fingerprints = []
     for name in names:
-        policy.use(find_step(run_folder, name, inputs.config))
+        policy.use(find_step(run_folder, name, inputs.config, may_be_base=True))
         held = policy.engine.held_adapter()
         assert any(bool(b.any()) for b in held.lora_b.values()) == (name == "last")
         fingerprints.append(policy.fingerprint)
@@ -255,45 +255,6 @@ def test_a_checkpoint_with_other_weights_than_the_run_recorded_is_refused(run_fo
         chat([str(copy)])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(run_folder, tmp_path):
-    copy = shutil.copytree(run_folder, tmp_path / "run")
-    (copy / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"short")
-    config = answering_config(copy, [])
-    found = find_step(copy, "last", config)
-
-    assert found.label == "step 2" and "step-000004 is damaged: optimizer.safetensors" in found.passed_over[0]
-    with pytest.raises(ValueError, match="step-000004 is damaged"):
-        find_step(copy, "4", config)
-    shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(ValueError, match="has no valid checkpoint; expected a run that saved one"):
-        find_step(copy, "last", config)
-    assert find_step(copy, "base", config).label == "base"
-
-
-def test_the_best_step_is_that_of_the_best_evaluation(run_folder):
-    config = answering_config(run_folder, ["checkpoint.keep_best=eval/share"])
-    newest = find_step(run_folder, "last", config).checkpoint
-    shares = {e["step"]: e["metrics"]["eval/share"] for e in newest.state["evaluations"]}
-
-    assert find_step(run_folder, "best", config).label == f"step {max(shares, key=lambda step: shares[step])}"
-    config.checkpoint.keep_best = "eval/nothing"
-    with pytest.raises(ValueError, match="checkpoint.keep_best=eval/nothing, expected one of: eval/"):
-        find_step(run_folder, "best", config)
-
-
-def test_the_lowest_loss_is_the_best_and_before_the_first_step_there_is_no_checkpoint(run_folder):
-    config = answering_config(run_folder, ["checkpoint.keep_best=eval/loss"])
-    newest = find_step(run_folder, "last", config).checkpoint
-
-    def best_of(*losses: float) -> int:
-        found = [{"step": step, "metrics": {"eval/loss": loss}} for step, loss in enumerate(losses)]
-        return chat_weights._best_step(replace(newest, state={"evaluations": found}), config, "--step is best")
-
-    assert best_of(3.0, 2.0, 1.0, 1.0) == 2
-    with pytest.raises(ValueError, match="the best eval/loss was that before the first step; expected base"):
-        best_of(1.0, 2.0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -302,10 +263,10 @@ def test_the_lowest_loss_is_the_best_and_before_the_first_step_there_is_no_check
         (["{run}", "--stepp", "2"], "chat has no option --stepp"),
         (["{run}", "--seed", "x"], "argument --seed"),
         (["{run}", "--seed", "-1"], "--seed is -1, expected a number from 0 to"),
-        (["{run}", "--step", "3"], "--step is 3, of which no checkpoint was kept (there are: 2, 4)"),
+        (["{run}", "--step", "3"], "--step is 3, of which no checkpoint was kept in"),
         (["{run}", "--step", "base", "--compare", "base"], "--step and --compare are both base"),
         (["{run}", "--compare", "4"], "--step and --compare are both step 4"),
-        (["{run}", "--compare", "x"], "--compare is x, expected a step"),
+        (["{run}", "--compare", "x"], "--compare is x, expected one of: 2, 4, last, best, base"),
         (["{run}/none"], "none holds no config.yaml"),
         (["{run}", "sampling.temperature=-1"], "sampling.temperature is -1"),
         (["{run}", "sampling.max_tokens=256"], "sampling.max_tokens is 256, but the model's context is 256 tokens"),
@@ -326,12 +287,17 @@ def test_a_mistake_ends_the_command_with_status_2(run_folder):
 
 
 def test_runs_that_train_no_policy_are_refused(run_folder, tmp_path):
-    copy = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "rollouts"))
-    saved = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(saved.replace("chain: []", "chain: [{name: first, overrides: []}]"))
-
-    with pytest.raises(ValueError, match=r"is a chain of runs; expected the folder of one of its stages \(first\)"):
-        chat([str(copy)])
+    stage = tmp_path / "chain" / "1_rl"
+    shutil.copytree(run_folder, stage, ignore=shutil.ignore_patterns("checkpoints", "rollouts"))
+    (tmp_path / "chain" / "chain.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a chain of runs; expected the folder of one of its stages: .*chain/1_rl$"):
+        chat([str(tmp_path / "chain")])
+    saved = _yaml(stage)
+    for section in ("rewards", "algorithm", "sampling", "engine", "checks"):
+        del saved[section]
+    (stage / "config.yaml").write_text(json.dumps(saved | {"stage": "reward_model"}))
+    with pytest.raises(ValueError, match="1_rl is a run of stage=reward_model, which answers nothing"):
+        chat([str(stage)])
 
 
 def test_a_temperature_of_zero_is_greedy_and_no_override(opened):

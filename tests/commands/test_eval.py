@@ -1,6 +1,5 @@
 """Parts of the command eval: its arguments, what is held out, pairs by hand, files that are never overwritten."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from rlbench.commands.eval_held_out import hold_out, seen_by
 from rlbench.commands.eval_paired import compare
 from rlbench.commands.eval_settings import run_settings, settings_like
 from rlbench.commands.eval_text import paired_lines
-from rlbench.commands.eval_weights import Side, find_side, split_place
+from rlbench.commands.eval_weights import Side, split_place
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.schema import (
-    CheckpointConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
@@ -229,41 +227,3 @@ def test_a_file_that_is_there_is_kept(tmp_path):
         with pytest.raises(ValueError, match=f"{name}.json, but .* is there already"):
             reserve(tmp_path, "step", tmp_path / f"{name}.json")
     assert (tmp_path / "a.json").read_text() == "mine" and not (tmp_path / "a").exists()
-
-
-def checkpoints(folder: Path, accuracy: dict[int, float], kept: list[int]) -> None:
-    """Checkpoints without tensors."""
-    from rlbench.training.checkpoint import _write_manifest
-
-    for step in kept:
-        place = folder / "checkpoints" / f"step-{step:06d}"
-        place.mkdir(parents=True)
-        before = [{"step": s, "metrics": {"eval/accuracy": a}} for s, a in accuracy.items() if s <= step]
-        (place / "state.json").write_text(json.dumps({"step": step, "policy_version": step, "evaluations": before}))
-        _write_manifest(place)
-
-
-def test_the_best_step_is_one_of_those_that_are_there(tmp_path):
-    best = RunConfig(checkpoint=CheckpointConfig(keep_best="eval/accuracy"), evaluation=EvaluationConfig(every_steps=1))
-    checkpoints(tmp_path / "a", {0: 0.1, 1: 0.5, 2: 0.5, 3: 0.2}, [1, 3])
-    checkpoints(tmp_path / "b", {0: 0.9, 3: 0.2}, [3])
-
-    assert find_side(tmp_path / "a", best, "best", "--step")[0].step == 1
-    with pytest.raises(
-        ValueError, match="--step is best, which is step 0, but .* has no checkpoint of it; expected one of 3"
-    ):
-        find_side(tmp_path / "b", best, "best", "--step")
-    with pytest.raises(ValueError, match="the run kept no best checkpoint"):
-        find_side(tmp_path / "a", RunConfig(), "best", "--step")
-    assert find_side(tmp_path / "a", RunConfig(), "last", "--step")[0].step == 3
-
-
-def test_every_damaged_checkpoint_is_named(tmp_path):
-    checkpoints(tmp_path, {}, [1, 2])
-    for step in (1, 2):
-        (tmp_path / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("{}")
-
-    with pytest.raises(
-        ValueError, match="no checkpoint of .* can be used: .*step-000002 is damaged.*step-000001 is damaged"
-    ):
-        find_side(tmp_path, RunConfig(), "last", "--step")

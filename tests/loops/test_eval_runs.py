@@ -306,10 +306,13 @@ def greedy_of(folder: Path, step: int | None = None):
 MISTAKES = {
     "no run": (["nowhere"], "nowhere holds no config.yaml; expected the folder of a run"),
     "nothing": ([], "eval needs the folder of a run, or +exp=NAME; expected: python -m rlbench eval RUN"),
-    "unknown step": (["run", "--step", "3"], "--step is 3, but run has no checkpoint of it; expected one of 2, 4, 6"),
-    "no step": (["run", "--step", "x"], "--step is x, expected last, best or one of 2, 4, 6"),
+    "unknown step": (
+        ["run", "--step", "3"],
+        "--step is 3, of which no checkpoint was kept in run; expected one of: 2, 4, 6",
+    ),
+    "no step": (["run", "--step", "x"], "--step is x, expected one of: 2, 4, 6, last, best"),
     "no value": (["run", "--step"], "argument --step: expected one argument; expected: python -m rlbench eval RUN"),
-    "no best": (["other", "--step", "best"], "--step is best, but the run kept no best checkpoint"),
+    "no best": (["other", "--step", "best"], "--step is best, but checkpoint.keep_best is null"),
     "step of no run": (["+exp=grpo_gsm8k", "--step", "3"], "--step is 3, but no run is given"),
     "base of the base": (["+exp=grpo_gsm8k", "--against", "base"], "--against is base, but so is the policy"),
     "stage": (["+exp=sft_gsm8k"], "stage is sft, but eval samples a policy; expected an experiment of stage=rl"),
@@ -327,12 +330,18 @@ MISTAKES = {
     "no engine": (["run", "engine=recorded", "engine.recorded_from=run"], "engine.kind is recorded, which generates"),
     "context": (["run", "sampling.max_tokens=256"], "sampling.max_tokens is 256, but the model's context is 256"),
     "against nothing": (["run", "--against", "no@2"], "--against is no@2, but no is no folder; expected base or"),
-    "against no step": (["run", "--against", "other@5"], "the step of --against is 5, but other has no checkpoint"),
+    "against no step": (
+        ["run", "--against", "other@5"],
+        "the step of --against is 5, of which no checkpoint was kept in other",
+    ),
     "against itself": (["run", "--against", "run@6"], "--against is run@6, which is the policy itself"),
     "no json": (["run", "--out", "x.txt"], "--out is x.txt, expected a file that ends in .json"),
-    "chain": (["chain"], "chain is the folder of a chain; expected one of its stages: chain/1_sft, chain/2_grpo"),
+    "chain": (
+        ["chain"],
+        "chain is a chain of runs; expected the folder of one of its stages: chain/1_sft, chain/2_grpo",
+    ),
     "reward model": (["judge"], "judge is a run of stage=reward_model, which answers nothing"),
-    "no checkpoint": (["bare"], "bare holds no checkpoint; expected a run that has written one"),
+    "no checkpoint": (["bare"], "bare has no valid checkpoint; expected a run that saved one"),
 }
 
 
