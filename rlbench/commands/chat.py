@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.run_step import LAST, Found, find_step
 from rlbench.tracking.safe_text import SafeFile, printable, shorten
 
@@ -145,30 +145,22 @@ def parse_arguments(arguments: Sequence[str]) -> ChatOptions:
     Raises:
         ValueError: no run is named, or an option is unknown or has no proper value.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("chat", USAGE)
     parser.add_argument("--step", default=LAST)
     parser.add_argument("--compare")
     parser.add_argument("--seed", type=int)
-    try:
-        options, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
-    unknown = [argument for argument in rest if argument.startswith("-")]
-    if unknown:
-        raise ValueError(f"chat has no option {unknown[0]}; expected: {USAGE}")
-    if not rest or "=" in rest[0] or rest[0].startswith("~"):
-        raise ValueError(f"chat needs the folder of a run; expected: {USAGE}")
+    options, (run_folder,), settings = parser.split_places(arguments)
     from rlbench.commands.chat_session import NUM_SEEDS
 
     if options.seed is not None and not 0 <= options.seed < NUM_SEEDS:
         raise ValueError(f"--seed is {options.seed}, expected a number from 0 to {NUM_SEEDS - 1}")
-    overrides = [override for override in rest[1:] if not _is_zero_temperature(override)]
+    overrides = [override for override in settings if not _is_zero_temperature(override)]
     return ChatOptions(
-        run_folder=Path(rest[0]).expanduser(),
+        run_folder=run_folder,
         step=options.step,
         compare=options.compare,
         seed=options.seed,
-        is_greedy=len(overrides) < len(rest) - 1,
+        is_greedy=len(overrides) < len(settings),
         overrides=overrides,
     )
 

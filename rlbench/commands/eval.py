@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.eval_against import Against, find_against, note_differences, other_inputs
 from rlbench.commands.eval_files import Places, reserve, write
 from rlbench.commands.eval_held_out import describe_data, hold_out
@@ -47,20 +47,17 @@ def parse(arguments: Sequence[str]) -> EvalOptions:
     Raises:
         ValueError: an option has no proper value, or there is neither a run nor an experiment.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("eval", USAGE)
     for name in ("--step", "--against", "--out"):
         parser.add_argument(name)
-    try:
-        options, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
+    options, rest = parser.split(arguments)
     run_folder = None
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
         run_folder, rest = Path(rest[0]).expanduser(), rest[1:]
     elif not any(argument.startswith("+exp=") for argument in rest):
-        raise ValueError(f"eval needs the folder of a run, or +exp=NAME; expected: {USAGE}")
+        raise parser.mistake("eval needs the folder of a run, or +exp=NAME")
     elif options.step is not None:
-        raise ValueError(f"--step is {options.step}, but no run is given; expected: {USAGE}")
+        raise parser.mistake(f"--step is {options.step}, but no run is given")
     return EvalOptions(
         run_folder=run_folder,
         step=options.step or LAST,

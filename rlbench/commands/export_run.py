@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.run_step import LAST, checkpoint_folders, find_step, policy_config
 from rlbench.config.checks import check_choice
 from rlbench.config.full_training import FULL
@@ -163,17 +164,11 @@ def _check(given: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path, Path, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("export", USAGE)
     parser.add_argument("--step", default=LAST)
     for name in _CHOICES:
         parser.add_argument(f"--{name}")
-    try:
-        given, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        raise ValueError(f"export has no option {unknown[0]}; expected: {USAGE}")
-    if len(rest) < 2 or any("=" in place for place in rest[:2]):
-        raise ValueError(f"export needs the folder of a run and a new folder; expected: {USAGE}")
-    return given, Path(rest[0]).expanduser(), Path(rest[1]).expanduser(), rest[2:]
+    given, (run_folder, destination), overrides = parser.split_places(
+        arguments, "the folder of a run and a new folder", num_places=2
+    )
+    return given, run_folder, destination, overrides

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.rescore import rollout_files
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
@@ -201,15 +201,10 @@ def _line(found: Replayed, tokenizer: Any) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, int, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("replay", USAGE)
     parser.add_argument("--id")
     parser.add_argument("--count", type=int, default=50)
-    try:
-        options, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
-    if not rest or "=" in rest[0] or rest[0].startswith(("-", "~")):
-        raise ValueError(f"replay needs the folder of a run; expected: {USAGE}")
+    options, (run_folder,), overrides = parser.split_places(arguments)
     if options.count < 1:
         raise ValueError(f"--count is {options.count}, expected at least 1")
-    return Path(rest[0]).expanduser(), options.id, options.count, rest[1:]
+    return run_folder, options.id, options.count, overrides

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 from rlbench.config.trained_reward import check_without_model
@@ -210,18 +210,13 @@ def _number(value: float | None) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Path, tuple[int, int] | None, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("rescore", USAGE)
     parser.add_argument("--steps")
-    try:
-        options, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
-    if not rest or "=" in rest[0] or rest[0].startswith(("-", "~")):
-        raise ValueError(f"rescore needs the folder of a run; expected: {USAGE}")
+    options, (run_folder,), overrides = parser.split_places(arguments)
     steps = None
     if options.steps is not None:
         first, colon, last = options.steps.partition(":")
         if not first.isdigit() or (colon and not last.isdigit()):
             raise ValueError(f"--steps is {options.steps}, expected FIRST:LAST or one step, e.g. --steps 1:10")
         steps = (int(first), int(last) if colon else int(first))
-    return Path(rest[0]).expanduser(), steps, rest[1:]
+    return run_folder, steps, overrides

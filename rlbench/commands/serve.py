@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.run_step import BASE, LAST, Found, find_step
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
@@ -178,23 +178,18 @@ def parse_arguments(arguments: Sequence[str]) -> ServeOptions:
     """
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("serve", USAGE)
     parser.add_argument("--step", default=LAST)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--print", action="store_true", dest="is_print_only")
-    try:
-        options, rest = parser.parse_known_args(given[:end])
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
-    if not rest or "=" in rest[0] or rest[0].startswith(("-", "~")):
-        raise ValueError(f"serve needs the folder of a run; expected: {USAGE}")
-    if len(rest) > 1:
-        raise ValueError(f"serve takes {rest[1]} neither as an option nor as a setting; expected: {USAGE}")
+    options, (run_folder,), settings = parser.split_places(given[:end])
+    if settings:
+        raise parser.mistake(f"serve takes {settings[0]} neither as an option nor as a setting")
     if not 1 <= options.port <= 65535:
         raise ValueError(f"--port is {options.port}, expected 1 to 65535")
     return ServeOptions(
-        run_folder=Path(rest[0]).expanduser(),
+        run_folder=run_folder,
         step=options.step,
         host=options.host,
         port=options.port,

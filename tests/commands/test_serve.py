@@ -161,7 +161,7 @@ def test_an_adapter_that_vllm_cannot_hold_is_refused(trained, tmp_path):
         ([], "serve needs the folder of a run"),
         (["--", "RUN"], "serve needs the folder of a run"),
         (["RUN", "optim.lr=1"], "serve takes optim.lr=1 neither as an option nor as a setting"),
-        (["RUN", "--prot", "8000"], "serve takes --prot neither"),
+        (["RUN", "--prot", "8000"], "serve has no option --prot; expected: python -m rlbench serve RUN"),
         (["RUN", "--port", "x"], "argument --port"),
         (["RUN", "--port", "0"], "--port is 0, expected 1 to 65535"),
     ],
