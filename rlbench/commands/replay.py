@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rlbench.commands.command_line import CommandLine
 from rlbench.commands.rescore import rollout_files
+from rlbench.commands.run_step import checkpoint_folders
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 from rlbench.records import Completion, Rollout, RolloutGroup
@@ -126,7 +127,7 @@ def _find_weights(run_folder: Path, chosen: Sequence[Chosen]) -> dict[str, Check
     """
     from rlbench.training.checkpoint import read_checkpoint
 
-    folders = sorted((run_folder / "checkpoints").glob("step-*"))
+    folders = checkpoint_folders(run_folder).values()
     found = {}
     for folder in folders:
         checkpoint = read_checkpoint(folder)
