@@ -31,6 +31,7 @@ from rlbench.models.base import load_base, share_base
 from rlbench.models.full_policy import MODEL_FOLDER, FullPolicy
 from rlbench.models.merge import Rounding, Survival, merge_, round_
 from rlbench.models.merge_base import dense_base
+from rlbench.models.model_folder import share_mode
 from rlbench.models.policy import Policy
 from rlbench.models.quiet import no_progress_bars
 from rlbench.models.source import ResolvedModel
@@ -216,6 +217,7 @@ def _save_model(base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None
         parameter.data = parameter.data.to(dtype)
     with no_progress_bars():
         base.save_pretrained(str(folder))
+    share_mode(folder, "config.json")
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
