@@ -380,23 +380,10 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
     folder, dtype = str(inputs.model.folder), getattr(torch, config.model.dtype)
     load = partial(load_base, folder, dtype=dtype, device=device, quantization=config.model.quantization)
     if config.engine.kind == "vllm":
-        from rlbench.engine.vllm_engine import VllmEngine
         from rlbench.models.shared_base import bind_base
 
-        engine = VllmEngine(
-            folder,
-            device=device,
-            dtype=config.model.dtype,
-            quantization=config.model.quantization,
-            dense_copies=config.engine.dense_copies or "none",
-            max_model_len=longest_sequence(config, inputs.train, inputs.evaluation),
-            max_num_seqs=config.engine.max_num_seqs or 64,
-            lora_rank=None if config.training.parameters == FULL else config.lora.rank,
-            kv_cache_gib=config.engine.kv_cache_gib or 1.0,
-            kv_cache_dtype=config.engine.kv_cache_dtype,
-            with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
-            deterministic=config.engine.deterministic,
-        )
+        longest = longest_sequence(config, inputs.train, inputs.evaluation)
+        engine = start_vllm(config, folder, device, longest, config.engine.max_num_seqs or 64)
         if config.engine.share:
             return bind_base(folder, engine.base_weights(), dtype=dtype), engine
         return load(), engine
@@ -406,6 +393,26 @@ def _base_and_engine(inputs: Inputs, device: str, recorded: RecordedEngine | Non
 
     base = load()
     return base, HfEngine(base, max_num_seqs=config.engine.max_num_seqs or 64, tokenizer=inputs.tokenizer)
+
+
+def start_vllm(config: RunConfig, folder: str, device: str, max_model_len: int, max_num_seqs: int) -> Any:
+    """vLLM with the run's settings, over the model in `folder`."""
+    from rlbench.engine.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        folder,
+        device=device,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        dense_copies=config.engine.dense_copies or "none",
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        lora_rank=None if config.training.parameters == FULL else config.lora.rank,
+        kv_cache_gib=config.engine.kv_cache_gib or 1.0,
+        kv_cache_dtype=config.engine.kv_cache_dtype,
+        with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
+        deterministic=config.engine.deterministic,
+    )
 
 
 def longest_sequence(config: RunConfig, train: PromptSet, evaluation: PromptSet | None) -> int:

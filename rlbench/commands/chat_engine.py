@@ -143,23 +143,9 @@ class ChatPolicy:
         return HfEngine(self._base, max_num_seqs=1, tokenizer=self._inputs.tokenizer)
 
     def _vllm(self) -> Engine:
-        from rlbench.engine.vllm_engine import VllmEngine
+        from rlbench.build import start_vllm
 
-        config = self._config
-        return VllmEngine(
-            str(self._inputs.model.folder),
-            device=self._device,
-            dtype=config.model.dtype,
-            quantization=config.model.quantization,
-            dense_copies=config.engine.dense_copies or "none",
-            max_model_len=self.context,
-            max_num_seqs=1,
-            lora_rank=None if config.training.parameters == FULL else config.lora.rank,
-            kv_cache_gib=config.engine.kv_cache_gib or 1.0,
-            kv_cache_dtype=config.engine.kv_cache_dtype,
-            with_tokenizer=bool(config.sampling.stop) or config.sampling.is_guided,
-            deterministic=config.engine.deterministic,
-        )
+        return start_vllm(self._config, str(self._inputs.model.folder), self._device, self.context, 1)
 
 
 def answering_config(run_folder: Path, overrides: list[str]) -> RunConfig:

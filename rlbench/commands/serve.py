@@ -105,15 +105,13 @@ def compose(config: RunConfig, found: Found, options: ServeOptions, device: str)
 def _adapter_options(config: RunConfig, found: Found, name: str) -> list[str]:
     """
     Raises:
-        ValueError: vLLM cannot adapt the layers, or the rank is too high.
+        ValueError: the rank is too high, or the weights are not those that the run recorded.
     """
     from rlbench.commands.chat_weights import read_weights_of
     from rlbench.engine.vllm_checks import slot_rank
 
     checkpoint = found.checkpoint
     assert checkpoint is not None
-    if "lm_head" in config.lora.targets:
-        raise ValueError(f"lora.targets is {config.lora.targets}, but vLLM cannot adapt lm_head; expected chat for it")
     read_weights_of(checkpoint, config, "cpu")  # checks the fingerprint
     adapter = (checkpoint.folder / "adapter").absolute()
     rank = str(slot_rank(config.lora.rank))

@@ -68,6 +68,11 @@ class LoraConfig:
         check_range("lora.rank", self.rank, low=1)
         check_range("lora.alpha", self.alpha, low=0, is_low_open=True)
         check_range("lora.dropout", self.dropout, low=0, high=1, is_high_open=True)
+        if "lm_head" in [name.strip() for name in self.targets.split(",")]:
+            raise ValueError(
+                f"lora.targets is {self.targets}, but the head stays as it is: logprobs are computed with its own "
+                "weight; expected all-linear, or names without lm_head"
+            )
 
 
 @dataclass

@@ -149,10 +149,8 @@ def test_without_a_tested_vllm_it_is_refused(trained, monkeypatch):
 
 
 def test_an_adapter_that_vllm_cannot_hold_is_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match="lora.targets is lm_head,q_proj, but vLLM cannot adapt lm_head"):
-        serve([str(changed(trained, tmp_path / "a", lora={"targets": "lm_head,q_proj"})), "--print"])
     with pytest.raises(ValueError, match="lora.rank 600, expected 1 to 512"):
-        serve([str(changed(trained, tmp_path / "b", lora={"rank": 600})), "--print"])
+        serve([str(changed(trained, tmp_path / "a", lora={"rank": 600})), "--print"])
 
 
 @pytest.mark.parametrize(

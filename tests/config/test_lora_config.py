@@ -1,4 +1,4 @@
-"""lora.dropout: its range, and the stages that take it."""
+"""lora.dropout: its range, and the stages that take it; lora.targets without the head."""
 
 import pytest
 
@@ -44,3 +44,9 @@ def test_a_run_from_before_the_key_resumes_without_dropout_alone():
     assert check_resumable(saved, {"lora": {"rank": 16, "dropout": 0.0}}) == []
     with pytest.raises(ValueError, match="lora.dropout was 0.0 in the run that is resumed and is 0.1 now"):
         check_resumable(saved, {"lora": {"rank": 16, "dropout": 0.1}})
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "q_proj, lm_head"])
+def test_the_head_is_no_target(targets):
+    with pytest.raises(ValueError, match=f"lora.targets is {targets}, but the head stays as it is"):
+        LoraConfig(targets=targets)
