@@ -190,6 +190,15 @@ def test_what_a_policy_is_compared_with_stays_another(opened):
     assert "error: /step is base, but base is what it is compared with" in dialogue.said
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal's program has it; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_an_answer_and_twice_in_a_row_ends(dialogue, monkeypatch):
     """The signal arrives in the middle of a generation; what comes after is as if it had not been asked."""
     tokens = iter(range(1, 10**6))
