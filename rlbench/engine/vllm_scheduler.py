@@ -264,6 +264,7 @@ class QuickDecode(ABC):  # as vLLM's is, or Python refuses the change of class
             request_id=request.request_id, new_token_ids=[], finish_reason=reason, stop_reason=request.stop_reason
         )
         _give(output, state)
+        self._rlbench_ended.pop(request.request_id)
         return output
 
 

@@ -166,10 +166,12 @@ def drive(own, quick, requests, *, events=None, limit=2000):
             expected, found = own.batches[-1], quick.batches[-1]
             pytest.fail(f"step {number}: {[(k, v, found[k]) for k, v in expected.items() if v != found[k]]}")
         assert own.blocks() == quick.blocks(), f"step {number}"
+        assert all(state.num_held for state in quick.scheduler._rlbench_ended.values())
         if not own.pipeline and not own.scheduler.has_requests():
             break
     assert not quick.pipeline and not quick.scheduler.has_requests()
     assert own.batches == quick.batches
+    assert quick.scheduler._rlbench_held == {} == quick.scheduler._rlbench_ended
     assert own.ended == quick.ended
     for name, (tokens, rows) in own.told.items():
         if name in own.ended:
@@ -255,7 +257,6 @@ def test_aborted_sequences_and_late_ones(tiny_folder, depth):
     drive(own, quick, list(requests_of(6, 6, most=110)), events={9: abort, 14: add})
 
     assert quick.scheduler.rlbench_num_quick > 0
-    assert quick.scheduler._rlbench_held == {} == quick.scheduler._rlbench_ended
 
 
 @pytest.mark.parametrize("depth", [1, 2])
