@@ -6,8 +6,9 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rlbench.commands.run_step import why_incomparable
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 
@@ -42,7 +43,7 @@ def read_weights_of(checkpoint: Checkpoint, config: RunConfig, device: str) -> A
     else:
         weights = _read_adapter(checkpoint.folder / "adapter")
     recorded, found = checkpoint.state["adapter_fingerprint"], weights.fingerprint()
-    if found != recorded and _is_comparable(checkpoint, config):
+    if found != recorded and not why_incomparable(checkpoint, config):
         raise ValueError(
             f"the weights in {checkpoint.folder} have fingerprint {found}, but the run recorded {recorded} for step "
             f"{checkpoint.step}; expected the checkpoint as the run wrote it, and its lora.* settings"
@@ -59,14 +60,6 @@ def without_adapter(adapter: Adapter) -> Adapter:
         lora_a={name: a.float() for name, a in adapter.lora_a.items()},
         lora_b={name: torch.zeros_like(b, dtype=torch.float32) for name, b in adapter.lora_b.items()},
     )
-
-
-def _is_comparable(checkpoint: Checkpoint, config: RunConfig) -> bool:
-    """Of all weights a fingerprint depends on their dtype, and on a GPU it is another one than on a CPU."""
-    recorded: Any = checkpoint.state["config"]
-    is_same_place = recorded["hardware"]["profile"] == config.hardware.profile
-    is_same_dtype = recorded["model"]["dtype"] == config.model.dtype
-    return config.training.parameters != FULL or (is_same_place and is_same_dtype)
 
 
 def _read_adapter(folder: Path) -> Adapter:

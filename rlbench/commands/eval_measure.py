@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from rlbench.build import Inputs, Parts, build, greedy_sampling, prepare_base, training_sampling, with_prompts
 from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import ADVICE, PolicyIdentity, PolicyIdentityError, check_completions
 from rlbench.commands.eval_held_out import held_out_prompts
 from rlbench.commands.eval_weights import Side
-from rlbench.config.full_training import FULL
+from rlbench.commands.run_step import why_incomparable
 from rlbench.config.schema import RunConfig
 from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.loops.evaluate import Evaluation, evaluate, sample_answers, sampled_metrics, sampled_shares
@@ -24,9 +23,6 @@ from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup
 from rlbench.tracking.console import RunConsole
 from rlbench.training.microbatch_budget import phase_memory
 from rlbench.weight_sync import sync
-
-if TYPE_CHECKING:
-    from rlbench.training.checkpoint import Checkpoint
 
 TRUNCATED = "eval/truncated_frac"
 _BROKEN = ("error", "timeout")  # status of a component whose verifier failed
@@ -115,7 +111,7 @@ def _load(side: Side, policy: Policy, config: RunConfig, console: RunConsole) ->
             "checkpoints, so try again"
         ) from error
     expected, found = side.checkpoint.state["adapter_fingerprint"], policy.weights().fingerprint()
-    why = _incomparable(side.checkpoint, config)
+    why = why_incomparable(side.checkpoint, config)
     if why:
         console.note(f"{side.name}: its fingerprint was {expected}; {why}, so it is {found} here")
     elif found != expected:
@@ -123,18 +119,6 @@ def _load(side: Side, policy: Policy, config: RunConfig, console: RunConsole) ->
             f"{side.checkpoint.folder} names weights with fingerprint {expected}, but what was loaded has {found}; "
             "expected the weights that the run saved"
         )
-
-
-def _incomparable(checkpoint: Checkpoint, config: RunConfig) -> str:
-    """Why the same weights have another fingerprint here than in their run; empty if they have not."""
-    then = checkpoint.state["config"]
-    if config.training.parameters != FULL:
-        return ""
-    if then["model"]["dtype"] != config.model.dtype:
-        return f"the weights were {then['model']['dtype']} then and are {config.model.dtype} now"
-    if then["hardware"]["profile"] != config.hardware.profile:
-        return "fingerprints of all weights are computed otherwise on a GPU than on a CPU"
-    return ""
 
 
 def _identity(inputs: Inputs, parts: Parts) -> PolicyIdentity:

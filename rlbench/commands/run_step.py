@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlbench.commands.chain_record import RECORD_NAME
+from rlbench.config.full_training import FULL
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 
@@ -165,3 +166,15 @@ def _best_step(state: Mapping[str, Any], config: RunConfig, said: str, others: s
     if not step and step not in kept:
         raise ValueError(f"{said}, but the best {key} was that before the first step ({value:.4g}); expected {others}")
     return int(step)
+
+
+def why_incomparable(checkpoint: Checkpoint, config: RunConfig) -> str:
+    """Why the same weights have another fingerprint here than in their run; empty if they have not."""
+    then = checkpoint.state["config"]
+    if config.training.parameters != FULL:
+        return ""
+    if then["model"]["dtype"] != config.model.dtype:
+        return f"the weights were {then['model']['dtype']} then and are {config.model.dtype} now"
+    if then["hardware"]["profile"] != config.hardware.profile:
+        return "fingerprints of all weights are computed otherwise on a GPU than on a CPU"
+    return ""
