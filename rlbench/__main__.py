@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rlbench
+from rlbench.models.allocator import use_expandable_segments
 
 COMMANDS = {
     "train": "train a policy (the default)",
@@ -60,6 +61,7 @@ Every key and its default: python -m rlbench --cfg job. Hydra's own options: pyt
 def main() -> None:
     # peft imports bitsandbytes, whose CPU part looks for a package `kernels` and takes our folder for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
+    use_expandable_segments()
     arguments = sys.argv[1:]
     is_named = (
         bool(arguments)

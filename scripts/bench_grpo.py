@@ -40,6 +40,8 @@ from bench_step import ALPHA, LINEARS, RANK
 from bench_workers import matmul_tflops, rows_of_process, spare_flashinfer, write_result
 from random_models import num_weights, random_model, text_of
 
+from rlbench.models.allocator import use_expandable_segments
+
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 16, 16, 200
 GAP = "logprob gap of sampled tokens, engine to trainer, mean"
 MEAN_LENGTH, MAX_LENGTH = 800, 2048
@@ -278,6 +280,8 @@ def make_trl(shape: str, quantization: str, data: Any, steps: int, folder: str) 
 
 def run_worker(case: str, impl: str, steps: int, more: list[str]) -> None:
     spare_flashinfer()
+    if impl == "rlbench":
+        use_expandable_segments()  # as `python -m rlbench` does, here before the model is made
     if impl == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (must come before torch's other users)
 

@@ -38,6 +38,8 @@ from typing import Any, NamedTuple
 from bench_workers import matmul_tflops, rows_of_process, write_result
 from random_models import num_weights, random_model
 
+from rlbench.models.allocator import use_expandable_segments
+
 RANK, ALPHA = 16, 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = "dense:llama-3.1-8b:nf4,grpo:llama-3.1-8b:nf4,dense:qwen3-4b:none,dense:qwen2.5-1.5b:none,long:qwen3-4b:nf4"
@@ -338,6 +340,8 @@ def run_worker(case: str, impl: str, *, is_memory_only: bool) -> None:
     name, option = impl.split(":")
     if name == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (must come before torch's other users)
+    if name == "rlbench":
+        use_expandable_segments()  # as `python -m rlbench` does
     import torch
 
     before = 0.0 if is_memory_only else matmul_tflops()

