@@ -4,7 +4,8 @@
 
 Batches: dense (8 sequences of 1,024 tokens, cross-entropy of all), long (one of 16,384), grpo (16 prompts of 200 tokens
 with 8 completions of 50 to 1,000 each, every third group without signal, clipped surrogate), ppo (the same with a
-critic's values and update; all have signal), dpo (16 such prompts with 2 completions each, the reference in the step).
+critic's values and update; all have signal), dpo (16 such prompts with 2 completions each, the reference in the step),
+one@L (a prompt of 200 tokens and one completion of L, clipped surrogate).
 Random weights, LoRA of rank 16 on all linear layers. Implementations, each in a process of its own:
 
     rlbench    as configured by "recompute@tokens a forward[/RLBENCH_ATTENTION]": auto@8192, mlp+offload@8192/flash
@@ -53,6 +54,10 @@ GROUP_SIZES = {"grpo": 8, "ppo": 8, "dpo": 2}
 Step = Callable[[], None]
 
 
+def is_one(kind: str) -> bool:
+    return kind.startswith("one@")
+
+
 class Batch(NamedTuple):
     rows: list[list[int]]  # token ids; grpo: of the completions
     prompts: list[list[int]]  # of groups
@@ -75,6 +80,8 @@ def make_batch(kind: str, vocab: int) -> Batch:
     def ids(count: int) -> list[int]:
         return torch.randint(3, vocab, (count,), generator=generator).tolist()
 
+    if is_one(kind):
+        return Batch([ids(int(kind.removeprefix("one@")))], [ids(PROMPT_TOKENS)], [1.0])
     if kind not in GROUP_SIZES:
         return Batch([ids(n) for n in ([1024] * 8 if kind == "dense" else [16_384])], [], [])
     count = NUM_PROMPTS * GROUP_SIZES[kind]
@@ -87,22 +94,17 @@ def make_batch(kind: str, vocab: int) -> Batch:
     )
 
 
-def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
+def load_rlbench(folder: str, quantization: str, option: str, longest: int) -> tuple[Any, Any, Any, Any]:
+    """Base, policy, optimizer and the `training` config, as "recompute@tokens a forward[/RLBENCH_ATTENTION]" says."""
     import torch
     from transformers import AutoConfig
 
-    from rlbench.config.schema import AlgorithmConfig, LoraConfig, OptimConfig, RunConfig
-    from rlbench.data.packing import pack
+    from rlbench.config.schema import LoraConfig, OptimConfig, RunConfig
     from rlbench.models.base import load_base
     from rlbench.models.device import hardware_facts
     from rlbench.models.memory import derive_recompute
     from rlbench.models.policy import Policy
-    from rlbench.models.value_head import Critic
     from rlbench.training.optim import make_optimizer
-    from rlbench.training.sft_step import sft_step
-    from rlbench.training.step import train_step
-    from rlbench.training.update import make_minibatches
-    from rlbench.training.value_step import update_critic
 
     option, _, attention = option.partition("/")
     os.environ["RLBENCH_ATTENTION"] = attention or "auto"
@@ -110,7 +112,7 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     mode, _, offload = mode.partition("+")
     config = RunConfig(stage="sft")
     config.hardware.profile, config.model.dtype, config.model.quantization = "gpu", "bfloat16", quantization
-    config.training.recompute, config.training.tokens_per_microbatch = mode, max(int(tokens), max(map(len, batch.rows)))
+    config.training.recompute, config.training.tokens_per_microbatch = mode, max(int(tokens), longest)
     for found in derive_recompute(config, hardware_facts("gpu"), AutoConfig.from_pretrained(folder)):
         print(found, file=sys.stderr)
     base = load_base(folder, dtype=torch.bfloat16, device="cuda", quantization=quantization)
@@ -118,10 +120,28 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
     config.training.offload = bool(offload)
     policy.set_recompute(config.training)
     optimizer = make_optimizer(policy.parameters(), OptimConfig(lr=1e-5))
-    budget = config.training.tokens_per_microbatch
+    return base, policy, optimizer, config.training
+
+
+def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: Batch) -> Step:
+    import torch
+
+    from rlbench.config.schema import AlgorithmConfig, LoraConfig, OptimConfig
+    from rlbench.data.packing import pack
+    from rlbench.models.value_head import Critic
+    from rlbench.training.optim import make_optimizer
+    from rlbench.training.sft_step import sft_step
+    from rlbench.training.step import train_step
+    from rlbench.training.update import make_minibatches
+    from rlbench.training.value_step import update_critic
+
+    longest = max(map(len, batch.rows))
+    tokens = longest + PROMPT_TOKENS * is_one(kind)
+    base, policy, optimizer, training = load_rlbench(folder, quantization, option, tokens)
+    budget = training.tokens_per_microbatch
     samples = make_samples(kind, batch)
     algorithm = AlgorithmConfig(importance="off")
-    if kind not in GROUP_SIZES:
+    if not batch.prompts:
         return lambda: check(sft_step(
             policy, pack(samples, tokens_per_microbatch=budget, device="cuda"), optimizer, max_grad_norm=0
         ))  # fmt: skip
@@ -129,12 +149,12 @@ def rlbench_step(folder: str, quantization: str, kind: str, option: str, batch: 
         return dpo_step(policy, optimizer, batch, budget)
     critic = Critic(base, LoraConfig(rank=RANK, alpha=ALPHA), seed=1) if kind == "ppo" else None
     if critic is not None:
-        critic.set_recompute(config.training)
+        critic.set_recompute(training)
         critic_optimizer = make_optimizer(critic.parameters(), OptimConfig(lr=1e-5))
 
     def step() -> None:
         (minibatch,) = make_minibatches(
-            samples, algorithm, tokens_per_microbatch=budget, max_completion_tokens=1000, device="cuda"
+            samples, algorithm, tokens_per_microbatch=budget, max_completion_tokens=longest, device="cuda"
         )
         if critic is not None:
             with torch.no_grad():
@@ -181,7 +201,7 @@ def make_samples(kind: str, batch: Batch) -> list[Any]:
 
     samples = []
     for index, row in enumerate(batch.rows):
-        is_group = kind in GROUP_SIZES
+        is_group = bool(batch.prompts)
         prompt = batch.prompts[index // batch.group_size] if is_group else row[:1]
         completion = row if is_group else row[1:]
         advantage = batch.advantages[index] if is_group else 0.0
@@ -212,7 +232,7 @@ def unsloth_step(folder: str, quantization: str, kind: str, option: str, batch: 
 
     checkpointing: Any = "unsloth" if option == "unsloth" else False
     model, tokenizer = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=max(2048, max(map(len, batch.rows))), load_in_4bit=quantization == "nf4",
+        folder, max_seq_length=max(2048, max(map(len, batch.rows)) + PROMPT_TOKENS), load_in_4bit=quantization == "nf4",
         use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
@@ -251,7 +271,7 @@ def peer_step(model: Any, tokenizer: Any, kind: str, batch: Batch, options: dict
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     if kind == "ppo":
         raise RuntimeError("the installed TRL has no PPO trainer")
-    if kind == "grpo":
+    if batch.prompts:
         parts, loss_of = grpo_parts(model, tokenizer, batch, options)
     else:
         ids = torch.tensor(batch.rows, device="cuda")
@@ -293,14 +313,18 @@ def dpo_peer_step(model: Any, tokenizer: Any, batch: Batch, options: dict[str, A
 
 
 def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]) -> tuple[list[Any], Any]:
-    """One padded microbatch a group, as the trainer splits a batch of 16 x 8, and the trainer's loss of one."""
+    """One padded microbatch a group, as the trainer splits a batch of 16 x 8, and the trainer's loss of one.
+
+    A single completion is one of two of a group, a microbatch each: the trainers take no smaller groups.
+    """
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore
 
     arguments = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch.group_size, num_generations=batch.group_size,
-        gradient_accumulation_steps=NUM_PROMPTS, max_completion_length=1000, beta=0.0, bf16=True, report_to="none",
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch.group_size,
+        num_generations=max(2, batch.group_size), gradient_accumulation_steps=max(2, len(batch.prompts)),
+        max_completion_length=max(1000, *map(len, batch.rows), 0), beta=0.0, bf16=True, report_to="none",
         **options,
     )  # fmt: skip
     trainer = GRPOTrainer(
@@ -310,7 +334,7 @@ def grpo_parts(model: Any, tokenizer: Any, batch: Batch, options: dict[str, Any]
         train_dataset=Dataset.from_list([{"prompt": "w5"}] * 128),
         processing_class=tokenizer,
     )
-    trainer.current_gradient_accumulation_steps = NUM_PROMPTS
+    trainer.current_gradient_accumulation_steps = len(batch.prompts)
     model = trainer.model
     model.train()  # pyright: ignore[reportOptionalMemberAccess]
     size = batch.group_size
@@ -382,7 +406,7 @@ def run_worker(case: str, impl: str, *, is_memory_only: bool) -> None:
     torch.cuda.empty_cache()
     after = matmul_tflops()
     report("matmul rate", before, "TFLOP/s")
-    if kind not in GROUP_SIZES:
+    if not batch.prompts:
         floor = 4 * num_weights(shape) * batch.num_tokens / (before * 1e12)
         report("share of the floor", floor / seconds, "fraction")
     if abs(after / before - 1) > 0.03:
