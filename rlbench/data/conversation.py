@@ -7,6 +7,7 @@ completion begins where the tokens of the prompt and those of prompt and complet
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,12 @@ def as_messages(value: Sequence[Mapping[str, Any]]) -> Messages:
 def conversation_ids(
     messages: Messages, row: Mapping[str, Any], tokenizer: Any, *, for_answer: bool = False
 ) -> list[int]:
-    """Token ids of a conversation; the row's columns `tools` and `chat_template_kwargs` go to the template.
+    """Token ids of `conversation_text`, with its arguments and errors."""
+    return _ids(conversation_text(messages, row, tokenizer, for_answer=for_answer), tokenizer)
+
+
+def conversation_text(messages: Messages, row: Mapping[str, Any], tokenizer: Any, *, for_answer: bool = False) -> str:
+    """A conversation as text; the row's columns `tools` and `chat_template_kwargs` go to the template.
 
     Args:
         for_answer: end with what begins the assistant's turn.
@@ -88,11 +94,9 @@ def conversation_ids(
         **(row.get("chat_template_kwargs") or {}),
     }
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from error
-    # The template writes the special tokens itself.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def completion_ids(
@@ -136,7 +140,10 @@ def assistant_mask(messages: Messages, row: Mapping[str, Any], tokenizer: Any) -
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        opening = conversation_ids(messages[:i], row, tokenizer, for_answer=True) if i else []
+        if i:
+            opening = conversation_ids(messages[:i], row, tokenizer, for_answer=True)
+        else:
+            opening = _first_opening(message, row, tokenizer)
         turn = conversation_ids(messages[: i + 1], row, tokenizer)
         start, end = common_prefix(opening, whole), common_prefix(turn, whole)
         if end < len(turn):
@@ -146,6 +153,27 @@ def assistant_mask(messages: Messages, row: Mapping[str, Any], tokenizer: Any) -
             )
         mask[start:end] = [True] * (end - start)
     return whole, mask
+
+
+def _first_opening(message: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids before what the assistant says in a conversation that its turn begins.
+
+    Few templates render a conversation without turns. So this is what the turn has in common with one that says
+    something else, up to the end of what opens an answer after a question, if that is in it.
+    """
+    other = "B" if str(message.get("content")).strip().startswith("A") else "A"
+    turns = [dict(message), {"role": "assistant", "content": other}]
+    shared = os.path.commonprefix([conversation_text([turn], row, tokenizer) for turn in turns])
+    question: Messages = [{"role": "user", "content": "A"}]
+    asked = conversation_text(question, row, tokenizer)
+    header = conversation_text(question, row, tokenizer, for_answer=True).removeprefix(asked)
+    start = shared.rfind(header)
+    return _ids(shared if start < 0 else shared[: start + len(header)], tokenizer)
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    """Of a text whose special tokens the template has written."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def with_end(text: str, tokenizer: Any) -> str:
