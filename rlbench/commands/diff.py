@@ -6,6 +6,7 @@ Both may still be going on.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def diff(arguments: Sequence[str]) -> int:
 def _diff(folder_a: Path, folder_b: Path, out: Path | None, num_samples: int) -> None:
     from rlbench.report.comparison import last_answers, paired_text, write_comparison
     from rlbench.report.rollout_files import read_files
-    from rlbench.report.run_folder import load_run
+    from rlbench.report.run_folder import load_run, unreadable_note
 
     a, b = load_run(folder_a), load_run(folder_b)
     if a.folder == b.folder:
@@ -52,8 +53,13 @@ def _diff(folder_a: Path, folder_b: Path, out: Path | None, num_samples: int) ->
     page = write_comparison([folder_a, folder_b], out)
     (files_a, notes_a), (files_b, notes_b) = read_files(a.folder), read_files(b.folder)
     console = RunConsole()
-    for note in [*(f"A: {n}" for n in (*a.notes, *notes_a)), *(f"B: {n}" for n in (*b.notes, *notes_b))]:
-        console.warning(note)
+    for label, run, more in (("A", a, notes_a), ("B", b, notes_b)):
+        unreadable = unreadable_note(run.folder)
+        if unreadable:
+            print(f"warning: {label}: {unreadable}", file=sys.stderr)
+        for note in [*run.notes, *more]:
+            if note != unreadable:
+                console.warning(f"{label}: {note}")
     window = common_window(a, b)
     parts: list[RenderableType] = [_heading("Runs"), _runs(a, b), _heading("Settings that differ"), _settings(a, b)]
     parts += [_heading(_numbers_title(window)), _numbers(number_differences(a, b, window))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def _report(folders: Sequence[Path], out: Path | None, max_rollouts: int) -> None:
-    from rlbench.report.run_folder import find_runs
+    from rlbench.report.run_folder import find_runs, unreadable_note
     from rlbench.report.run_report import write_run_report
 
     runs = [run for folder in folders for run in find_runs(folder)]
@@ -26,6 +27,10 @@ def _report(folders: Sequence[Path], out: Path | None, max_rollouts: int) -> Non
         print(write_comparison(runs, out))
     else:
         print(write_run_report(runs[0], out, max_rollouts=max_rollouts))
+    for run in runs:
+        note = unreadable_note(run)
+        if note:
+            print(f"warning: {run}: {note}", file=sys.stderr)
 
 
 def try_report(run_folder: Path) -> tuple[Path | None, str]:

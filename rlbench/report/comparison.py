@@ -11,7 +11,7 @@ from typing import Any
 
 from rlbench.checks.health import RULES, Finding
 from rlbench.report import sections
-from rlbench.report.curves import Chart, column, curve, has_values, thin
+from rlbench.report.curves import Chart, column, curve, has_values, number, thin
 from rlbench.report.markup import Html, join, tag
 from rlbench.report.page import render_page
 from rlbench.report.rollout_files import RolloutFile, read_files
@@ -115,10 +115,10 @@ def _charts(compared: Sequence[Compared]) -> list[Chart]:
 def _chart(compared: Sequence[Compared], key: str) -> Chart:
     is_evaluation = key.startswith("eval/")
     curves = []
-    for number, item in enumerate(compared):
+    for index, item in enumerate(compared):
         rows = item.run.evaluations if is_evaluation else item.run.train
         bounds = {"low": column(rows, f"{key}_low"), "high": column(rows, f"{key}_high")} if is_evaluation else {}
-        curves.append(curve(rows, key, item.label, is_points=is_evaluation, colour=number, **bounds))
+        curves.append(curve(rows, key, item.label, is_points=is_evaluation, colour=index, **bounds))
     spec = metric_spec(key)
     known = [thin(c) for c in curves if has_values(c)]
     title = spec.label[:1].upper() + spec.label[1:]
@@ -151,12 +151,12 @@ def _reward_text(run: RunRecord) -> str:
 
 
 def _accuracy_text(run: RunRecord) -> str:
-    rows = [row for row in run.evaluations if row.get("eval/accuracy") is not None]
+    names = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
+    rows = [found for row in run.evaluations if (found := [number(row.get(name)) for name in names])[0] is not None]
     if not rows:
         return ""
-    row = rows[-1]
-    text = f"{100 * row['eval/accuracy']:.1f}%"
-    low, high = row.get("eval/accuracy_low"), row.get("eval/accuracy_high")
+    accuracy, low, high = rows[-1]
+    text = f"{100 * (accuracy or 0.0):.1f}%"
     return text if low is None or high is None else f"{text} ({100 * low:.1f} to {100 * high:.1f})"
 
 

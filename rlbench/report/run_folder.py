@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from rlbench.tracking.errors import TrackingError
-from rlbench.tracking.jsonl import read_metrics
+from rlbench.tracking.jsonl import read_metrics, unreadable_lines
 
 METRICS_FILE = "metrics.jsonl"
+_MAX_NAMED = 5  # damaged lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ def load_run(folder: str | Path) -> RunRecord:
     """Read a run's folder, also of a run that is still going.
 
     Raises:
-        ValueError: there is no such folder, or it is no run's.
+        ValueError: there is no such folder, it is no run's, or no line of its metrics is whole.
         TrackingError: its metrics cannot be read.
     """
     place = Path(folder).expanduser().resolve()
@@ -54,10 +55,13 @@ def load_run(folder: str | Path) -> RunRecord:
     path = place / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}")
-    rows, notes = read_metrics(path), []
-    num_damaged = sum(1 for line in path.read_bytes().splitlines() if line.strip()) - len(rows)
-    if num_damaged:
-        notes.append(f"{num_damaged} damaged lines of {METRICS_FILE} were left out.")
+    rows, unreadable = read_metrics(path), unreadable_note(place)
+    notes = [unreadable] if unreadable else []
+    if not rows and unreadable:
+        raise ValueError(
+            f"{path} holds no metrics: line {unreadable_lines(path)[0]} is no JSON object with step and phase, and no "
+            "other line is one; expected a file that a run has written"
+        )
     if not rows:
         notes.append(f"{METRICS_FILE} holds no metrics yet.")
     return RunRecord(
@@ -71,6 +75,20 @@ def load_run(folder: str | Path) -> RunRecord:
         files=_files(place),
         notes=tuple(notes),
     )
+
+
+def unreadable_note(folder: Path) -> str:
+    """How many lines of the run's metrics are damaged, a sentence; empty if none is.
+
+    Raises:
+        TrackingError: they cannot be read.
+    """
+    found = unreadable_lines(folder / METRICS_FILE)
+    if not found:
+        return ""
+    lines = f"1 line of {METRICS_FILE} was" if len(found) == 1 else f"{len(found)} lines of {METRICS_FILE} were"
+    numbers = ", ".join(map(str, found[:_MAX_NAMED])) + (", ..." if len(found) > _MAX_NAMED else "")
+    return f"{lines} unreadable and left out: line {numbers}."
 
 
 def find_runs(folder: str | Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlbench.tracking.errors import TrackingError
 
+PHASES = ("train", "eval")
 RESERVED_KEYS = ("step", "phase", "non_finite")
 
 
@@ -115,6 +116,22 @@ def read_metrics(path: str | Path, phase: str | None = None) -> list[dict[str, A
     return [record for record in records if phase is None or record.get("phase") == phase]
 
 
+def unreadable_lines(path: str | Path) -> list[int]:
+    """Numbers, from 1, of the damaged lines of a metrics file; half a line at its end, as a crash leaves, is none.
+
+    Raises:
+        TrackingError: if the file cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise TrackingError.from_os_error("read the metrics in", Path(path), error) from error
+    lines = data.splitlines()
+    if lines and not data.endswith(b"\n") and b"{" == lines[-1].lstrip()[:1]:
+        lines.pop()
+    return [number for number, raw in enumerate(lines, start=1) if raw.strip() and _step_of(raw) is None]
+
+
 def fsync_folder(folder: Path) -> None:
     """Bring new and renamed entries of a folder to the disk (a no-op where folders cannot be opened: Windows)."""
     if os.name == "nt":
@@ -151,10 +168,13 @@ def _step_of(raw: bytes) -> int | None:
     """The line's step, or None for a line that is damaged."""
     try:
         record = json.loads(raw)
-    except ValueError:  # also UnicodeDecodeError
+    except (ValueError, RecursionError):  # also UnicodeDecodeError
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
+    if not isinstance(record, dict) or record.get("phase") not in PHASES:
+        return None
+    step, non_finite = record.get("step"), record.get("non_finite", [])
+    is_whole = type(step) is int and step >= 0 and isinstance(non_finite, list)  # a bool is no step
+    return step if is_whole and all(isinstance(key, str) for key in non_finite) else None
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -67,3 +67,16 @@ def test_a_run_without_a_step_yet_can_be_compared(runs, tmp_path, capsys):
     assert diff([str(runs[0]), str(fresh)]) == 0
     out = capsys.readouterr().out
     assert "the runs have no step in common" in out and "C: " not in out and "holds no metrics yet" in out
+
+
+def test_unreadable_metrics_are_counted_or_refused(runs, tmp_path, capsys):
+    damaged = tmp_path / "c"
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_text('nonsense\n{"step": 1, "phase": "train", "reward/mean": 0.5}\n')
+
+    assert diff([str(runs[0]), str(damaged)]) == 0
+    assert "B: 1 line of metrics.jsonl was unreadable and left out: line 1." in capsys.readouterr().err
+
+    (damaged / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    assert diff([str(runs[0]), str(damaged)]) == 2
+    assert "metrics.jsonl holds no metrics: line 1 is no JSON object" in capsys.readouterr().err

@@ -113,10 +113,75 @@ def test_damaged_lines_and_files_are_counted_and_said(tmp_path, read_page):
 
     page = read_page(write_run_report(folder))
 
-    assert "2 damaged lines of metrics.jsonl were left out." in page.text
+    assert "2 lines of metrics.jsonl were unreadable and left out: line 12, 13." in page.text
     assert "step-000002.parquet: not a whole parquet file" in page.text
     assert "derived.json is damaged and was left out." in page.text
     assert len(page.data["samples"]["step"]) == 18
+
+
+BAD_LINES = {
+    "binary": b"\xff\x00\x80 \x9c",
+    "cut": b'{"step": 3, "phase": "tr',
+    "no object": b"[1, 2]",
+    "no step": b'{"phase": "train", "reward/mean": 1.0}',
+    "step is no number": b'{"phase": "train", "step": true}',
+    "a step before the first": b'{"phase": "train", "step": -1}',
+    "non_finite is no list": b'{"phase": "train", "step": 1, "non_finite": 3}',
+    "no phase": b'{"step": 3, "reward/mean": 1.0}',
+    "nested beyond reading": b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_among_good_ones_is_said_in_the_page_and_on_stderr(tmp_path, read_page, capsys, name):
+    folder = write_run(tmp_path / "run", num_steps=4)
+    metrics = folder / "metrics.jsonl"
+    first, rest = metrics.read_bytes().split(b"\n", 1)
+    metrics.write_bytes(first + b"\n" + BAD_LINES[name] + b"\n" + rest)
+
+    assert report([str(folder)]) == 0
+
+    sentence = "1 line of metrics.jsonl was unreadable and left out: line 2."
+    assert capsys.readouterr().err == f"warning: {folder}: {sentence}\n"
+    page = read_page(folder / "report.html")
+    assert sentence in page.text and page.chart_titles
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_metrics_without_one_whole_line_are_refused_by_file_and_line(tmp_path, capsys, name):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_bytes(b"\n" + BAD_LINES[name] + b"\n")
+
+    assert report([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / 'metrics.jsonl'} holds no metrics: line 2 is no JSON object")
+    assert error.count("\n") == 1 and not (folder / "report.html").exists()
+
+
+def test_values_that_are_no_numbers_do_not_end_a_page(tmp_path, read_page, capsys):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 11, "phase": "train", "reward/mean": {"a": 1}, "time/step_s": [1]}\n')
+            file.write('{"step": 11, "phase": "eval", "eval/accuracy": "half", "eval/num": null}\n')
+            file.write('{"step": 12, "phase": "eval", "eval/accuracy": NaN, "eval/accuracy_low": "x"}\n')
+
+    assert report([str(runs[0])]) == 0
+    assert report([str(tmp_path)]) == 0
+
+    assert capsys.readouterr().err == ""
+    assert "50.0%" in read_page(tmp_path / "comparison.html").text
+
+
+def test_half_a_line_at_the_end_is_what_a_crash_leaves_and_no_warning(tmp_path, read_page, capsys):
+    folder = write_run(tmp_path / "run", num_steps=4)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "phase": "train", "rew')
+
+    assert report([str(folder)]) == 0
+
+    assert capsys.readouterr().err == ""
+    assert "unreadable" not in read_page(folder / "report.html").text
 
 
 @pytest.mark.parametrize(
