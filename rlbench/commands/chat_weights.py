@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlbench.commands.run_step import why_incomparable
+from rlbench.commands.run_step import fingerprint_of, why_incomparable
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 
@@ -42,7 +42,8 @@ def read_weights_of(checkpoint: Checkpoint, config: RunConfig, device: str) -> A
         weights = Weights(tensors={name: t.to(device=device, **place) for name, t in saved.items()})
     else:
         weights = _read_adapter(checkpoint.folder / "adapter")
-    recorded, found = checkpoint.state["adapter_fingerprint"], weights.fingerprint()
+    recorded = checkpoint.state["adapter_fingerprint"]
+    found = fingerprint_of(weights, checkpoint.state["config"])
     if found != recorded and not why_incomparable(checkpoint, config):
         raise ValueError(
             f"the weights in {checkpoint.folder} have fingerprint {found}, but the run recorded {recorded} for step "

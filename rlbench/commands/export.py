@@ -14,7 +14,7 @@ from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from rlbench.commands.export_weights import Proof
+    from rlbench.commands.export_weights import ExportJob, Proof
     from rlbench.models.merge import Survival
 
 _MOST_LOST = 0.1  # of the change, above which rounding is warned of
@@ -54,6 +54,7 @@ def export(arguments: Sequence[str]) -> int:
         proof = write_weights(job, folder)
         write_record(job, proof, folder)
         write_card(job, proof, folder)
+    say(_fingerprint_line(job, proof))
     for line in [*_proof_lines(options, proof), *_rounding_lines(options, proof.survival)]:
         say(line)
     say(f"written: {options.destination}, with rlbench_export.json and a model card")
@@ -77,6 +78,11 @@ def _base_reason(options: ExportOptions, config: RunConfig) -> str:
         f"base: the {quantization} weights that were trained on, made dense: the adapter also corrects their "
         "quantisation, and rewards and evaluations of the run are theirs; --base original takes the checkpoint's own"
     )
+
+
+def _fingerprint_line(job: ExportJob, proof: Proof) -> str:
+    compared = "as the run recorded it" if job.weights.fingerprint else "not compared: no checkpoint says what it was"
+    return f"fingerprint: {proof.fingerprint}, {compared}"
 
 
 def _proof_lines(options: ExportOptions, proof: Proof) -> list[str]:

@@ -26,6 +26,7 @@ def write_record(job: ExportJob, proof: Proof, folder: Path) -> None:
         "run": job.config.name,
         "step": job.weights.step,
         "fingerprint": proof.fingerprint,
+        "fingerprint_is_compared": bool(job.weights.fingerprint),  # with what the run recorded
         "format": options.format,
         "model": job.model.name,
         "base": options.base if is_merge else None,
@@ -136,7 +137,9 @@ def _settings(job: ExportJob, proof: Proof) -> str:
         "model.dtype, model.quantization": f"{config.model.dtype}, {config.model.quantization}",
         "optim.lr": config.optim.lr,
         "seed": config.seed,
-        "fingerprint of the trained weights": proof.fingerprint,
+        "fingerprint of the trained weights": (
+            proof.fingerprint + ("" if job.weights.fingerprint else " (not compared: the run left no record of it)")
+        ),
     }
     if config.stage == "rl":
         rows["algorithm.prompts_per_step x group_size"] = (

@@ -13,6 +13,8 @@ from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from rlbench.models.adapter import Adapter
+    from rlbench.models.weights import Weights
     from rlbench.training.checkpoint import Checkpoint
 
 LAST, BEST, BASE = "last", "best", "base"
@@ -168,13 +170,23 @@ def _best_step(state: Mapping[str, Any], config: RunConfig, said: str, others: s
     return int(step)
 
 
+def fingerprint_of(weights: Adapter | Weights, run: Mapping[str, Any]) -> str:
+    """Of weights, as the run computed it: of all weights a GPU and a CPU have different ones.
+
+    Args:
+        weights: on any device.
+        run: its settings, as a checkpoint's state holds them.
+    """
+    from rlbench.models.weights import Weights
+
+    if not isinstance(weights, Weights):
+        return weights.fingerprint()
+    return weights.fingerprint(as_on_gpu=run["hardware"]["profile"] == "gpu")
+
+
 def why_incomparable(checkpoint: Checkpoint, config: RunConfig) -> str:
     """Why the same weights have another fingerprint here than in their run; empty if they have not."""
-    then = checkpoint.state["config"]
-    if config.training.parameters != FULL:
+    then = checkpoint.state["config"]["model"]["dtype"]
+    if config.training.parameters != FULL or then == config.model.dtype:
         return ""
-    if then["model"]["dtype"] != config.model.dtype:
-        return f"the weights were {then['model']['dtype']} then and are {config.model.dtype} now"
-    if then["hardware"]["profile"] != config.hardware.profile:
-        return "fingerprints of all weights are computed otherwise on a GPU than on a CPU"
-    return ""
+    return f"the weights were {then} then and are {config.model.dtype} now"

@@ -22,23 +22,27 @@ class Weights:
 
     tensors: Mapping[str, Tensor]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, as_on_gpu: bool | None = None) -> str:
         """First 16 hex digits of the SHA-256 over names, dtypes, shapes and bytes, in sorted order.
 
         On a GPU sums of the bytes stand for them (`placed_word_sum`): to bring billions of weights to the host would
         take seconds each step. So equal weights have another fingerprint there than on a CPU.
+
+        Args:
+            as_on_gpu: compute the one of a GPU (True) or of a CPU (False) wherever the tensors lie, to compare with
+                what was recorded there; None: the one of where they lie.
         """
         digest = hashlib.sha256()
-        on_device = []
+        sums = []
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach()
             digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-            if tensor.device.type == "cpu":
-                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            if tensor.device.type != "cpu" if as_on_gpu is None else as_on_gpu:
+                sums.append(placed_word_sum(tensor))
             else:
-                on_device.append(placed_word_sum(tensor))
-        if on_device:
-            digest.update(repr(torch.stack(on_device).tolist()).encode())
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if sums:
+            digest.update(repr(torch.stack(sums).tolist()).encode())
         return digest.hexdigest()[:16]
 
 

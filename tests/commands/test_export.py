@@ -232,17 +232,34 @@ def test_of_all_weights_the_masters_are_written_in_the_dtype_asked_for(tiny_fold
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu"])
-def test_a_gpus_fingerprint_of_all_weights_is_taken_over_for_a_cpu_makes_another(tiny_folder, tmp_path, profile):
+def test_the_fingerprint_of_all_weights_is_compared_as_the_runs_device_computed_it(tiny_folder, tmp_path, profile):
     config = make_config(tiny_folder, training__parameters="full", hardware__profile=profile)
-    write_run(tmp_path / "run", config, state={"adapter_fingerprint": "00c0ffee00c0ffee"})
-    call = [str(tmp_path / "run"), str(tmp_path / "out")]
+    weights = make_policy(config).weights()
+    own, other = (weights.fingerprint(as_on_gpu=is_gpu) for is_gpu in (profile == "gpu", profile != "gpu"))
+    for name, recorded in (("run", own), ("other", other)):
+        write_run(tmp_path / name, config, state={"adapter_fingerprint": recorded})
 
-    if profile == "cpu":
-        with pytest.raises(ValueError, match="but its state says 00c0ffee00c0ffee"):
-            export(call)
-        return
-    assert export(call) == 0
-    assert record_of(tmp_path / "out")["fingerprint"] == "00c0ffee00c0ffee"
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert record_of(tmp_path / "out")["fingerprint"] == own
+    assert record_of(tmp_path / "out")["fingerprint_is_compared"] is True
+    with pytest.raises(ValueError, match=f"but its state says {other}"):
+        export([str(tmp_path / "other"), str(tmp_path / "out2")])
+
+
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+def test_a_fingerprint_that_nothing_can_be_compared_with_says_so(tiny_folder, tmp_path, capsys, profile):
+    config = make_config(tiny_folder, training__parameters="full", hardware__profile=profile)
+    policy = write_run(tmp_path / "run", config)
+    policy.save(tmp_path / "run", "")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+
+    found = record_of(tmp_path / "out")
+    assert found["fingerprint"] == policy.weights().fingerprint(as_on_gpu=profile == "gpu")
+    assert found["fingerprint_is_compared"] is False
+    assert f"fingerprint: {found['fingerprint']}, not compared" in capsys.readouterr().out
+    assert f"{found['fingerprint']} (not compared" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp8"])
