@@ -1,10 +1,13 @@
-"""The words behind a command that reads a run: its options anywhere, then the run's folder, then settings."""
+"""The words behind a command: its options anywhere, then the places that it reads, then settings."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
+
+_LIKENESS = 0.75  # of a slip; Hydra's options are further from ours
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -18,12 +21,20 @@ class CommandLine(argparse.ArgumentParser):
         """The options, and the words that are none of them.
 
         Raises:
-            ValueError: an option has no proper value.
+            ValueError: an option has no proper value, or is written almost as one.
         """
         try:
-            return self.parse_known_args(list(arguments))
+            options, rest = self.parse_known_args(list(arguments))
         except argparse.ArgumentError as error:
             raise self.mistake(str(error)) from error
+        own = [name for action in self._actions for name in action.option_strings]
+        for word in rest:
+            name = word.partition("=")[0]
+            if word.startswith("--") and (
+                get_close_matches(name, own, cutoff=_LIKENESS) or any(o.startswith(name) for o in own)
+            ):
+                raise self._unknown(name)  # what resembles none of them may be an option of Hydra's
+        return options, rest
 
     def split_places(
         self, arguments: Sequence[str], needs: str = "the folder of a run", num_places: int = 1
@@ -41,11 +52,14 @@ class CommandLine(argparse.ArgumentParser):
         options, rest = self.split(arguments)
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
-            raise self.mistake(f"{self._command} has no option {unknown[0]}")
+            raise self._unknown(unknown[0])
         places, settings = rest[:num_places], rest[num_places:]
         if len(places) < num_places or any(_is_setting(place) for place in places):
             raise self.mistake(f"{self._command} needs {needs}")
         return options, [Path(place).expanduser() for place in places], settings
+
+    def _unknown(self, name: str) -> ValueError:
+        return self.mistake(f"{self._command} has no option {name}")
 
     def mistake(self, what: str) -> ValueError:
         """To raise."""

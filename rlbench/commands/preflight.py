@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.train import remove_if_unused
 from rlbench.config.schema import RunConfig
 from rlbench.records import Rollout, RolloutGroup
@@ -34,13 +34,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[PreflightOptions, list[st
     Raises:
         ValueError: an option has no proper value.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("preflight", USAGE)
     parser.add_argument("--prompts", type=int, default=_DEFAULT_PROMPTS)
     parser.add_argument("--samples", type=int)
-    try:
-        found, overrides = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
+    found, overrides = parser.split(arguments)
     for name, value in (("--prompts", found.prompts), ("--samples", found.samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")

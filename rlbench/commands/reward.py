@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.config.checks import nearest
 from rlbench.config.schema import RewardsConfig, RunConfig
 from rlbench.config.trained_reward import check_without_model
@@ -38,13 +38,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[TrialOptions, list[str]]:
         got = arguments[0] if arguments else "nothing"
         hint = "; did you mean test?" if nearest(got, ["test"], count=1) else ""
         raise ValueError(f"reward is followed by {got}, expected: {USAGE}{hint}")
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = CommandLine("reward test", USAGE)
     parser.add_argument("--rows", type=int, default=_DEFAULT_ROWS)
     parser.add_argument("--json", type=Path)
-    try:
-        found, overrides = parser.parse_known_args(list(arguments[1:]))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; expected: {USAGE}") from error
+    found, overrides = parser.split(arguments[1:])
     if found.rows < 0:
         raise ValueError(f"--rows is {found.rows}, expected a number of rows, 0 for all")
     return TrialOptions(found.rows, found.json), overrides

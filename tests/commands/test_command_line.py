@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
+from rlbench.commands import eval as evaluation
+from rlbench.commands import preflight, reward
 from rlbench.commands.command_line import CommandLine
 
 
@@ -37,3 +40,18 @@ def test_a_mistake_is_a_sentence_with_the_usage(words, sentence):
     assert str(caught.value) == f"{sentence}; expected: walk RUN [--far N]"
     with pytest.raises(ValueError, match="^walk needs two places; "):
         line().split_places(["a"], "two places", num_places=2)
+
+
+@pytest.mark.parametrize("word", ["--fra", "--fra=3", "--fa", "--farr"])
+def test_what_is_almost_an_option_is_no_setting(word):
+    with pytest.raises(ValueError, match=f"^walk has no option {word.partition('=')[0]}; expected: walk RUN"):
+        line().split(["+exp=a", word])
+
+
+def test_options_of_hydra_are_handed_on():
+    words = [name for action in get_args_parser()._actions for name in action.option_strings]
+
+    assert "--cfg" in words
+    assert preflight.split_arguments([*words, "hydra.run.dir=a"])[1] == [*words, "hydra.run.dir=a"]
+    assert reward.split_arguments(["test", *words])[1] == words
+    assert evaluation.parse(["+exp=a", *words]).overrides == ["+exp=a", *words]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlbench.commands import preflight
 from rlbench.commands.reward import TrialOptions, split_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +114,19 @@ def test_options_are_taken_from_the_overrides():
         split_arguments(["test", "--rows=-1"])
     with pytest.raises(ValueError, match="invalid int value: 'x'"):
         split_arguments(["test", "--rows", "x"])
+    with pytest.raises(ValueError, match="^reward test has no option --row; expected: python -m rlbench reward test"):
+        split_arguments(["test", "--row", "3"])
+
+
+def test_preflight_takes_its_options_from_the_overrides():
+    options, overrides = preflight.split_arguments(["--samples", "4", "+exp=x", "--prompts=7", "hydra.run.dir=a"])
+
+    assert options == preflight.PreflightOptions(7, 4) and overrides == ["+exp=x", "hydra.run.dir=a"]
+    for words, sentence in (
+        (["--prompts", "x"], "argument --prompts: invalid int value: 'x'; expected: python -m rlbench preflight"),
+        (["--promts", "3"], "preflight has no option --promts; expected: python -m rlbench preflight"),
+        (["--samples"], "argument --samples: expected one argument; expected: python -m rlbench preflight"),
+        (["--samples=0"], "--samples is 0, expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            preflight.split_arguments(words)
