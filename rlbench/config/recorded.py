@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlbench.config.compose import config_folder, group_choices, to_run_config
 from rlbench.config.schema import RunConfig
+
+_MAX_NAMED = 8  # runs
 
 
 def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,13 +28,24 @@ def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     saved = run_folder / "config.yaml"
     if not saved.is_file():
-        raise ValueError(
-            f"{run_folder} holds no config.yaml; expected the folder of a run, e.g. outputs/grpo_gsm8k/..."
-        )
+        raise ValueError(_no_run(run_folder))
     config = _saved(saved)
     for override in overrides:
         apply_override(config, override)
     return to_run_config(config)
+
+
+def _no_run(folder: Path) -> str:
+    """What is wrong with a folder that holds no config.yaml, and where runs lie if some are right below it."""
+    if folder.is_file():
+        return f"{folder} is a file; expected the folder of a run, which holds config.yaml"
+    if not folder.is_dir():
+        return f"there is no folder {folder}; expected the folder of a run, e.g. outputs/grpo_gsm8k/..."
+    below = sorted(file.parent for file in folder.glob("*/config.yaml"))
+    if not below:
+        return f"{folder} holds no config.yaml; expected the folder of a run, e.g. outputs/grpo_gsm8k/..."
+    more = ", ..." if len(below) > _MAX_NAMED else ""
+    return f"{folder} holds runs and is none; expected one of: {', '.join(map(str, below[:_MAX_NAMED]))}{more}"
 
 
 def _saved(file: Path) -> Any:
@@ -41,7 +54,10 @@ def _saved(file: Path) -> Any:
         ValueError: it cannot be read, or a key is unknown here.
     """
     try:
-        return OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
+        saved = OmegaConf.load(file)
+        if not isinstance(saved, DictConfig) or not saved:
+            raise ValueError(f"{file} holds no settings; expected those of a run, as key: value")
+        return OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read ({reason}); expected the settings of a run") from error

@@ -14,7 +14,7 @@ from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import read_metrics, unreadable_lines
 
 METRICS_FILE = "metrics.jsonl"
-_MAX_NAMED = 5  # damaged lines
+_MAX_NAMED = 5  # damaged lines, or runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +51,13 @@ def load_run(folder: str | Path) -> RunRecord:
     """
     place = Path(folder).expanduser().resolve()
     if not place.is_dir():
-        raise ValueError(f"there is no folder {folder}, expected the folder of a run")
+        wrong = f"{folder} is a file" if place.exists() else f"there is no folder {folder}"
+        raise ValueError(f"{wrong}, expected the folder of a run")
     path = place / METRICS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}")
+        below = sorted(file.parent.name for file in place.glob(f"*/{METRICS_FILE}"))[:_MAX_NAMED]
+        hint = f"; runs below it are {', '.join(below)}" if below else ""
+        raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}{hint}")
     rows, unreadable = read_metrics(path), unreadable_note(place)
     notes = [unreadable] if unreadable else []
     if not rows and unreadable:

@@ -276,7 +276,7 @@ def test_a_checkpoint_with_other_weights_than_the_run_recorded_is_refused(run_fo
         (["{run}", "--step", "base", "--compare", "base"], "--step and --compare are both base"),
         (["{run}", "--compare", "4"], "--step and --compare are both step 4"),
         (["{run}", "--compare", "x"], "--compare is x, expected one of: 2, 4, last, best, base"),
-        (["{run}/none"], "none holds no config.yaml"),
+        (["{run}/none"], "none; expected the folder of a run"),
         (["{run}", "sampling.temperature=-1"], "sampling.temperature is -1"),
         (["{run}", "sampling.max_tokens=256"], "sampling.max_tokens is 256, but the model's context is 256 tokens"),
         (["{run}", "hardware.profile=gpu"], "hardware.profile is gpu"),

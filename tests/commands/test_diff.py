@@ -50,6 +50,8 @@ def test_a_shorter_run_has_a_shorter_curve(runs, capsys):
     [
         (["{a}", "{a}"], "RUN_A and RUN_B are both"),
         (["{a}", "{a}/none"], "there is no folder"),
+        (["{a}", "{a}/config.yaml"], "config.yaml is a file, expected the folder of a run"),
+        (["{a}", "{a}/.."], "it has no metrics.jsonl; runs below it are a, b"),
         (["{a}", "{a}/rollouts"], "is not the folder of a run: it has no metrics.jsonl"),
     ],
 )

@@ -49,7 +49,7 @@ def refused(arguments, match: str, error: type[Exception] = ValueError) -> None:
     [
         (["RUN"], "export needs the folder of a run and a new folder; expected: python -m rlbench export RUN DEST"),
         (["RUN", "model.path=x"], "export needs the folder of a run and a new folder"),
-        (["nowhere", "DEST"], "nowhere holds no config.yaml"),
+        (["nowhere", "DEST"], "there is no folder nowhere"),
         (["RUN", "RUN"], "which is there and not empty; expected a folder that is new or empty"),
         (["RUN", "RUN/config.yaml"], "which is there and not empty"),
         (["RUN", "DEST", "--step", "x"], "--step is x, expected one of: 3, 6, last, best"),

@@ -1,5 +1,7 @@
 """The settings of a recorded run: what is said of a file that is damaged or of another version."""
 
+import re
+
 import pytest
 
 from rlbench.config.recorded import recorded_config
@@ -8,6 +10,8 @@ BROKEN = {
     "no YAML": (b"a: [", "cannot be read"),
     "no text": (b"\xff\xfe", "cannot be read"),
     "another version": (b"name: x\noptim:\n  nesterov: 3\n", r"does not fit this version of rlbench \(.*nesterov"),
+    "nothing": (b"", "holds no settings; expected those of a run"),
+    "a list": (b"- a\n", "holds no settings; expected those of a run"),
     "another type": (b"seed: much\n", r"does not fit this version of rlbench \(.*much"),
 }
 
@@ -21,3 +25,21 @@ def test_settings_that_cannot_be_read_are_one_sentence_with_the_file(tmp_path, n
         recorded_config(tmp_path)
 
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_run_is_named_with_the_runs_below_it(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name in "ba":
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        (tmp_path / "sweep" / name / "config.yaml").write_text("seed: 1\n")
+
+    below = f"{tmp_path / 'sweep' / 'a'}, {tmp_path / 'sweep' / 'b'}"
+    for name, sentence in {
+        "gone": f"there is no folder {tmp_path / 'gone'}; expected",
+        "file": f"{tmp_path / 'file'} is a file; expected",
+        "empty": f"{tmp_path / 'empty'} holds no config.yaml; expected",
+        "sweep": f"{tmp_path / 'sweep'} holds runs and is none; expected one of: {below}",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+            recorded_config(tmp_path / name)

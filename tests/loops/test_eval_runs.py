@@ -304,7 +304,7 @@ def greedy_of(folder: Path, step: int | None = None):
 
 
 MISTAKES = {
-    "no run": (["nowhere"], "nowhere holds no config.yaml; expected the folder of a run"),
+    "no run": (["nowhere"], "there is no folder nowhere; expected the folder of a run"),
     "nothing": ([], "eval needs the folder of a run, or +exp=NAME; expected: python -m rlbench eval RUN"),
     "unknown step": (
         ["run", "--step", "3"],

@@ -81,7 +81,7 @@ def test_weights_that_were_not_kept_are_named(recorded, tmp_path):
     [
         (["replay"], "replay needs the folder of a run"),
         (["replay", "run", "--cuont", "2"], "replay has no option --cuont; expected: python -m rlbench replay RUN"),
-        (["replay", "nowhere"], "nowhere holds no config.yaml"),
+        (["replay", "nowhere"], "there is no folder nowhere"),
         (["replay", "run", "--count", "0"], "--count is 0, expected at least 1"),
         (["replay", "run", "--id", "99/train/1/0"], "no rollouts of its step were recorded"),
         (["replay", "run", "--id", "1/train/1/77"], "which is not in"),
