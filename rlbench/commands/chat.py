@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 
-from rlbench.commands.command_line import CommandLine
+from rlbench.commands.command_line import CommandLine, section_of
 from rlbench.commands.run_step import LAST, Found, find_step
 from rlbench.tracking.safe_text import SafeFile, printable, shorten
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlbench.commands.chat_rewards import ChatRewards
     from rlbench.commands.chat_session import Session
 
+_FIXED = ("lora", "training", "optim")  # sections that a run has settled
 USAGE = "python -m rlbench chat RUN [--step N|last|best|base] [--compare base] [--seed S] [key=value ...]"
 _TEMPERATURE = "sampling.temperature"
 _ENGINE_FAILED, _ENGINE_CORRUPTED, _INTERRUPTED = 10, 6, 130  # exit status
@@ -154,6 +155,12 @@ def parse_arguments(arguments: Sequence[str]) -> ChatOptions:
 
     if options.seed is not None and not 0 <= options.seed < NUM_SEEDS:
         raise ValueError(f"--seed is {options.seed}, expected a number from 0 to {NUM_SEEDS - 1}")
+    for setting in settings:
+        if section_of(setting) in _FIXED:
+            raise ValueError(
+                f"{setting} says how weights were trained, and those of the run are what they are; expected no setting "
+                f"of {' or '.join(_FIXED)}"
+            )
     overrides = [override for override in settings if not _is_zero_temperature(override)]
     return ChatOptions(
         run_folder=run_folder,

@@ -66,6 +66,11 @@ class CommandLine(argparse.ArgumentParser):
         return ValueError(f"{what}; expected: {self._usage}")
 
 
+def section_of(setting: str) -> str:
+    """Of the config that `a.b=c`, `+a.b=c`, `~a.b` or `a=choice` changes: a."""
+    return setting.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
 def _is_setting(word: str) -> bool:
     """key=value, or ~key, which removes an entry; ~/ begins a path."""
     return "=" in word or (word.startswith("~") and not word.startswith("~/"))

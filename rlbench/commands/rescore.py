@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlbench.commands.command_line import CommandLine
+from rlbench.commands.command_line import CommandLine, section_of
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 from rlbench.config.trained_reward import check_without_model
@@ -22,6 +22,7 @@ from rlbench.records import RolloutGroup
 from rlbench.tracking.rollout_store import read_groups
 from rlbench.tracking.safe_text import printable, shorten
 
+_READ = ("rewards", "algorithm", "sampling")  # sections of the config
 USAGE = "python -m rlbench rescore RUN [--steps FIRST:LAST] [rewards=CHOICE] [key=value ...] [~key]"
 _NUM_EXAMPLES = 3
 _NAME = re.compile(r"step-\d+\.parquet")
@@ -219,4 +220,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, tuple[int, int] | None, list
         if not first.isdigit() or (colon and not last.isdigit()):
             raise ValueError(f"--steps is {options.steps}, expected FIRST:LAST or one step, e.g. --steps 1:10")
         steps = (int(first), int(last) if colon else int(first))
+    for override in overrides:
+        if section_of(override) not in _READ:
+            raise ValueError(
+                f"rescore reads settings of {', '.join(_READ)} alone, so {override} would change nothing; expected "
+                "none of another section"
+            )
     return run_folder, steps, overrides

@@ -280,6 +280,8 @@ def test_a_checkpoint_with_other_weights_than_the_run_recorded_is_refused(run_fo
         (["{run}", "sampling.temperature=-1"], "sampling.temperature is -1"),
         (["{run}", "sampling.max_tokens=256"], "sampling.max_tokens is 256, but the model's context is 256 tokens"),
         (["{run}", "hardware.profile=gpu"], "hardware.profile is gpu"),
+        (["{run}", "lora.rank=8"], "lora.rank=8 says how weights were trained"),
+        (["{run}", "training.parameters=full"], "training.parameters=full says how weights were trained"),
         (["{run}", "model.path=/nowhere"], "model.path is /nowhere"),
     ],
 )

@@ -82,3 +82,10 @@ def test_unreadable_metrics_are_counted_or_refused(runs, tmp_path, capsys):
     (damaged / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
     assert diff([str(runs[0]), str(damaged)]) == 2
     assert "metrics.jsonl holds no metrics: line 1 is no JSON object" in capsys.readouterr().err
+
+
+def test_a_page_below_a_file_is_one_sentence(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+
+    assert diff([*map(str, runs), "--out", str(tmp_path / "file" / "page.html")]) == 4
+    assert "cannot write the report to" in capsys.readouterr().err

@@ -87,6 +87,7 @@ def test_weights_that_were_not_kept_are_named(recorded, tmp_path):
         (["replay", "run", "--id", "1/train/1/77"], "which is not in"),
         (["rescore", "run", "--steps", "a"], "--steps is a, expected FIRST:LAST"),
         (["rescore", "run", "--steps", "90:99"], "holds no rollouts of steps 90 to 99"),
+        (["rescore", "run", "lora.rank=8"], "so lora.rank=8 would change nothing"),
         (["rescore", "run", "rewards=mth"], "rewards=mth: there is no such choice"),
         (["rescore", "run", "rewards.timeout=3"], "there is no key 'rewards.timeout'"),
         (["rescore", "run", "~rewards.components.other"], "the run has no rewards.components.other"),
