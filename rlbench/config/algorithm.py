@@ -241,6 +241,10 @@ class AlgorithmConfig:
     def has_teacher(self) -> bool:
         return ADVANTAGES[self.advantage].needs_teacher
 
+    @property
+    def reads_components(self) -> bool:
+        return ADVANTAGES[self.advantage].reads_components
+
     def gae_options(self) -> dict[str, float]:
         """Keyword values of `rlbench.algorithms.gae.gae`, for the policy's advantages."""
         return {"gamma": self.critic.gamma, "gae_lambda": self.critic.gae_lambda}
@@ -371,7 +375,7 @@ class AlgorithmConfig:
             return
         if self.kl == "k3_unbiased":
             raise ValueError("algorithm.kl is k3_unbiased with algorithm.kl_in=reward; expected k1, k2 or k3")
-        if ADVANTAGES[self.advantage].reads_components:
+        if self.reads_components:
             raise ValueError(
                 f"algorithm.kl_in is reward with algorithm.advantage={self.advantage}, which normalises each reward "
                 "apart; expected algorithm.kl_in=loss"
@@ -401,6 +405,11 @@ class AlgorithmConfig:
             )
         if self.entropy_target is None:
             self._check_unset("algorithm.entropy_target is null", *_ENTROPY_CONTROL)
+        lowest, highest = (self.entropy_control()[f"entropy_coef_{end}"] for end in ("min", "max"))
+        if lowest > highest:
+            raise ValueError(
+                f"algorithm.entropy_coef_min is {lowest}, expected at most algorithm.entropy_coef_max ({highest})"
+            )
         if not self.overlong_buffer_tokens:
             self._check_unset("algorithm.overlong_buffer_tokens is 0", "overlong_penalty")
         if self.max_refills and self.group_size == 1:

@@ -9,6 +9,7 @@ from rlbench.config.full_training import FULL, default_lr
 from rlbench.config.optim import check_paged
 from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
+from rlbench.config.unread import check_engine_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +144,11 @@ def _derive_online(config: RunConfig, facts: HardwareFacts, fill: Callable[[str,
     fill("engine.kind", *_engine(config, facts))
     if config.engine.kind == "vllm" and facts.vllm_problem:
         raise ValueError(facts.vllm_problem)
+    check_engine_settings(config.engine)
     fill("engine.share", *_share(config))
     if config.engine.kind == "vllm":
         fill("engine.kv_cache_gib", *_kv_cache_gib(config, facts))
     _check_base(config)
-    if config.engine.kv_cache_dtype != AUTO and config.engine.kind != "vllm":
-        raise ValueError(
-            f"engine.kv_cache_dtype is {config.engine.kv_cache_dtype}, which engine={config.engine.kind} does not "
-            "have; expected engine=vllm or engine.kv_cache_dtype=auto"
-        )
     num_parts, num_prompts = config.algorithm.num_minibatches, config.algorithm.prompts_per_step or 1
     if num_parts > num_prompts:
         raise ValueError(

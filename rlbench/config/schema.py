@@ -18,6 +18,7 @@ from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
 from rlbench.config.sft import SftConfig
 from rlbench.config.support import check_support
+from rlbench.config.unread import check_settings_are_read
 from rlbench.config.watchdog import WatchdogConfig
 
 AUTO = "auto"
@@ -402,6 +403,7 @@ class RunConfig:
                 "evaluations during training, e.g. evaluation.every_steps=10"
             )
         check_support(self.algorithm, self.sampling)
+        check_settings_are_read(self)
         check_full_training(self)
         if self.lora.dropout and self.stage == "rl" and not self.chain:
             raise ValueError(

@@ -57,6 +57,10 @@ ERRORS = {
     "rollouts used unequally": (
         {"num_updates": 3, "num_minibatches": 2}, "algorithm.num_updates is 3, expected a multiple"
     ),
+    "crossed bounds of the entropy control": (
+        {"entropy_target": 1.0, "entropy_coef_min": 0.5, "entropy_coef_max": 0.1},
+        r"algorithm.entropy_coef_min is 0.5, expected at most algorithm.entropy_coef_max \(0.1\)",
+    ),
     "entropy control without a target": (
         {"entropy_coef_max": 0.5}, "algorithm.entropy_coef_max is 0.5, but algorithm.entropy_target is null"
     ),

@@ -1,0 +1,76 @@
+"""Settings that another choice leaves unread: set all the same, they are an error, never ignored."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlbench.config.schema import EngineConfig, RunConfig
+
+
+def check_settings_are_read(config: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: a setting is not its default, and another one says that nothing reads it.
+    """
+    for name in ("curriculum", "replay"):
+        _check_is_on(f"algorithm.{name}", getattr(config.algorithm, name))
+    if config.chain:  # each stage's own config is checked
+        return
+    if config.evaluation.num_samples and config.stage != "rl":
+        raise ValueError(
+            f"evaluation.num_samples is {config.evaluation.num_samples}, but stage={config.stage} samples no answers; "
+            "expected 0, or stage=rl"
+        )
+    if config.algorithm.reads_components:
+        _check_rewards_apart(config)
+
+
+def check_engine_settings(config: EngineConfig) -> None:
+    """
+    Args:
+        config: `kind` derived; what else is derived for vLLM alone is not yet.
+
+    Raises:
+        ValueError: a setting of vLLM's, and another engine.
+    """
+    if config.kind == "vllm":
+        return
+    for name, default in (("kv_cache_dtype", "auto"), ("kv_cache_gib", None), ("dense_copies", None)):
+        value = getattr(config, name)
+        if value not in (default, "none"):
+            raise ValueError(
+                f"engine.{name} is {value}, which engine={config.kind} does not have; expected engine=vllm or "
+                f"engine.{name}={'null' if default is None else default}"
+            )
+
+
+def _check_is_on(key: str, part: Any) -> None:
+    """
+    Args:
+        part: a dataclass with `is_on`.
+    """
+    if part.is_on:
+        return
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if value != field.default:
+            raise ValueError(
+                f"{key}.{field.name} is {value}, but {key}.is_on is false; expected {field.default}, or "
+                f"{key}.is_on=true"
+            )
+
+
+def _check_rewards_apart(config: RunConfig) -> None:
+    """Of an advantage that reads each reward apart: how they become one is not read."""
+    rewards, advantage = config.rewards, config.algorithm.advantage
+    why = f"but algorithm.advantage={advantage} reads each reward apart"
+    if rewards.combine != "sum":
+        raise ValueError(f"rewards.combine is {rewards.combine}, {why}; expected sum, or another advantage")
+    for name, component in rewards.components.items():
+        if component.gate_min is not None:
+            raise ValueError(
+                f"rewards.components.{name}.gate_min is {component.gate_min}, {why} and no gate closes; expected null, "
+                "or another advantage"
+            )
