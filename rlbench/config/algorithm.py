@@ -70,6 +70,7 @@ class AdvantageSpec:
     scales: tuple[str, ...] = ()
     min_group_size: int = 2  # completions of one prompt that it compares
     reads_components: bool = False  # each reward apart, not their sum
+    refuses_negative: bool = False  # it is defined for rewards of at least 0
     needs_critic: bool = False  # values of states
     needs_teacher: bool = False  # logprobs of a teacher; rewards are not read
 
@@ -80,7 +81,7 @@ ADVANTAGES: dict[str, AdvantageSpec] = {
     "gdpo": AdvantageSpec(reads_components=True),
     "reinforce_plus_plus": AdvantageSpec(min_group_size=1),
     "reinforce_plus_plus_baseline": AdvantageSpec(),
-    "maxrl": AdvantageSpec(),
+    "maxrl": AdvantageSpec(refuses_negative=True),
     "teacher": AdvantageSpec(min_group_size=1, needs_teacher=True),
     "gae": AdvantageSpec(default_scale="batch", scales=("batch", "none"), min_group_size=1, needs_critic=True),
 }
@@ -244,6 +245,10 @@ class AlgorithmConfig:
     @property
     def reads_components(self) -> bool:
         return ADVANTAGES[self.advantage].reads_components
+
+    @property
+    def refuses_negative_rewards(self) -> bool:
+        return ADVANTAGES[self.advantage].refuses_negative
 
     def gae_options(self) -> dict[str, float]:
         """Keyword values of `rlbench.algorithms.gae.gae`, for the policy's advantages."""

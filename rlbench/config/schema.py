@@ -13,6 +13,7 @@ from typing import Any
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.checks import check_choice, check_pattern, check_range, nearest
 from rlbench.config.full_training import LORA, PARAMETERS, check_full_training
+from rlbench.config.negative_rewards import check_no_reward_is_negative
 from rlbench.config.optim import OptimConfig
 from rlbench.config.preference import PreferenceConfig
 from rlbench.config.reward_model import RewardModelConfig
@@ -404,6 +405,7 @@ class RunConfig:
             )
         check_support(self.algorithm, self.sampling)
         check_settings_are_read(self)
+        check_no_reward_is_negative(self)
         check_full_training(self)
         if self.lora.dropout and self.stage == "rl" and not self.chain:
             raise ValueError(
