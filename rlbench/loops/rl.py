@@ -394,7 +394,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         """Metrics of the drift; warns once for each climb of the ladder."""
         decision = decide(drift, self.inputs.config.checks)
         if decision.level == STOP:
-            raise DriftError(f"step {self.step + 1}: {decision.reason}")
+            raise DriftError(decision.reason)
         if decision.level >= WARN and (self.drift is None or decision.level > self.drift.level):
             self.console.warning(f"step {self.step + 1}: {decision.reason}")
         self.drift = decision
