@@ -17,7 +17,8 @@ from rlbench.records import FINISH_LENGTH, RewardComponent, Rollout, RolloutGrou
 
 
 class RewardFailure(Exception):
-    """Too many rollouts got no reward: the verifier is broken, going on would train on what is left by chance."""
+    """Too many rollouts got no reward, so that going on would train on what is left by chance; or one that does not fit
+    the advantage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ def credit(
     Raises:
         ValueError: the advantage needs a critic or a teacher, and there are no `state_values` or `teacher_gaps`.
         RewardFailure: a rollout has no reward and `rewards.on_invalid` is stop, or more than
-            `rewards.max_invalid_frac` of the rollouts have none.
+            `rewards.max_invalid_frac` of the rollouts have none; or a reward is negative, with an advantage that is
+            not defined there.
     """
     if algorithm.has_critic and state_values is None:
         raise ValueError(
@@ -86,6 +88,7 @@ def credit(
     invalid = [rollout for group in groups for rollout in group.rollouts if rollout.reward is None]
     check_invalid(invalid, num_rollouts, rewards)
     compared = [part for group in groups if (part := comparable(group, algorithm, rewards))]
+    _check_negative([rollout for part in compared for rollout in part], algorithm)
     penalties = _overlong_penalties(compared, algorithm, max_completion_tokens)
     returns = [_returns(part, penalties, algorithm, token_kl, state_values, teacher_gaps) for part in compared]
     values = ADVANTAGES[algorithm.advantage](returns, **_options(algorithm))
@@ -269,3 +272,14 @@ def check_invalid(invalid: Sequence[Rollout], num_rollouts: int, rewards: Reward
         f"rewards.max_invalid_frac={rewards.max_invalid_frac}); the first is {invalid[0].rollout_id}: "
         f"{name} {_what_happened(component)}"
     )
+
+
+def _check_negative(rollouts: Sequence[Rollout], algorithm: AlgorithmConfig) -> None:
+    if not algorithm.refuses_negative_rewards:
+        return
+    for rollout in rollouts:
+        if rollout.reward is not None and rollout.reward < 0:
+            raise RewardFailure(
+                f"algorithm.advantage is {algorithm.advantage}, but the reward of {rollout.rollout_id} is "
+                f"{rollout.reward:g}; expected rewards of at least 0, or another advantage"
+            )

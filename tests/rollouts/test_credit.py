@@ -96,6 +96,14 @@ def test_rollouts_to_which_no_reward_applies_say_so():
         credit([group], AlgorithmConfig(), RewardsConfig())
 
 
+def test_a_negative_reward_stops_a_run_whose_advantage_is_not_defined_there():
+    group = make_group("a", [1.0, -0.5])
+
+    with pytest.raises(RewardFailure, match=r"advantage is maxrl, but the reward of 1/a/1 is -0.5; expected rewards"):
+        credit([group], AlgorithmConfig(advantage="maxrl"), RewardsConfig())
+    assert credit([group], AlgorithmConfig(), RewardsConfig()).has_signal
+
+
 def test_one_valid_rollout_has_nothing_to_be_compared_with():
     result = credit([make_group("a", [1.0, None])], AlgorithmConfig(), RewardsConfig(max_invalid_frac=1.0))
 
