@@ -359,6 +359,7 @@ def _ends_and_guides(inputs: Inputs) -> dict[str, Any]:
 
 def _recorded(inputs: Inputs) -> RecordedEngine:
     from rlbench.engine.recorded_engine import RecordedEngine
+    from rlbench.rollouts.recorded_scorer import check_recorded_rewards
 
     config = inputs.config
     engine = RecordedEngine(Path(config.engine.recorded_from or "").expanduser())
@@ -367,6 +368,7 @@ def _recorded(inputs: Inputs) -> RecordedEngine:
             f"training.num_steps is {config.training.num_steps}, but engine.recorded_from "
             f"({config.engine.recorded_from}) holds rollouts of {engine.num_steps} steps"
         )
+    check_recorded_rewards(config.rewards, Path(config.engine.recorded_from or "").expanduser())
     return engine
 
 

@@ -23,6 +23,11 @@ def check_settings_are_read(config: RunConfig) -> None:
             f"evaluation.num_samples is {config.evaluation.num_samples}, but stage={config.stage} samples no answers; "
             "expected 0, or stage=rl"
         )
+    if config.engine.kind == "recorded" and config.checkpoint.keep_best:
+        raise ValueError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but engine=recorded answers no held-out problems; "
+            "expected null, or another engine"
+        )
     if config.algorithm.reads_components:
         _check_rewards_apart(config)
 

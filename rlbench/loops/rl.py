@@ -111,6 +111,8 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
     def _begin(self) -> None:
         for note in self.parts.scorer.notes:
             self.console.note(note)
+        if self._is_recorded and self.inputs.evaluation is not None:
+            self.console.note("engine=recorded answers no held-out problems: evaluation.* does nothing")
         self._sync()
 
     def _beside(self) -> Beside:

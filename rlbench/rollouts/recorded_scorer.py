@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import yaml
 
 from rlbench.config.schema import RewardsConfig
 from rlbench.engine.recorded_engine import RecordedEngine
 from rlbench.records import Completion, Prompt, RewardComponent
 from rlbench.rollouts.score import Scorer, reward_terms
 from rlbench_rewards.submission import Submission
+
+_MADE_BY = ("path", "kwargs")  # of a component: what its values come from
 
 
 class RecordedScorer(Scorer):
@@ -56,3 +61,24 @@ class RecordedScorer(Scorer):
 
     def close(self) -> None:
         """Nothing runs."""
+
+
+def check_recorded_rewards(config: RewardsConfig, run_folder: Path) -> None:
+    """
+    Args:
+        config: of this run.
+        run_folder: of the run that was recorded.
+
+    Raises:
+        ValueError: a component is another one there, whose values would stand for it.
+    """
+    saved = run_folder / "config.yaml"
+    theirs = yaml.safe_load(saved.read_text())["rewards"]["components"] if saved.is_file() else {}
+    for name, component in config.components.items():
+        for part in _MADE_BY if name in theirs else ():
+            found, recorded = getattr(component, part), theirs[name][part]
+            if found != recorded:
+                raise ValueError(
+                    f"rewards.components.{name}.{part} is {found}, but engine.recorded_from was recorded with "
+                    f"{recorded}; expected the same, or another name, or a rescore"
+                )

@@ -6,7 +6,14 @@ from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.derive import derive
 from rlbench.config.replay import ReplayConfig
-from rlbench.config.schema import ChainStageConfig, EngineConfig, EvaluationConfig, RewardsConfig, RunConfig
+from rlbench.config.schema import (
+    ChainStageConfig,
+    CheckpointConfig,
+    EngineConfig,
+    EvaluationConfig,
+    RewardsConfig,
+    RunConfig,
+)
 from tests.config.test_algorithm_config import FACTS
 
 GATED = {"format": {"path": "rlbench_rewards.tags.Tags", "gate_min": 1.0}}
@@ -22,6 +29,14 @@ REFUSED = {
     "sampled answers of given completions": (
         {"stage": "sft", "evaluation": EvaluationConfig(num_samples=4)},
         r"evaluation.num_samples is 4, but stage=sft samples no answers; expected 0, or stage=rl",
+    ),
+    "the best of no evaluation": (
+        {
+            "engine": EngineConfig(kind="recorded", recorded_from="run"),
+            "evaluation": EvaluationConfig(every_steps=1),
+            "checkpoint": CheckpointConfig(keep_best="eval/accuracy"),
+        },
+        r"checkpoint.keep_best is eval/accuracy, but engine=recorded answers no held-out problems; expected null",
     ),
     "rewards that are read apart, as a product": (
         {"algorithm": AlgorithmConfig(advantage="gdpo"), "rewards": RewardsConfig(combine="product")},

@@ -18,6 +18,7 @@ def test_the_same_settings_give_the_same_adapter_bytes(tiny_overrides, recorded,
     done = again(tiny_overrides, recorded, tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "engine=recorded answers no held-out problems: evaluation.*" in " ".join(done.stdout.split())
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (recorded / name).read_bytes()
     same = ("reward/mean", "loss/total", "optim/grad_norm", "drift/logprob_gap_max")
@@ -45,6 +46,11 @@ def test_another_trainer_goes_on_and_its_drift_shows(tiny_overrides, recorded, t
         (["seed=5"], "which holds no rollout for a prompt of this run"),
         (["sampling.max_tokens=1"], "more tokens than sampling.max_tokens (1)"),
         (["sampling.top_p=0.9"], "engine=recorded needs plain sampling"),
+        (
+            ["rewards.components.share.path=tests.loops.letter_reward.rarely"],
+            "rewards.components.share.path is tests.loops.letter_reward.rarely, but engine.recorded_from was recorded "
+            "with tests.loops.letter_reward.share_of_a; expected the same",
+        ),
         (["+rewards.components.other={path:tests.loops.letter_reward.rarely}"], "rewards.components has other, but"),
     ],
 )
