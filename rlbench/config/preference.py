@@ -207,6 +207,12 @@ class PreferenceConfig:
             )
         if self.wpo and self.is_unpaired:
             raise ValueError(f"preference.wpo is true, but {self.losses[0]} has no pairs; expected false")
+        sorting = [name for name in self.losses if PREFERENCE_LOSSES[name].needs_whole_step]
+        if self.wpo and sorting:
+            raise ValueError(
+                f"preference.wpo is true, but {', '.join(sorting)} sorts the pairs of a step, so that no term is one "
+                "pair's to weigh; expected false, or losses without it"
+            )
 
     def _check_options(self) -> None:
         read = {name for spec in self.specs for name in spec.options}

@@ -21,6 +21,9 @@ ERRORS = {
     "the divergence without alpha": ({"divergence": "alpha"}, "preference.divergence_alpha is None with"),
     "pairs and singles": ({"losses": ["kto", "sigmoid"]}, "a loss on single completions stands alone"),
     "wpo of singles": ({"losses": ["kto"], "wpo": True}, "preference.wpo is true, but kto has no pairs"),
+    "wpo of sorted pairs": (
+        {"losses": ["sigmoid", "aot_pair"], "wpo": True}, "preference.wpo is true, but aot_pair sorts the pairs of a"
+    ),
     "a reference for none": ({"losses": ["orpo"], "reference": "base"}, "preference.reference is base, but .* need no"),
     "a start that is not kept": (
         {"reference": "start", "precompute_reference": False}, "preference.precompute_reference is false with"
