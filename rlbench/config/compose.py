@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import rlbench
 from rlbench.config.checks import nearest
-from rlbench.config.schema import RunConfig
+from rlbench.config.schema import RewardConfig, RunConfig
 
 _OPEN = ("rewards.components.", "data.task_params.", "watchdog.phase_limits_s.")  # mappings whose keys are the user's
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
@@ -164,6 +164,12 @@ def _explain_unknown_key(last_part: str, message: str, overrides: Sequence[str])
 
 def unknown_key(key: str) -> str:
     """The sentence for a key that the schema does not have."""
+    if key.startswith(_OPEN):  # mappings whose keys the config makes: what it does not hold yet is added
+        known = [f.name for f in fields(RewardConfig)]
+        _, _, part = key.removeprefix(_OPEN[0]).partition(".")
+        if key.startswith(_OPEN[0]) and part and part.split(".")[0] not in known:
+            return f"there is no key {key!r}; nearest valid keys: {', '.join(nearest(part, known) or known)}"
+        return f"{key} is not set, so it cannot be changed; to add it, write +{key}=..."
     guesses = nearest(key, schema_keys()) or [k for k in schema_keys() if k.startswith(key.rsplit(".", 1)[0] + ".")]
     return f"there is no key {key!r}; nearest valid keys: {', '.join(guesses) or ', '.join(group_names())}"
 

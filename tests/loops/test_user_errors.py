@@ -65,6 +65,14 @@ CONFIG_ERRORS = {
         ["evaluation.num_prompts=0", "evaluation.num_samples=4"],
         "evaluation.num_samples is 4",
     ),
+    "a setting of a reward that is not set yet": (
+        ["rewards.components.accuracy.gate_min=0.5"],
+        "rewards.components.accuracy.gate_min is not set, so it cannot be changed; to add it, write +rewards.",
+    ),
+    "a reward's unknown setting": (
+        ["rewards.components.accuracy.gate=0.5"],
+        "there is no key 'rewards.components.accuracy.gate'; nearest valid keys: gate_min",
+    ),
     "output folder": (["hydra.run.dir=/proc/no"], "hydra.run.dir=/proc/no must be writable"),
 }
 
