@@ -44,9 +44,9 @@ def linear_logprobs(
     A row that gets gradient 0 receives gradient 0, whatever it holds: masked rows may be inf or nan.
 
     Args:
-        hidden: [N, D], float32, bfloat16 or float64.
+        hidden: [N, D], any floating dtype; tested in float32, bfloat16 and float64.
         weight: [V, D], same dtype.
-        targets: int64 [N], 0 <= target < V.
+        targets: int64 [N], 0 <= target < V; the range is not checked, which would wait for a GPU.
         temperature: > 0; a number or one per row, float32 [N].
         softcap: > 0, or None.
         bias: [V], or None.

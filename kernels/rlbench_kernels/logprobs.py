@@ -28,7 +28,7 @@ def logprobs(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1
 
     Args:
         logits: [N, V], any floating dtype; on CUDA with any row stride.
-        targets: int64 [N], 0 <= target < V.
+        targets: int64 [N], 0 <= target < V; the range is not checked, which would wait for a GPU.
         temperature: > 0; a number or one per row, float32 [N].
 
     Returns:
