@@ -85,7 +85,7 @@ def _read(columns: Mapping[str, Any]) -> CodeTask:
     if isinstance(columns.get("test"), str):
         return _human_eval(columns)
     entry_point = str(columns.get("entry_point") or "")
-    visible, hidden = (_own_tests(columns.get(name), entry_point) for name in ("tests", "hidden_tests"))
+    visible, hidden = (_own_tests(columns.get(name)) for name in ("tests", "hidden_tests"))
     return CodeTask(visible=visible, hidden=hidden, setup=str(columns.get("setup") or ""), entry_point=entry_point)
 
 
@@ -95,7 +95,7 @@ def _human_eval(columns: Mapping[str, Any]) -> CodeTask:
     prefix = prompt if isinstance(prompt, str) and entry_point and f"def {entry_point}" in prompt else ""
     return CodeTask(
         visible=[{"code": columns["test"]}],
-        hidden=_own_tests(columns.get("hidden_tests"), entry_point),
+        hidden=_own_tests(columns.get("hidden_tests")),
         setup=prefix if _is_python(prefix) else "",
         entry_point=entry_point,
         prefix=prefix,
@@ -109,7 +109,7 @@ def _mbpp(columns: Mapping[str, Any]) -> CodeTask:
     if isinstance(columns.get("test"), str):
         hidden.append({"code": columns["test"]})
     entry_point = str(columns.get("entry_point") or "")
-    hidden += _own_tests(columns.get("hidden_tests"), entry_point)
+    hidden += _own_tests(columns.get("hidden_tests"))
     return CodeTask(
         visible=[{"code": test} for test in columns["test_list"]], hidden=hidden, setup=setup, entry_point=entry_point
     )
@@ -136,7 +136,7 @@ def _apps(columns: Mapping[str, Any]) -> CodeTask:
     cases = _from_json(columns["input_output"])
     pairs = list(zip(cases["inputs"], cases["outputs"], strict=True))
     function = str(cases.get("fn_name") or "")
-    hidden = _own_tests(columns.get("hidden_tests"), function)
+    hidden = _own_tests(columns.get("hidden_tests"))
     if function:
         tests = [_call_test(list(arguments), output, may_be_wrapped=True) for arguments, output in pairs]
         return CodeTask(visible=tests, hidden=hidden, entry_point=function)
@@ -144,7 +144,7 @@ def _apps(columns: Mapping[str, Any]) -> CodeTask:
     return CodeTask(visible=programs, hidden=hidden)
 
 
-def _own_tests(value: Any, entry_point: str) -> list[Test]:
+def _own_tests(value: Any) -> list[Test]:
     tests: list[Test] = []
     for test in _from_json(value or []):
         if isinstance(test, str):

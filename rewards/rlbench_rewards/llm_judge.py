@@ -42,8 +42,6 @@ class LlmJudge:
         ValueError: not an address, low >= high, or the key's variable is not set.
     """
 
-    is_judge = True
-
     def __init__(
         self,
         base_url: str,

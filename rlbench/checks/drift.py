@@ -19,7 +19,6 @@ from rlbench.config.schema import ChecksConfig
 from rlbench.data.packing import Microbatch
 
 OK, WARN, CORRECT, STOP = range(4)
-LEVELS = ("ok", "warn", "correct", "stop")
 _FIRST_BIN = 16  # positions; each further bin is twice as long
 
 

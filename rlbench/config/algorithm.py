@@ -18,7 +18,6 @@ from rlbench.config.support import SUPPORTS
 from rlbench.config.teacher import TeacherConfig
 
 NORMALIZATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant", "microbatch_token_mean"]
-SCALES = ["group", "batch", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ def probed_loop(
 def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Probes:
     """Measure. The optimizer gets its state; the policy stays as it was (learning rate 0)."""
     parts = loop.parts
-    idle, limit = memory.held(), memory.limit()  # before moments, of which paged ones can leave the device
+    limit = memory.limit()  # before moments, of which paged ones can leave the device
     steps = largest_steps(loop)
     rows, largest = max(((rows, max(sizes)) for rows, sizes in steps), key=lambda found: found[1])
     _, longest = max(steps, key=lambda step: sum(step[1]))
@@ -66,7 +66,6 @@ def run_offline_probes(loop: OfflineLoop[Any, Any], memory: DeviceMemory) -> Pro
     if largest > update[-1].size and is_safe(update, warm, largest, limit):
         update.append(_probe(loop, memory, rows))
     return Probes(
-        idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),
         adapter_bytes=adapter_bytes(parts),
         kv_bytes_per_token=0,

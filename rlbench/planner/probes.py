@@ -43,7 +43,6 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probes:
-    idle_bytes: int  # with everything loaded, before any probe
     base_bytes: int
     adapter_bytes: int  # of all that the optimizer writes: an adapter, or the float32 weights of a run of all weights
     kv_bytes_per_token: int  # that generation takes besides; 0: its cache has a fixed size
@@ -64,7 +63,7 @@ class Probes:
 def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
     """Measure. The optimizer gets its state; the adapter stays as it was (learning rate 0)."""
     config = inputs.config
-    idle, limit = memory.held(), memory.limit()  # before moments, of which paged ones can leave the device
+    limit = memory.limit()  # before moments, of which paged ones can leave the device
     step = largest_step(inputs)
     full = _pack(inputs, parts, step)
     microbatch_tokens = max(len(mb.token_ids) for mb in full)
@@ -88,7 +87,6 @@ def run_probes(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> Probes:
         largest = max(full, key=lambda mb: len(mb.token_ids))
         update.append(_update(inputs, parts, memory, largest.samples))
     return Probes(
-        idle_bytes=idle,
         base_bytes=storage_bytes(parts.base),
         adapter_bytes=adapter_bytes(parts),
         kv_bytes_per_token=0 if cache else kv_bytes_per_token(parts),

@@ -100,7 +100,6 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     head = _head_bytes(inputs, parts, min(budget, step_tokens))
     warm = asleep + moments.device
     probes = Probes(
-        idle_bytes=held,
         base_bytes=storage_bytes(parts.base),
         adapter_bytes=adapter,
         kv_bytes_per_token=per_token,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlbench.records import Rollout, RolloutGroup
 from rlbench.tracking.intervals import wilson_interval
@@ -16,7 +16,6 @@ from rlbench.tracking.intervals import wilson_interval
 __all__ = [
     "METRICS",
     "RESERVED_COMPONENT_NAMES",
-    "MetricAccumulator",
     "MetricSpec",
     "component_names",
     "has_no_signal",
@@ -113,35 +112,6 @@ def metric_spec(key: str) -> MetricSpec:
 def component_names(keys: Iterable[str]) -> list[str]:
     """Reward components among metric keys, in order: every `reward/<name>` that is no metric of its own."""
     return [key.removeprefix("reward/") for key in keys if key.startswith("reward/") and key not in METRICS]
-
-
-@dataclass(slots=True)
-class MetricAccumulator:
-    """Adds up a step's metrics over microbatches: weighted means and plain sums.
-
-    Example:
-        acc = MetricAccumulator(); acc.add_mean("kl/reference", 0.1, weight=300); acc.result()
-    """
-
-    _weighted: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _weights: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add_mean(self, key: str, value: float, weight: float = 1.0) -> None:
-        """Count `value` with `weight` (for instance its number of loss tokens, >= 0)."""
-        if weight < 0:
-            raise ValueError(f"weight of {key} must be >= 0, got {weight}")
-        if weight > 0:  # a microbatch without loss tokens may report nan
-            self._weighted[key] += value * weight
-            self._weights[key] += weight
-
-    def add_sum(self, key: str, value: float) -> None:
-        """Add `value` to the key's total."""
-        self._sums[key] += value
-
-    def result(self) -> dict[str, float]:
-        """Means (sum of weight x value over sum of weights) and totals; a key that got no weight is absent."""
-        return {key: total / self._weights[key] for key, total in self._weighted.items()} | dict(self._sums)
 
 
 def has_no_signal(group: RolloutGroup) -> bool:

@@ -10,7 +10,6 @@ from rlbench.planner.probes import Probe, Probes
 def made(**changes):
     """1 GiB is held; an update takes 1 GiB + 1 MiB a token; 8 rows write 1 KiB of cache a token each."""
     values = {
-        "idle_bytes": GIB,
         "base_bytes": GIB // 2,
         "adapter_bytes": GIB // 16,
         "kv_bytes_per_token": 1024,

@@ -1,11 +1,9 @@
 """Metrics of rollouts, hand-computed."""
 
-import math
-
 import pytest
 
 from rlbench.records import RewardComponent
-from rlbench.tracking.metrics import MetricAccumulator, component_names, has_no_signal, metric_spec, summarise_rollouts
+from rlbench.tracking.metrics import component_names, has_no_signal, metric_spec, summarise_rollouts
 
 
 def value(v, weight=1.0):
@@ -72,18 +70,6 @@ def test_a_group_has_a_signal_only_with_two_different_rewards(rollout, group):
 def test_a_reward_named_like_a_metric_of_the_whole_reward_is_refused(rollout, group):
     with pytest.raises(ValueError, match="'mean'"):
         summarise_rollouts([group(rollout(components={"mean": value(1.0)}))])
-
-
-def test_accumulated_means_do_not_depend_on_the_microbatch_split():
-    whole, split = MetricAccumulator(), MetricAccumulator()
-    whole.add_mean("kl/reference", 0.25, weight=8)
-    split.add_mean("kl/reference", 0.1, weight=2)
-    split.add_mean("kl/reference", 0.3, weight=6)
-    split.add_mean("kl/reference", math.nan, weight=0)
-    split.add_sum("completion/num_tokens", 3)
-    split.add_sum("completion/num_tokens", 4)
-
-    assert split.result() == pytest.approx(whole.result() | {"completion/num_tokens": 7})
 
 
 def test_families_of_keys_are_described():

@@ -89,7 +89,6 @@ class Sandbox:
         self.kind = kind
         self._package_folders = list(package_folders)
         self._zygote: _Zygote | None = None
-        self._num_crashes = 0
 
     def take_job(self) -> Job:
         """A confined process; a dead or old zygote is replaced first.
