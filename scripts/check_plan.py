@@ -46,11 +46,6 @@ _SMALL = ["training.recompute=full", "training.offload=true", "training.tokens_p
 _LARGE = ["training.recompute=mlp", "training.tokens_per_microbatch=8192"]
 _LONG = ["training.recompute=full", "training.offload=true", "training.tokens_per_microbatch=16384"]
 GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, what)
-    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_SMALL],
-    ("llama-3.1-8b", "nf4", "DPO, rows of 6,000"): ["+exp=dpo_gsm8k", *_LONG],
-    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000, no offload"): ["+exp=dpo_gsm8k", *_LARGE],
-    ("qwen2.5-1.5b", "none", "SFT, rows of 6,000"): ["+exp=sft_gsm8k", "sft.rows_per_step=8", *_COLUMNS, *_LONG],
-    ("qwen2.5-1.5b", "none", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_LARGE],
     ("llama-3.1-8b", "nf4", "GRPO, completions of 512"): [
         "+exp=grpo_gsm8k",
         "engine.dense_copies=merged",
@@ -74,6 +69,11 @@ GPU_CASES: dict[tuple[str, str, str], list[str]] = {  # (shape, quantization, wh
     ("qwen2.5-1.5b", "nf4", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_LARGE],
     ("qwen2.5-1.5b", "fp8", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_LARGE],
     ("llama-3.1-8b", "fp8", "GRPO, completions of 512"): ["+exp=grpo_gsm8k", "sampling.max_tokens=512", *_SMALL],
+    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_SMALL],
+    ("llama-3.1-8b", "nf4", "DPO, rows of 6,000"): ["+exp=dpo_gsm8k", *_LONG],
+    ("llama-3.1-8b", "nf4", "DPO, rows of 1,000, no offload"): ["+exp=dpo_gsm8k", *_LARGE],
+    ("qwen2.5-1.5b", "none", "SFT, rows of 6,000"): ["+exp=sft_gsm8k", "sft.rows_per_step=8", *_COLUMNS, *_LONG],
+    ("qwen2.5-1.5b", "none", "DPO, rows of 1,000"): ["+exp=dpo_gsm8k", *_LARGE],
 }
 _ROWS = 64
 

@@ -2,8 +2,9 @@
 
     python scripts/soak_step.py [--case llama-3.1-8b:nf4] [--option auto@8192] [--steps 100] --output FILE.json
 
-Every step is another GRPO batch: 4 prompts of 200 tokens, 4 completions each of 50 to 1,000. Reported: tokens/s of 20
-steps in a row, the best and the last; memory that torch's allocator keeps, after 20 steps and at the end; Triton's
+Every step is another GRPO batch: 4 prompts of 200 tokens, 4 completions each of 50 to 1,000; the last 20 are the first
+20 again and differ by the device's pace alone. Reported: tokens/s of 20 steps in a row, the best and the last,
+and the last 20 against the first; memory that torch's allocator keeps, after 20 steps and at the end; Triton's
 compilations after the first 20; the share of the time during which the driver saw a kernel run. The first 5 steps warm
 up and count nowhere.
 """
@@ -104,7 +105,8 @@ def run_worker(case: str, option: str, num_steps: int) -> None:
     names, times, tokens, reserved, compiled = count_compilations(), [], [], [], []
     watch = None
     for number in range(WARM_UP + num_steps):
-        samples = random_samples(number)
+        is_repeat = number >= WARM_UP + num_steps - WINDOW
+        samples = random_samples(number - is_repeat * (num_steps - WINDOW))
         if number == WARM_UP:
             watch = Utilization()
         start = time.perf_counter()
@@ -131,6 +133,7 @@ def run_worker(case: str, option: str, num_steps: int) -> None:
         (f"tokens/s of the best {WINDOW} steps in a row", max(pace), "tokens/s"),
         (f"tokens/s of the last {WINDOW} steps", pace[-1], "tokens/s"),
         ("last / best", pace[-1] / max(pace), "fraction"),
+        ("last / first, the same batches", pace[-1] / pace[0], "fraction"),
         (f"memory kept after {WINDOW} steps", reserved[WINDOW - 1], "MiB"),
         ("memory kept at the end", reserved[-1], "MiB"),
         ("memory allocated at most", torch.cuda.max_memory_allocated() / 2**20, "MiB"),
@@ -153,8 +156,8 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.steps < WINDOW:
-        parser.error(f"--steps is {arguments.steps}, expected at least {WINDOW}")
+    if arguments.steps < 2 * WINDOW:
+        parser.error(f"--steps is {arguments.steps}, expected at least {2 * WINDOW}")
     shown = ["--case", arguments.case, "--option", arguments.option, "--steps", str(arguments.steps)]
     if arguments.worker:
         use_expandable_segments()  # as `python -m rlbench` does
