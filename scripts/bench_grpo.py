@@ -36,6 +36,7 @@ from inspect import getsource
 from pathlib import Path
 from typing import Any
 
+import yaml
 from bench_step import ALPHA, LINEARS, RANK
 from bench_workers import matmul_tflops, rows_of_process, spare_flashinfer, write_result
 from random_models import num_weights, random_model, text_of
@@ -133,8 +134,10 @@ def random_reward(completions: list[Any], **columns: Any) -> list[float]:
     return [random.random() for _ in completions]
 
 
-def run_rlbench(model: str, rows: Path, folder: Path, quantization: str, steps: int, more: list[str]) -> list[dict]:
-    """The metrics of its steps."""
+def run_rlbench(
+    model: str, rows: Path, folder: Path, quantization: str, steps: int, more: list[str]
+) -> tuple[list[dict[str, Any]], int]:
+    """The metrics of its steps, and training.tokens_per_microbatch."""
     from rlbench.__main__ import main as rlbench
 
     (folder / "noise_reward.py").write_text(f"import random\nfrom typing import Any\n\n{getsource(random_reward)}")
@@ -157,7 +160,8 @@ def run_rlbench(model: str, rows: Path, folder: Path, quantization: str, steps: 
         if ended.code:
             raise RuntimeError(f"the run ended with status {ended.code}") from ended
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("phase") == "train"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return [line for line in lines if line.get("phase") == "train"], config["training"]["tokens_per_microbatch"]
 
 
 def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, more: list[str]) -> None:
@@ -166,7 +170,8 @@ def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, m
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_rows(folder, shape, NUM_PROMPTS * steps)
-        found = run_rlbench(random_model(shape, quantization), rows, folder, quantization, steps, more)
+        found, tokens = run_rlbench(random_model(shape, quantization), rows, folder, quantization, steps, more)
+    report("training.tokens_per_microbatch", tokens, "tokens")
     report("step 1", found[0]["time/step_s"], "s")
     found = found[1:]
     phases = ("generation", "rewards", "identity", "update", "weight_sync", "recording")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,7 +134,11 @@ def _program(device: str) -> list[str]:
     if device == "cpu":
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     beside = Path(sys.executable).with_name("vllm")
-    return [str(beside) if beside.is_file() else "vllm", "serve"]
+    if beside.is_file():
+        return [str(beside), "serve"]
+    if shutil.which("vllm"):
+        return ["vllm", "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]  # a package without its command
 
 
 def _usable_device(profile: str) -> str:

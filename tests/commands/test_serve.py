@@ -52,6 +52,19 @@ def changed(run_folder: Path, target: Path, **sections: dict) -> Path:
     return copy
 
 
+def test_vllms_command_may_be_beside_python_on_the_path_or_missing(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve_module, "vllm_problem", lambda device: "" if device == "cuda" else "not there")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    module = [str(tmp_path / "python"), "-m", "vllm.entrypoints.cli.main"]
+    assert printed(capsys, trained)[1:5] == [*module, "serve"]
+    for folder, first in ((tmp_path / "elsewhere", "vllm"), (tmp_path, str(tmp_path / "vllm"))):
+        folder.mkdir(exist_ok=True)
+        (folder / "vllm").write_text("#!/bin/sh\n")
+        (folder / "vllm").chmod(0o755)
+        assert printed(capsys, trained)[1:3] == [first, "serve"]
+
+
 def test_the_command_names_base_adapter_rank_and_sampling(trained, capsys, tiny_folder):
     command = printed(capsys, trained, "--step", "1", "--port", "8123", "--", "--max-num-seqs", "4")
 
