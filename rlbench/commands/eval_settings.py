@@ -13,7 +13,7 @@ from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.compose import to_run_config
 from rlbench.config.optim import OptimConfig
 from rlbench.config.preference import PreferenceConfig
-from rlbench.config.recorded import apply_override
+from rlbench.config.recorded import apply_overrides
 from rlbench.config.schema import CheckpointConfig, EngineConfig, RunConfig
 
 _NOT_READ = (
@@ -118,8 +118,7 @@ def _plain(trained: RunConfig) -> dict[str, Any]:
 
 def _with(plain: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     node: Any = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-    for override in overrides:
-        apply_override(node, override)
+    apply_overrides(node, overrides)
     return to_run_config(node)
 
 

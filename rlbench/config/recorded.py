@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from rlbench.config.compose import config_folder, group_choices, to_run_config
 from rlbench.config.schema import RunConfig
+from rlbench.config.unread import VLLM_ONLY
 
 _MAX_NAMED = 8  # runs
 
@@ -30,9 +31,25 @@ def recorded_config(run_folder: Path, overrides: Sequence[str] = ()) -> RunConfi
     if not saved.is_file():
         raise ValueError(_no_run(run_folder))
     config = _saved(saved)
+    apply_overrides(config, overrides)
+    return to_run_config(config)
+
+
+def apply_overrides(config: Any, overrides: Sequence[str]) -> None:
+    """`apply_override` of each; with another engine.kind, what was derived for vLLM alone is left open again.
+
+    Raises:
+        ValueError: as `apply_override`.
+        OmegaConfBaseException: as `apply_override`.
+    """
+    kind = config.engine.kind
     for override in overrides:
         apply_override(config, override)
-    return to_run_config(config)
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if kind == "vllm" != config.engine.kind:
+        for name, default in VLLM_ONLY.items():
+            if f"engine.{name}" not in given:
+                config.engine[name] = default
 
 
 def _no_run(folder: Path) -> str:

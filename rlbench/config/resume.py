@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rlbench.config.schema import AUTO, RunConfig
+from rlbench.config.unread import VLLM_ONLY
 
 _FREE = ("resume", "tracking.", "checkpoint.", "evaluation.", "hardware.", "checks.", "watchdog.",
          "rewards.num_workers", "model.cache_dir", "training.stop_grace_s")  # fmt: skip
@@ -39,10 +40,11 @@ def keep_derived(config: RunConfig, derived: dict[str, Any]) -> list[str]:
         "key=value" for each value that was taken over.
     """
     kept = []
+    unread = () if config.engine.kind in (AUTO, "vllm") else tuple(f"engine.{name}" for name in VLLM_ONLY)
     for key, entry in derived.items():
         section, name = key.split(".")
         part = getattr(config, section, None)
-        if not key.startswith(_OF_THIS_MACHINE) and getattr(part, name, "") in (None, AUTO):
+        if not key.startswith((*_OF_THIS_MACHINE, *unread)) and getattr(part, name, "") in (None, AUTO):
             setattr(part, name, entry["value"])
             kept.append(f"{key}={entry['value']}")
     return kept

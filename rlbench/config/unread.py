@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlbench.config.schema import EngineConfig, RunConfig
 
+VLLM_ONLY: dict[str, str | None] = {"kv_cache_dtype": "auto", "kv_cache_gib": None, "dense_copies": None}  # defaults
+
 
 def check_settings_are_read(config: RunConfig) -> None:
     """
@@ -42,7 +44,7 @@ def check_engine_settings(config: EngineConfig) -> None:
     """
     if config.kind == "vllm":
         return
-    for name, default in (("kv_cache_dtype", "auto"), ("kv_cache_gib", None), ("dense_copies", None)):
+    for name, default in VLLM_ONLY.items():
         value = getattr(config, name)
         if value not in (default, "none"):
             raise ValueError(

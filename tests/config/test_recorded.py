@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from rlbench.config.recorded import recorded_config
 
@@ -43,3 +44,13 @@ def test_what_is_no_run_is_named_with_the_runs_below_it(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
             recorded_config(tmp_path / name)
+
+
+def test_another_engine_leaves_open_what_was_derived_for_vllm_but_not_what_the_call_sets(tmp_path):
+    engine = {"kind": "vllm", "kv_cache_gib": 4.0, "dense_copies": "merged", "max_num_seqs": 64}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"engine": engine}))
+
+    found = recorded_config(tmp_path, ["engine.kind=hf", "engine.dense_copies=base"]).engine
+    assert (found.kv_cache_gib, found.dense_copies, found.max_num_seqs) == (None, "base", 64)
+    same = recorded_config(tmp_path, ["engine.kind=vllm"]).engine
+    assert (same.kv_cache_gib, same.dense_copies) == (4.0, "merged")

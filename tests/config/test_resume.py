@@ -26,6 +26,16 @@ def test_what_was_derived_is_kept_but_not_what_the_user_sets_or_the_machine_deci
     assert config.hardware.num_threads is None
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("hf", []), ("vllm", [4.0, "merged"]), ("auto", [4.0, "merged"])])
+def test_what_vllm_alone_reads_is_kept_for_vllm_alone(kind, kept):
+    derived = {"engine.kind": "vllm", "engine.kv_cache_gib": 4.0, "engine.dense_copies": "merged"}
+    config = RunConfig(engine=EngineConfig(kind=kind))
+
+    keep_derived(config, {key: {"value": value, "reason": "its run"} for key, value in derived.items()})
+
+    assert [value for value in (config.engine.kv_cache_gib, config.engine.dense_copies) if value is not None] == kept
+
+
 def test_an_optimizer_whose_state_would_not_fit_is_refused_and_its_other_settings_are_told():
     before = asdict(RunConfig())
     galore = asdict(RunConfig(optim=OptimConfig(name="galore")))
