@@ -32,6 +32,27 @@ def check_settings_are_read(config: RunConfig) -> None:
         )
     if config.algorithm.reads_components:
         _check_rewards_apart(config)
+    _check_values(config)
+
+
+def _check_values(config: RunConfig) -> None:
+    algorithm, optim, rewards = config.algorithm, config.optim, config.rewards
+    if config.stage == "rl" and algorithm.loss == "kl_cov" and algorithm.num_updates < 2:
+        raise ValueError(
+            "algorithm.loss is kl_cov, whose penalty has no gradient in a batch's first update, but "
+            f"algorithm.num_updates is {algorithm.num_updates}; expected at least 2, or another loss"
+        )
+    lowest = type(optim).min_lr_frac
+    if optim.schedule == "constant" and optim.min_lr_frac != lowest:
+        raise ValueError(
+            f"optim.min_lr_frac is {optim.min_lr_frac}, but optim.schedule=constant never lowers the rate; expected "
+            f"{lowest}, or optim.schedule=cosine or linear"
+        )
+    if rewards.gated_value and all(component.gate_min is None for component in rewards.components.values()):
+        raise ValueError(
+            f"rewards.gated_value is {rewards.gated_value}, but no component has a gate_min; expected 0.0, or "
+            "a gate: rewards.components.NAME.gate_min"
+        )
 
 
 def check_engine_settings(config: EngineConfig) -> None:

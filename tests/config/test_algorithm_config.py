@@ -127,7 +127,7 @@ def test_more_minibatches_than_groups():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_defaults_are_filled_in_with_their_reason_and_stay_valid(loss):
-    config = RunConfig(algorithm=AlgorithmConfig(loss=loss))
+    config = RunConfig(algorithm=AlgorithmConfig(loss=loss, num_updates=2))
     reasons = {d.key: d.reason for d in derive(config, FACTS)}
 
     for name, default in LOSSES[loss].options.items():
@@ -135,7 +135,7 @@ def test_defaults_are_filled_in_with_their_reason_and_stay_valid(loss):
         assert default is None or reasons[f"algorithm.{name}"] == f"default of loss={loss}"
     assert config.algorithm.importance == ("off" if LOSSES[loss].weighs_sampler else "truncate")
     again = AlgorithmConfig(**vars(config.algorithm))  # what config.yaml holds can be read back
-    assert again.loss_options() == AlgorithmConfig(loss=loss).loss_options()
+    assert again.loss_options() == AlgorithmConfig(loss=loss, num_updates=2).loss_options()
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)

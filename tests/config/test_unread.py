@@ -5,6 +5,7 @@ import pytest
 from rlbench.config.algorithm import AlgorithmConfig
 from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.derive import derive
+from rlbench.config.optim import OptimConfig
 from rlbench.config.replay import ReplayConfig
 from rlbench.config.schema import (
     ChainStageConfig,
@@ -17,6 +18,7 @@ from rlbench.config.schema import (
 from tests.config.test_algorithm_config import FACTS
 
 GATED = {"format": {"path": "rlbench_rewards.tags.Tags", "gate_min": 1.0}}
+WITHOUT_GATE = {"format": {"path": "rlbench_rewards.tags.Tags"}}
 REFUSED = {
     "replay that is off": (
         {"algorithm": AlgorithmConfig(replay=ReplayConfig(max_age=3))},
@@ -46,6 +48,18 @@ REFUSED = {
         {"algorithm": AlgorithmConfig(advantage="gdpo"), "rewards": RewardsConfig(components=GATED)},
         r"rewards.components.format.gate_min is 1.0, but algorithm.advantage=gdpo reads each reward apart and no gate",
     ),
+    "a penalty that the first update cannot feel": (
+        {"algorithm": AlgorithmConfig(advantage="group_relative", loss="kl_cov")},
+        r"algorithm.loss is kl_cov, .* but algorithm.num_updates is 1; expected at least 2",
+    ),
+    "an end of a rate that stays": (
+        {"optim": OptimConfig(schedule="constant", min_lr_frac=0.0)},
+        r"optim.min_lr_frac is 0.0, but optim.schedule=constant never lowers the rate; expected 0.1",
+    ),
+    "a reward behind no gate": (
+        {"rewards": RewardsConfig(gated_value=-1.0, components=WITHOUT_GATE)},
+        r"rewards.gated_value is -1.0, but no component has a gate_min; expected 0.0",
+    ),
 }
 
 
@@ -60,6 +74,9 @@ def test_what_is_read_is_accepted():
     RunConfig(evaluation=EvaluationConfig(num_samples=4))
     RunConfig(rewards=RewardsConfig(combine="product", components=GATED))
     RunConfig(algorithm=AlgorithmConfig(advantage="gdpo"))
+    RunConfig(algorithm=AlgorithmConfig(loss="kl_cov", num_updates=2))
+    RunConfig(optim=OptimConfig(schedule="constant"))
+    RunConfig(rewards=RewardsConfig(gated_value=-1.0, components=GATED))
 
 
 def test_a_chain_may_hold_what_one_of_its_stages_reads():
