@@ -83,13 +83,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--only", default="", help="cases whose name contains it")
+    parser.add_argument("--only", default="", help="cases whose name contains one of these, e.g. PPO,fp8")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cases = gpu_cases(Path(folder)) if options.gpu else CASES
-        shown = {name: overrides for name, overrides in cases.items() if options.only in name}
+        wanted = options.only.split(",")
+        shown = {name: overrides for name, overrides in cases.items() if any(part in name for part in wanted)}
         measure(shown, options)
 
 

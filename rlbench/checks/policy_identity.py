@@ -151,7 +151,7 @@ class PolicyIdentity:
         proof = self.compare(prompts, completions)
         if verdict := proof.verdict(self._limit):
             raise PolicyIdentityError(
-                f"step {step}, policy version {policy_version}: {verdict}; {ADVICE}. Only a model whose honest gap is "
+                f"policy version {policy_version}: {verdict}; {ADVICE}. Only a model whose honest gap is "
                 "larger than that of rlbench/checks/limits.py needs a higher checks.identity_limit_scale"
             )
         return proof.metrics()
