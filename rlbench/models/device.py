@@ -16,6 +16,7 @@ _PROBE_SHAPES = {  # rows, out, in: a linear layer of a model for that device ov
     "cuda": (8192, 4096, 4096),
 }
 _PROBE_ROUNDS = 15
+_PROBE_CALLS = {"cpu": 1, "cuda": 8}  # of a round: on a GPU the launch and the wait for it must not weigh
 _PROBE_GIB = 1.0  # of a GPU, with room to spare
 GIB = 2**30
 
@@ -85,11 +86,12 @@ def _matmul_gflops(device: str) -> dict[str, float]:
     for number in range(_PROBE_ROUNDS + 1):
         for dtype in best:
             start = time.perf_counter()
-            torch.nn.functional.linear(*operands[dtype])
+            for _ in range(_PROBE_CALLS[device]):
+                torch.nn.functional.linear(*operands[dtype])
             if device == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first round warms up
-                best[dtype] = min(best[dtype], time.perf_counter() - start)
+                best[dtype] = min(best[dtype], (time.perf_counter() - start) / _PROBE_CALLS[device])
     del x, weight, operands
     if device == "cuda":
         torch.cuda.empty_cache()
