@@ -363,7 +363,8 @@ def mistaken(trained, other) -> Path:
         for key, value in judge.items()
         if key not in ("rewards", "algorithm", "sampling", "engine", "checks")
     }
-    (folder / "judge" / "config.yaml").write_text(json.dumps({**judge, "stage": "reward_model"}))
+    judge |= {"stage": "reward_model", "evaluation": {**judge["evaluation"], "num_samples": 0}}
+    (folder / "judge" / "config.yaml").write_text(json.dumps(judge))
     (folder / "few.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     return folder
 
