@@ -61,7 +61,6 @@ Every key and its default: python -m rlbench --cfg job. Hydra's own options: pyt
 def main() -> None:
     # peft imports bitsandbytes, whose CPU part looks for a package `kernels` and takes our folder for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
-    use_expandable_segments()
     arguments = sys.argv[1:]
     is_named = (
         bool(arguments)
@@ -71,6 +70,8 @@ def main() -> None:
     command, arguments = (arguments[0], arguments[1:]) if is_named else ("train", arguments)
     if command != "help" and command not in COMMANDS:
         _fail_unknown_command(command)
+    if command != "serve":  # which becomes vLLM's server, with the environment that it prints
+        use_expandable_segments()
     if command == "report":
         from rlbench.commands.report import report
 

@@ -38,22 +38,28 @@ _COMMAND = """
 import os, sys
 from rlbench.__main__ import main
 assert "torch" not in sys.modules
-sys.argv = ["rlbench", "--version"]
-main()
+sys.argv = ["rlbench", {argument!r}]
+try:
+    main()
+except SystemExit:
+    pass
 {then}
 """
 
 
-def _run(then: str) -> None:
+def _run(then: str, argument: str = "--version") -> None:
     environment = {key: value for key, value in os.environ.items() if key not in NAMES}
-    done = subprocess.run(
-        [sys.executable, "-c", _COMMAND.format(then=then)], env=environment, capture_output=True, text=True, check=False
-    )
+    code = _COMMAND.format(argument=argument, then=then)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_command_says_so_before_torch_is_there() -> None:
     _run('assert "torch" not in sys.modules; assert os.environ["PYTORCH_CUDA_ALLOC_CONF"]')
+
+
+def test_a_server_gets_the_environment_that_is_printed() -> None:
+    _run('assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ', "serve")
 
 
 @pytest.mark.gpu
