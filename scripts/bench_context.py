@@ -52,23 +52,25 @@ def main() -> None:
     parser.add_argument("--lengths", default="16384,32768,65536")
     parser.add_argument("--gib", default="24,80")
     parser.add_argument("--impls", default="rlbench:full+offload@1,unsloth:unsloth,trl:on")
-    parser.add_argument("--timeout-s", type=float, default=150)
+    parser.add_argument("--timeout-s", type=float, default=150, help="of one length of one implementation")
     parser.add_argument("--commit", default="")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     subprocess.run([sys.executable, bench_step.__file__, "--make", SHAPE], check=True)
+    command = f"python scripts/bench_context.py --lengths {arguments.lengths} --impls {arguments.impls}"
     rows: list[dict[str, Any]] = []
     for impl in arguments.impls.split(","):
         peaks: dict[int, float] = {}
+        lines: list[dict[str, Any]] = []
         for length in map(int, arguments.lengths.split(",")):
             found = bench_step.run_case(f"one@{length}:{SHAPE}", impl, arguments.timeout_s, "--memory")
             rows += found
             for row in found:
                 if row.get("metric") == "peak":
                     peaks[length] = row["value"]
-        rows += longest_rows(impl, peaks, [float(gib) for gib in arguments.gib.split(",")])
-        command = f"python scripts/bench_context.py --lengths {arguments.lengths} --impls {arguments.impls}"
-        write_result(arguments.output, rows, command, arguments.commit)
+            lines = longest_rows(impl, peaks, [float(gib) for gib in arguments.gib.split(",")])
+            write_result(arguments.output, rows + lines, command, arguments.commit)  # the next length may be cut off
+        rows += lines
 
 
 if __name__ == "__main__":
