@@ -35,29 +35,14 @@ RANK = 16
 KV_GIB = 16.0
 
 
-def random_model(shape: str, smollm2: str) -> str:
-    """Folder with a model of that shape, random bfloat16 weights, and SmolLM2's tokenizer: the peers want one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(tempfile.gettempdir()) / "rlbench-random-models" / shape
-    if not (folder / "config.json").is_file():
-        options = dict(SHAPES[shape])
-        config = AutoConfig.for_model(options.pop("model_type"), **options, max_position_embeddings=8192)
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        AutoTokenizer.from_pretrained(smollm2_folder(smollm2)).save_pretrained(folder)
-        model.save_pretrained(folder)
-    return str(folder)
-
-
-def model_folder(name: str, smollm2: str) -> str:
-    if name in SHAPES:
-        # In a process of its own: what it allocates must not count below.
-        code = f"import bench_shared_base as b; b.random_model({name!r}, {smollm2!r})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        return random_model(name, smollm2)
-    return smollm2_folder(smollm2)
+def model_folder(name: str, quantization: str, smollm2: str) -> str:
+    if name not in SHAPES:
+        return smollm2_folder(smollm2)
+    # In a process of its own: what it allocates must not count below.
+    code = f"from random_models import random_model; print(random_model({name!r}, {quantization!r}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+    return done.stdout.split()[-1]
 
 
 def smollm2_folder(smollm2: str) -> str:
@@ -303,7 +288,7 @@ def main() -> None:
         spare_flashinfer()
         impl, name, quantization, options = split_case(arguments.worker)
         report = reporter(impl, case_words(name, quantization, options))
-        IMPLS[impl](model_folder(name, arguments.smollm2), name, quantization, report, **options)
+        IMPLS[impl](model_folder(name, quantization, arguments.smollm2), name, quantization, report, **options)
         return
     rows: list[dict[str, Any]] = []
     for case in arguments.cases.split(","):
