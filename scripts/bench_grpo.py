@@ -13,9 +13,9 @@ layers, a reward of random numbers, so that every group teaches. Each implementa
 
 Lengths are forced where requests enter vLLM (`LLMEngine.add_request`), alike for all. The first step is warm-up. Times
 are of whole steps, medians of the others; "device" memory is the highest that the driver reported in use. The gap is
-what each trainer reports of its own rollouts, |engine - trainer| of a token's logprob. Floors: of
-the update 4 x weights x tokens FLOPs at the measured matmul rate; of generation the weights' bytes read once a token of
-the longest completion at the measured copy rate, or 2 x weights x tokens FLOPs, whichever is longer.
+what each trainer reports of its own rollouts, |engine - trainer| of a token's logprob; all learn at a rate of 1e-6.
+Floors: of the update 4 x weights x tokens FLOPs at the measured matmul rate; of generation the weights' bytes read once
+a token of the longest completion at the measured copy rate, or 2 x weights x tokens FLOPs, whichever is longer.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def run_rlbench(
         f"algorithm.group_size={GROUP_SIZE}", f"sampling.max_tokens={MAX_LENGTH}", f"training.num_steps={steps}",
         f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "evaluation.num_prompts=0", "tracking.wandb=disabled",
         "engine=vllm", "checks.identity_limit_scale=100", "checks.drift_stop_ess_frac=0", "checks.drift_stop_nats=100",
-        f"hydra.run.dir={run}", *more,
+        "optim.lr=1e-6", f"hydra.run.dir={run}", *more,
     ]  # fmt: skip
     try:
         rlbench()
@@ -173,6 +173,7 @@ def rlbench_worker(case: str, steps: int, lengths: ForcedLengths, report: Any, m
         found, tokens = run_rlbench(random_model(shape, quantization), rows, folder, quantization, steps, more)
     report("training.tokens_per_microbatch", tokens, "tokens")
     report("step 1", found[0]["time/step_s"], "s")
+    report(f"step 1, {GAP}", found[0]["drift/logprob_gap_mean"], "nats")
     found = found[1:]
     phases = ("generation", "rewards", "identity", "update", "weight_sync", "recording")
     report("step", statistics.median(line["time/step_s"] for line in found), "s")

@@ -280,9 +280,9 @@ def main() -> None:
     parser.add_argument("--worker", metavar="CASE")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--smollm2", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--timeout-s", type=float, default=240)
+    parser.add_argument("--timeout-s", type=float, default=400)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "shared_base_h100.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "shared_base_h200.json")
     arguments = parser.parse_args()
     if arguments.worker:
         spare_flashinfer()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlbench.commands.run_step import fingerprint_of, why_incomparable
+from rlbench.commands.run_step import why_incomparable
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
 
@@ -43,7 +43,7 @@ def read_weights_of(checkpoint: Checkpoint, config: RunConfig, device: str) -> A
     else:
         weights = _read_adapter(checkpoint.folder / "adapter")
     recorded = checkpoint.state["adapter_fingerprint"]
-    found = fingerprint_of(weights, checkpoint.state["config"])
+    found = weights.fingerprint()
     if found != recorded and not why_incomparable(checkpoint, config):
         raise ValueError(
             f"the weights in {checkpoint.folder} have fingerprint {found}, but the run recorded {recorded} for step "

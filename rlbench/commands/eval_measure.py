@@ -13,7 +13,7 @@ from rlbench.checks.limits import identity_limit
 from rlbench.checks.policy_identity import ADVICE, PolicyIdentity, PolicyIdentityError, check_completions
 from rlbench.commands.eval_held_out import held_out_prompts
 from rlbench.commands.eval_weights import Side
-from rlbench.commands.run_step import fingerprint_of, why_incomparable
+from rlbench.commands.run_step import why_incomparable
 from rlbench.config.schema import RunConfig
 from rlbench.config.trained_reward import find_trained_rewards
 from rlbench.loops.evaluate import Evaluation, evaluate, sample_answers, sampled_metrics, sampled_shares
@@ -110,8 +110,7 @@ def _load(side: Side, policy: Policy, config: RunConfig, console: RunConsole) ->
             f"{side.checkpoint.folder} cannot be read any more ({error}); a run that goes on removes its older "
             "checkpoints, so try again"
         ) from error
-    state = side.checkpoint.state
-    expected, found = state["adapter_fingerprint"], fingerprint_of(policy.weights(), state["config"])
+    expected, found = side.checkpoint.state["adapter_fingerprint"], policy.weights().fingerprint()
     why = why_incomparable(side.checkpoint, config)
     if why:
         console.note(f"{side.name}: its fingerprint was {expected}; {why}, so it is {found} here and was not compared")

@@ -81,7 +81,7 @@ def _base_reason(options: ExportOptions, config: RunConfig) -> str:
 
 
 def _fingerprint_line(job: ExportJob, proof: Proof) -> str:
-    compared = "as the run recorded it" if job.weights.fingerprint else "not compared: no checkpoint says what it was"
+    compared = "as the run recorded it" if job.weights.fingerprint else "not compared: the run left none that can be"
     return f"fingerprint: {proof.fingerprint}, {compared}"
 
 

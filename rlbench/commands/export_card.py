@@ -138,7 +138,7 @@ def _settings(job: ExportJob, proof: Proof) -> str:
         "optim.lr": config.optim.lr,
         "seed": config.seed,
         "fingerprint of the trained weights": (
-            proof.fingerprint + ("" if job.weights.fingerprint else " (not compared: the run left no record of it)")
+            proof.fingerprint + ("" if job.weights.fingerprint else " (not compared: the run left none that can be)")
         ),
     }
     if config.stage == "rl":

@@ -12,6 +12,7 @@ from rlbench.commands.run_step import LAST, checkpoint_folders, find_step, polic
 from rlbench.config.checks import check_choice
 from rlbench.config.full_training import FULL
 from rlbench.config.schema import RunConfig
+from rlbench.models.fingerprint import is_of_bytes
 from rlbench.tracking.jsonl import read_metrics
 
 USAGE = (
@@ -49,7 +50,7 @@ class TrainedWeights:
 
     folder: Path  # that holds adapter/ or model/
     step: int
-    fingerprint: str  # as the run recorded it; "": it did not
+    fingerprint: str  # as the run recorded it; "": none that can be compared
     origin: str  # in words
     warnings: tuple[str, ...] = ()
 
@@ -108,10 +109,11 @@ def find_weights(options: ExportOptions, config: RunConfig) -> TrainedWeights:
         raise ValueError(f"--step is {options.step}, but {run_folder} holds no checkpoints; expected --step {LAST}")
     found = find_step(run_folder, options.step, config)
     assert found.checkpoint is not None
+    recorded = found.checkpoint.state.get("adapter_fingerprint", "")
     return TrainedWeights(
         folder=found.checkpoint.folder,
         step=found.checkpoint.step,
-        fingerprint=found.checkpoint.state.get("adapter_fingerprint", ""),
+        fingerprint="" if is_of_bytes(recorded) else recorded,
         origin=f"{found.checkpoint.folder}, every file as its manifest says",
         warnings=found.passed_over,
     )

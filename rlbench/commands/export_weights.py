@@ -154,8 +154,7 @@ def _write_full(job: ExportJob, folder: Path) -> Proof:
     base, policy = _all_weights(job)
     round_(base, None, Rounding(dtype=own))
     tensors = {name: tensor.to(own) for name, tensor in policy.weights().tensors.items()}
-    is_of_gpu = job.config.hardware.profile == "gpu"
-    fingerprint = _checked(job, Weights(tensors=tensors).fingerprint(as_on_gpu=is_of_gpu))
+    fingerprint = _checked(job, Weights(tensors=tensors).fingerprint())
     probe, recorded = _probe(job, policy, fingerprint)
     trained = policy_logprobs(policy, probe)
     untrained = plain_logprobs(dense_base(str(job.model.folder), job.config.model, TRAINED), probe)

@@ -11,10 +11,9 @@ from rlbench.commands.chain_record import RECORD_NAME
 from rlbench.config.full_training import FULL
 from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
+from rlbench.models.fingerprint import is_of_bytes
 
 if TYPE_CHECKING:
-    from rlbench.models.adapter import Adapter
-    from rlbench.models.weights import Weights
     from rlbench.training.checkpoint import Checkpoint
 
 LAST, BEST, BASE = "last", "best", "base"
@@ -170,22 +169,10 @@ def _best_step(state: Mapping[str, Any], config: RunConfig, said: str, others: s
     return int(step)
 
 
-def fingerprint_of(weights: Adapter | Weights, run: Mapping[str, Any]) -> str:
-    """Of weights, as the run computed it: of all weights a GPU and a CPU have different ones.
-
-    Args:
-        weights: on any device.
-        run: its settings, as a checkpoint's state holds them.
-    """
-    from rlbench.models.weights import Weights
-
-    if not isinstance(weights, Weights):
-        return weights.fingerprint()
-    return weights.fingerprint(as_on_gpu=run["hardware"]["profile"] == "gpu")
-
-
 def why_incomparable(checkpoint: Checkpoint, config: RunConfig) -> str:
     """Why the same weights have another fingerprint here than in their run; empty if they have not."""
+    if is_of_bytes(checkpoint.state["adapter_fingerprint"]):
+        return "an older rlbench took it, of the bytes"
     then = checkpoint.state["config"]["model"]["dtype"]
     if config.training.parameters != FULL or then == config.model.dtype:
         return ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rlbench.models.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +26,9 @@ class Adapter:
     scaling: float
 
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 over names, shapes, bytes and scaling, in sorted order."""
-        digest = hashlib.sha256(repr(self.scaling).encode())
-        for kind, tensors in (("a", self.lora_a), ("b", self.lora_b)):
-            for name in sorted(tensors):
-                tensor = tensors[name].detach().cpu().contiguous()
-                digest.update(f"{kind}:{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-                digest.update(tensor.reshape(-1).numpy().data)
-        return digest.hexdigest()[:16]
+        """See `fingerprint_of`; the scaling is part of it."""
+        named = {f"a:{name}": tensor for name, tensor in self.lora_a.items()}
+        return fingerprint_of(named | {f"b:{name}": tensor for name, tensor in self.lora_b.items()}, repr(self.scaling))
 
 
 def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:

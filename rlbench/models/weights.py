@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlbench.models.word_sums import placed_word_sum
+from rlbench.models.fingerprint import fingerprint_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,28 +21,9 @@ class Weights:
 
     tensors: Mapping[str, Tensor]
 
-    def fingerprint(self, *, as_on_gpu: bool | None = None) -> str:
-        """First 16 hex digits of the SHA-256 over names, dtypes, shapes and bytes, in sorted order.
-
-        On a GPU sums of the bytes stand for them (`placed_word_sum`): to bring billions of weights to the host would
-        take seconds each step. So equal weights have another fingerprint there than on a CPU.
-
-        Args:
-            as_on_gpu: compute the one of a GPU (True) or of a CPU (False) wherever the tensors lie, to compare with
-                what was recorded there; None: the one of where they lie.
-        """
-        digest = hashlib.sha256()
-        sums = []
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].detach()
-            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-            if tensor.device.type != "cpu" if as_on_gpu is None else as_on_gpu:
-                sums.append(placed_word_sum(tensor))
-            else:
-                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        if sums:
-            digest.update(repr(torch.stack(sums).tolist()).encode())
-        return digest.hexdigest()[:16]
+    def fingerprint(self) -> str:
+        """See `fingerprint_of`."""
+        return fingerprint_of(self.tensors)
 
 
 def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:

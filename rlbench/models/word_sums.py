@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,19 +16,37 @@ def word_sum(tensor: Tensor) -> Tensor:
     return _words(tensor).sum(dtype=torch.int64)
 
 
-def placed_word_sum(tensor: Tensor) -> Tensor:
-    """int64 []: sum over i of (2 i + 1) word_i, modulo 2**64; two different words that swap places change it."""
-    words = _words(tensor)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+def placed_word_sums(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor the sum over i of (2 i + 1) word_i, modulo 2**64; two different words that swap places change it.
+
+    One wait for the device in all. The tensors may lie on different devices, and the sums are the same on each.
+    """
+    factors: dict[torch.device, Tensor] = {}
+    sums = []
+    for tensor in tensors:
+        words = _words(tensor)
+        own = factors.setdefault(words.device, torch.arange(1, 2 * _CHUNK, 2, device=words.device))
+        sums.append(_placed_word_sum(words, own))
+    return torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []
+
+
+def _placed_word_sum(words: Tensor, factors: Tensor) -> Tensor:
+    if not len(words):
+        return torch.zeros((), dtype=torch.int64, device=words.device)
+    parts = []
     for start in range(0, len(words), _CHUNK):
         part = words[start : start + _CHUNK].to(torch.int64)
-        total += (part * torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=tensor.device)).sum()
-    return total
+        parts.append((part * factors[: len(part)]).sum())
+        if start:
+            parts.append(2 * start * part.sum())
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """[W] of the widest integer dtype that the tensor's length and place allow."""
+    """[W] of the widest integer dtype that the tensor's length allows."""
     flat = tensor.detach().contiguous().flatten()
-    offset, num_bytes = flat.storage_offset() * flat.element_size(), flat.numel() * flat.element_size()
-    dtype = next(dtype for size, dtype in _WORDS if offset % size == 0 and num_bytes % size == 0)
+    num_bytes = flat.numel() * flat.element_size()
+    size, dtype = next((size, dtype) for size, dtype in _WORDS if num_bytes % size == 0)
+    if flat.storage_offset() * flat.element_size() % size:
+        flat = flat.clone()  # a view of wider words must begin at one
     return flat.view(dtype)

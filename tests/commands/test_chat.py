@@ -260,7 +260,7 @@ def test_a_checkpoint_with_other_weights_than_the_run_recorded_is_refused(run_fo
     (folder / "manifest.json").unlink()
     checkpoints._write_manifest(folder)
 
-    with pytest.raises(ValueError, match=r"have fingerprint \w{16}, but the run recorded \w{16} for step 4"):
+    with pytest.raises(ValueError, match=r"have fingerprint \w{20}, but the run recorded \w{20} for step 4"):
         chat([str(copy)])
 
 
