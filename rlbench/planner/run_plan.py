@@ -28,6 +28,7 @@ FILE_NAME = "plan.json"
 FORMULA = "formula: what is held after loading, and what the layers keep for each token; times are not planned"
 _NOT_PLANNED = ("name", "seed", "resume", "rewards", "checks", "evaluation", "checkpoint", "tracking", "chain")
 _COUNTED_TOKENS = (16, 48)  # of the forwards whose saved tensors are counted: tenths of a second with 135M on two cores
+_SCORED_ROWS = 1024  # vLLM scores a batch in parts of so many tokens, and keeps a part's logits until the next are made
 _HEAD_BYTES = 160 * 2**20  # rlbench_kernels.linear_logprobs: two float32 buffers of 64 MiB and one of 16 bits
 
 
@@ -107,6 +108,7 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
         microbatch_tokens=min(budget, step_tokens),
         num_microbatches=-(-step_tokens // budget),
         generation=[Probe(size=size, seconds=0.0, peak_bytes=prefill) for size in (0, 1)],
+        scoring_bytes=held + scored_logits_bytes(config, parts.policy.head_weight.shape[0]),
         warm_bytes=warm,
         update=[
             Probe(size=n, seconds=0.0, peak_bytes=warm + adapter + dense + head + int(kept * n)) for n in (1, budget)
@@ -119,6 +121,13 @@ def formula_plan(inputs: Inputs, parts: Parts, memory: DeviceMemory) -> MemoryPl
     )
     made = make_plan(probes, config, memory.limit(), longest_prompt_tokens(inputs.train.prompts), inputs.context_tokens)
     return replace(made, time_s={})
+
+
+def scored_logits_bytes(config: RunConfig, vocabulary: int) -> int:
+    """The engine's float32 logits while it scores what the identity check compares; of vLLM on a GPU."""
+    if (config.engine.kind, config.hardware.profile) != ("vllm", "gpu"):
+        return 0
+    return min(2 * _SCORED_ROWS, config.checks.identity_tokens or 1) * vocabulary * 4
 
 
 def _activation_bytes(inputs: Inputs, parts: Parts) -> tuple[float, int]:

@@ -4,9 +4,11 @@ import json
 import os
 from dataclasses import asdict
 
+import pytest
+
 from rlbench.config.schema import LoraConfig, OptimConfig, RunConfig, SamplingConfig, TrainingConfig
 from rlbench.models.policy import Policy
-from rlbench.planner.run_plan import count_kept, find_measured_plan, planned_settings
+from rlbench.planner.run_plan import count_kept, find_measured_plan, planned_settings, scored_logits_bytes
 
 
 def write_plan(folder, config, peak):
@@ -41,3 +43,26 @@ def test_what_is_kept_grows_with_the_tokens_and_shrinks_where_layers_are_recompu
     policy.set_recompute(TrainingConfig(recompute="full"))
     (few, few_bytes), (many, many_bytes) = count_kept(policy, 16), count_kept(policy, 64)
     assert (many_bytes - few_bytes) / (many - few) < 0.5 * per_token
+
+
+def vllm_config(profile: str, identity_tokens: int) -> RunConfig:
+    config = RunConfig()
+    config.engine.kind, config.hardware.profile = "vllm", profile
+    config.checks.identity_tokens = identity_tokens
+    return config
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "peak", "without"),
+    [(151_936, 13.1988, 11.9942), (128_256, 28.2021, 27.1923)],  # GiB: GRPO rows of scripts/results/plan_h200.json
+)
+def test_the_engines_logits_of_the_identity_check_are_what_a_formula_without_them_lacked(vocabulary, peak, without):
+    lacking = scored_logits_bytes(vllm_config("gpu", 4096), vocabulary) / 2**30
+
+    assert lacking == pytest.approx(peak - without, rel=0.05)
+
+
+def test_fewer_tokens_than_one_part_have_fewer_logits_and_other_engines_none():
+    assert scored_logits_bytes(vllm_config("gpu", 100), 1000) == 100 * 1000 * 4
+    assert scored_logits_bytes(vllm_config("cpu", 4096), 1000) == 0
+    assert scored_logits_bytes(RunConfig(), 1000) == 0
