@@ -1,7 +1,6 @@
 """Rules of the layout that no linter knows."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlbench.config.compose import config_folder, group_choices, register_schema, schema_keys, to_run_config
+from rlbench.config.compose import config_folder, group_choices, register_schema, to_run_config
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -90,11 +89,3 @@ def test_every_algorithm_has_an_experiment(algorithm):
 def test_yaml_files_use_no_target(file):
     assert "_target_" not in file.read_text()
     yaml.safe_load(file.read_text())
-
-
-def test_every_key_of_the_readme_exists():
-    keys = set(schema_keys())
-    sections = "|".join(key for key in keys if "." not in key)
-    used = set(re.findall(rf"\b((?:{sections})\.[a-z_]+)=", (ROOT / "README.md").read_text()))
-
-    assert used and not used - keys
