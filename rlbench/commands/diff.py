@@ -82,7 +82,8 @@ def _heading(text: str) -> Text:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for number, name in enumerate(columns):
-        table.add_column(f"  {name}" if number == 0 else name, overflow="fold")
+        # A key or metric stays whole in a narrow terminal, so that it can be searched for and copied.
+        table.add_column(f"  {name}" if number == 0 else name, overflow="fold", no_wrap=number == 0)
     return table
 
 

@@ -45,6 +45,25 @@ def test_a_shorter_run_has_a_shorter_curve(runs, capsys):
     assert len(b) == 6 and len(a) == 10 and "The same prompts" not in out
 
 
+def test_keys_stay_whole_in_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [
+        write_run(
+            tmp_path / name,
+            train=lambda step: {"completion/length_tokens_mean": 7.0 * step},
+            config={"name": "demo", "training": {"tokens_per_microbatch": size}},
+        )
+        for name, size in (("a", 4096), ("b", 4096 * 10**30))
+    ]
+
+    diff([*map(str, folders), "--samples", "0"])
+    lines = capsys.readouterr().out.split("\npage ")[0].splitlines()
+
+    keys = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
+    assert "training.tokens_per_microbatch" in keys and keys.count("completion/length_tokens_mean") == 2
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
