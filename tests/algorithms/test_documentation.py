@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import subprocess
+import sys
+import textwrap
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -13,6 +16,7 @@ from rlbench.config.algorithm import LOSSES, AlgorithmConfig
 from rlbench.config.compose import group_choices
 from rlbench.config.preference import PREFERENCE_LOSSES as PREFERENCE_SPECS
 from rlbench.config.preference import PreferenceConfig
+from tests.architecture.test_layout import environment
 from tests.loops.conftest import ROOT
 
 README = (ROOT / "rlbench" / "algorithms" / "README.md").read_text()
@@ -110,3 +114,16 @@ def test_the_recipe_is_the_test_that_adds_a_loss_from_outside():
     source = (ROOT / name[1]).read_text().split(f"def {name[2]}(")[1]
     for line in re.findall(r"    (?:    )?(def .*|per_token = .*)", recipe):
         assert line in source, line
+
+
+def test_the_recipe_is_a_file_that_runs(tmp_path):
+    block = README.split("### Add a loss")[1].split("###")[0].split("\n\n    import ")[1]
+    code = textwrap.dedent("    import " + block)
+    (tmp_path / "my_loss.py").write_text(code)
+    (command,) = re.findall(r"python my_loss\.py (.*)$", code, re.MULTILINE)
+    words = [sys.executable, "my_loss.py", "explain", *command.split(), "algorithm.clip_ratio_max"]
+
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "3.0" in done.stdout and "default of loss=scaled_reinforce" in done.stdout
