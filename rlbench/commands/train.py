@@ -336,7 +336,7 @@ def _summarise(
     verb = "Stopped after" if result is None else "Finished"
     console.summary(
         history=loop.history,
-        headline=f"{verb} {loop.step} steps in {format_duration(seconds)}.",
+        headline=f"{verb} {loop.step} step{'s' * (loop.step != 1)} in {format_duration(seconds)}.",
         accuracy=_accuracy_change(loop),
         sampled=_sampled_change(loop),
         learned=learned,

@@ -83,7 +83,8 @@ def learning_lines(
         metrics: keys by their name in the text; none: the reward and each of its components.
     """
     if len(history) < MIN_STEPS:
-        return [f"{len(history)} steps are too few to compare the first quarter with the last (at least {MIN_STEPS})."]
+        number = "1 step is" if len(history) == 1 else f"{len(history)} steps are"
+        return [f"{number} too few to compare the first quarter with the last (at least {MIN_STEPS})."]
     names = dict(metrics or _reward_names(history))
     size, subject = len(history) // 4, "Training" if metrics else "Training reward"
     lines = [f"{subject}, first {size} steps -> last {size} steps (+- two standard errors):"]

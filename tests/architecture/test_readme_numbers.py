@@ -76,7 +76,7 @@ def test_a_number_agrees_as_far_as_it_is_written(shown, measured, is_so):
 @pytest.mark.parametrize(
     ("label", "impl"),
     [
-        ("rlbench, NF4 base, dense copies of it (on where memory is left)", "rlbench"),
+        ("rlbench, NF4 base, dense copies of it", "rlbench"),
         ("unsloth 2026.10.9, `fast_inference`, NF4 base", "unsloth"),
         ("TRL 1.15 with vLLM colocated, PEFT and Liger, bf16 base", "trl"),
     ],
@@ -311,7 +311,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         ],
     ),
     (
-        r"GRPO ([\d.]+) and ([\d.]+), PPO ([\d.]+) and ([\d.]+):",
+        r"GRPO ([\d.]+) and ([\d.]+), PPO ([\d.]+) and ([\d.]+)\.",
         [
             (PLAN, f"{NF4}, {name}, completions of 512", impl, metric, 1)
             for name in ("GRPO", "PPO")

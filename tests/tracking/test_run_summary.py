@@ -28,6 +28,7 @@ def test_missing_values_are_left_out_and_short_runs_say_so():
     assert quarter_change([1.0] * 7) is None
     assert quarter_change([None, 1.0, 0, 0, 0, 0, 1.0, 1.0]) is None
     assert "3 steps are too few" in learning_lines([{"reward/mean": 1.0}] * 3)[0]
+    assert "1 step is too few" in learning_lines([{"reward/mean": 1.0}])[0]
 
 
 def test_each_component_and_what_was_left_out_is_reported():
