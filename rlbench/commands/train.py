@@ -324,8 +324,9 @@ def _summarise(
         files["rollouts"] = folder / "rollouts"
     if result is not None:
         files[result.name] = result
-    commands = [] if is_in_chain else [_next_command(loop, is_done=result is not None)]
-    if commands and result is not None and config.stage != "reward_model":
+    has_no_more = result is not None and config.engine.kind == "recorded"  # what was recorded has no further steps
+    commands = [] if is_in_chain or has_no_more else [_next_command(loop, is_done=result is not None)]
+    if not is_in_chain and result is not None and config.stage != "reward_model":
         own = shlex.join(["python", "-m", "rlbench", "chat", str(folder)])
         commands.append(f"{own}   # talk with it")
         own = shlex.join(["python", "-m", "rlbench", "export", str(folder), str(folder / "exported")])

@@ -19,6 +19,7 @@ def test_the_same_settings_give_the_same_adapter_bytes(tiny_overrides, recorded,
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "engine=recorded answers no held-out problems: evaluation.*" in " ".join(done.stdout.split())
+    assert "# talk with it" in done.stdout and "# train on" not in done.stdout  # there is nothing more to train on
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (recorded / name).read_bytes()
     same = ("reward/mean", "loss/total", "optim/grad_norm", "drift/logprob_gap_max")
