@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,19 @@ def test_preflight_takes_its_options_from_the_overrides():
     ):
         with pytest.raises(ValueError, match=f"^{sentence}"):
             preflight.split_arguments(words)
+
+
+def test_the_rewards_of_the_readme_run_as_they_stand_there(tmp_path):
+    section = (ROOT / "rewards" / "README.md").read_text().split("## Your own")[1].split("## ")[0]
+    code = section[section.index("    from ") : section.index("    python -m rlbench")]
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(code))
+    line = section.split("    python -m rlbench reward ")[1].split("\n\n")[0].replace("\\\n", " ")
+    others = ["+rewards.components.exact_trl={path: my_rewards.exact_trl}"]
+    others.append("+rewards.components.sample={path: my_rewards.exact}")
+    rows = write_rows(tmp_path, [{"question": f"q{i}", "answer": str(i)} for i in range(4)])
+
+    done = run(*shlex.split(line), *others, rows, "--json", "trial.json", folder=tmp_path)
+    tried = json.loads((tmp_path / "trial.json").read_text())["rewards"]
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"exact", "exact_trl", "sample"} <= tried.keys() and "all rewards pass" in done.stdout
