@@ -33,8 +33,8 @@ def page(
         _section("Policy", _policy_rows(numbers)),
         _section("Rewards", _reward_rows(numbers)),
         _section("A step", _time_rows(times, num_steps)),
-        _outputs("Shortest outputs", shortest),
-        _outputs("Longest outputs", longest),
+        outputs("Shortest outputs", shortest),
+        outputs("Longest outputs", longest),
         verdict(findings),
     )
 
@@ -83,7 +83,8 @@ def _of(share: Share, note: str) -> tuple[str, str]:
 def _reward_rows(numbers: PreflightNumbers) -> Iterator[tuple[str, str, str]]:
     metrics = numbers.metrics
     if "reward/mean" in metrics:
-        spread = f"standard deviation {metrics['reward/std']:.3f}, {numbers.num_distinct_rewards} different values"
+        values = f"{numbers.num_distinct_rewards} different value{'s' * (numbers.num_distinct_rewards != 1)}"
+        spread = f"standard deviation {metrics['reward/std']:.3f}, {values}"
         yield "reward", f"{metrics['reward/mean']:.3f}", spread
     for name in component_names(metrics):
         yield name, f"{metrics[f'reward/{name}']:.3f}", "mean of the component"
@@ -100,12 +101,13 @@ def _time_rows(times: Times, num_steps: int) -> Iterator[tuple[str, str, str]]:
     yield "whole run", format_duration(times.run_s), f"{num_steps} steps and the evaluations"
 
 
-def _outputs(title: str, rollouts: Sequence[Rollout]) -> Table:
+def outputs(title: str, rollouts: Sequence[Rollout]) -> Table:
+    """One row a rollout: its length, reward, how it ended, and both ends of its text."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), header_style="dim")
     for name in ("tokens", "reward"):
         table.add_column(name, justify="right", min_width=len(name))
     table.add_column("end", min_width=3)
-    table.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("text", overflow="fold")  # no_wrap would leave no room for the others at 80 columns
     for rollout in rollouts:
         end = "cut" if rollout.completion.finish_reason == FINISH_LENGTH else "own"
         text = printable(shorten(rollout.completion_text, EXCERPT_CHARS))
