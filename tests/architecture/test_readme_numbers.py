@@ -92,18 +92,20 @@ def test_whole_steps_of_the_8b_shape(label, impl):
 
 
 @pytest.mark.parametrize(
-    ("label", "impl"),
+    ("label", "impl", "file", "base"),
     [
-        ("rlbench, NF4 base", "rlbench"),
-        ("unsloth, NF4 base", "unsloth"),
-        ("TRL with vLLM colocated, bf16 base", "trl"),
+        ("rlbench, NF4 base", "rlbench", "grpo_qwen_h200.json", "nf4"),
+        ("unsloth, NF4 base", "unsloth", "grpo_qwen_h200.json", "nf4"),
+        ("TRL with vLLM colocated, bf16 base", "trl", "grpo_qwen_h200.json", "nf4"),
+        ("rlbench, bf16 base", "rlbench", "grpo_qwen_bf16_h200.json", "none"),
+        ("TRL with vLLM colocated, bf16 base, that day", "trl", "grpo_qwen_bf16_h200.json", "none"),
     ],
 )
-def test_whole_steps_of_the_qwen_shape(label, impl):
+def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
     def measured(metric: str) -> float | None:
-        case = {"case": "qwen2.5-1.5b, nf4", "impl": impl, "metric": metric}
-        has_it = any(all(r.get(key) == v for key, v in case.items()) for r in rows_of("grpo_qwen_h200.json"))
-        return value("grpo_qwen_h200.json", **case) if has_it else None
+        case = {"case": f"qwen2.5-1.5b, {base}", "impl": impl, "metric": metric}
+        has_it = any(all(r.get(key) == v for key, v in case.items()) for r in rows_of(file))
+        return value(file, **case) if has_it else None
 
     gap = "logprob gap of sampled tokens, engine to trainer, mean"
     device = measured("device")
