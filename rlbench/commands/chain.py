@@ -16,7 +16,6 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
 from rich.text import Text
 
 from rlbench.commands.chain_record import RECORD_NAME, ChainRecord
@@ -24,6 +23,7 @@ from rlbench.commands.resume_command import own_overrides, resume_command
 from rlbench.commands.stages import load_stage
 from rlbench.commands.train import remove_if_unused, run_training
 from rlbench.config.chain import stage_configs, stage_name
+from rlbench.config.recorded import trained_settings
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
@@ -118,7 +118,7 @@ def _check_stages(config: RunConfig, configs: Sequence[RunConfig], record: Chain
 def _changes(trial: RunConfig, index: int, record: ChainRecord) -> list[str]:
     run_folder = record.folders[index]
     keep_derived(trial, record.derived(index))
-    saved = yaml.safe_load((run_folder / "config.yaml").read_text())
+    saved = trained_settings(run_folder)
     trial.lora.init_from = saved["lora"]["init_from"]
     return [line.partition(":")[0] for line in check_resumable(saved, asdict(trial))]
 

@@ -18,6 +18,7 @@ from rlbench.commands.report import try_report
 from rlbench.commands.resume_command import own_overrides, resume_command
 from rlbench.commands.stages import Stage, load_stage
 from rlbench.config.full_training import high_lr_note
+from rlbench.config.recorded import trained_settings
 from rlbench.config.resume import check_resumable, keep_derived
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.tracking.console import RunConsole
@@ -76,7 +77,7 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
         console.warning(f"optim.lr is {config.optim.lr:g}, {too_high}: add optim.lr=null unless you mean it")
     console.opening(f"{config.name}: {config.training.num_steps} steps, {inputs.model.name}, files in {run_folder}")
     if checkpoint is not None:
-        for line in check_resumable(_saved_config(run_folder), asdict(config)):
+        for line in check_resumable(trained_settings(run_folder), asdict(config)):
             console.warning(line)
         num_steps = config.training.num_steps or 0
         if checkpoint.step > num_steps:
@@ -280,10 +281,6 @@ def _newest_run(hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | N
         return checkpoint, run_folder
     console.note(f"resume=auto: no run in {hydra_folder.parent} has a checkpoint; a new run begins")
     return None, hydra_folder
-
-
-def _saved_config(run_folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((run_folder / "config.yaml").read_text())
 
 
 def remove_if_unused(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rlbench.config.checks import check_choice, check_range
+from rlbench.config.checks import RefusedSetting, check_choice, check_range
 from rlbench.config.curriculum import CurriculumConfig
 from rlbench.config.pairs import PairsConfig, check_unread_with_pairs
 from rlbench.config.replay import ReplayConfig, check_replay
@@ -417,9 +417,11 @@ class AlgorithmConfig:
         if not self.overlong_buffer_tokens:
             self._check_unset("algorithm.overlong_buffer_tokens is 0", "overlong_penalty")
         if self.max_refills and self.group_size == 1:
-            raise ValueError(
+            raise RefusedSetting(
                 f"algorithm.max_refills is {self.max_refills}, but with algorithm.group_size=1 no rewards of a "
-                "group differ; expected 0, or larger groups"
+                "group differ; expected 0, or larger groups",
+                "algorithm.max_refills",
+                0,
             )
         if self.top_entropy_frac < 1 and self.loss_spec.is_sequence_level:
             raise ValueError(

@@ -5,6 +5,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class RefusedSetting(ValueError):
+    """Refuses a new run for one setting; a run that was recorded with it is read as if it had another value.
+
+    Raise it only where nothing reads the value, or training alone does: the policy that was trained is there.
+
+    Example:
+        RefusedSetting("optim.momentum is 0.9, but ...; expected null", "optim.momentum", None)
+    """
+
+    def __init__(self, message: str, key: str, instead: Any, *, is_read: bool = False) -> None:
+        """
+        Args:
+            message: the sentence for the user of a new run.
+            key: dotted, of the setting.
+            instead: the value that a recorded run is read with.
+            is_read: training depends on it, so that a run that goes on with another one changes.
+        """
+        super().__init__(message)
+        self.key, self.instead, self.is_read = key, instead, is_read
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:

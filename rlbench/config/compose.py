@@ -41,13 +41,18 @@ def to_run_config(composed: Any) -> RunConfig:
     """
     known = set(schema_keys())
     for key, _ in leaves(OmegaConf.to_container(composed)):
-        if key not in known and not key.startswith(_OPEN):
+        if key not in known and not is_open(key):
             raise ValueError(unknown_key(key))
     for key in sorted(OmegaConf.missing_keys(composed)):
         raise ValueError(f"{key} has no value, expected one: {key}=...")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     return config
+
+
+def is_open(key: str) -> bool:
+    """True for what lies in a mapping whose keys are the user's."""
+    return key.startswith(_OPEN)
 
 
 def group_choices(group: str) -> list[str]:

@@ -9,7 +9,7 @@ from rlbench.config.full_training import FULL, default_lr
 from rlbench.config.optim import check_paged
 from rlbench.config.replay import check_replay
 from rlbench.config.schema import AUTO, STAGES, RunConfig
-from rlbench.config.unread import check_engine_settings
+from rlbench.config.unread import check_engine_settings, check_profile_is_made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +112,7 @@ def derive(config: RunConfig, facts: HardwareFacts) -> list[Derivation]:
     for key, (value, reason) in sizes.items():
         if config.stage == "rl" or not key.startswith(STAGES[config.stage]):
             fill(key, value, reason)
-    profile_step, num_steps = config.tracking.profile_step or 0, config.training.num_steps or 0
-    if profile_step > num_steps:
-        raise ValueError(
-            f"tracking.profile_step is {profile_step}, expected at most training.num_steps ({num_steps}): no later "
-            "update is made"
-        )
+    check_profile_is_made(config)
     fill("model.dtype", *_dtype(facts))
     fill("optim.lr", *default_lr(config))
     if config.stage == "rl":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlbench.config.checks import RefusedSetting
+
 if TYPE_CHECKING:
     from rlbench.config.schema import RunConfig
 
@@ -13,13 +15,16 @@ def check_no_reward_is_negative(config: RunConfig) -> None:
     """Of what the settings alone say; a component's own value is known when it is there.
 
     Raises:
-        ValueError: a setting takes rewards below 0, and the advantage is not defined there.
+        RefusedSetting: a setting takes rewards below 0, and the advantage is not defined there.
     """
     if config.algorithm.refuses_negative_rewards and not config.chain:
         for key, value, expected in _lowering(config):
-            raise ValueError(
+            raise RefusedSetting(
                 f"{key} is {value}, which takes rewards below 0, where algorithm.advantage="
-                f"{config.algorithm.advantage} is not defined; expected {expected}, or another advantage"
+                f"{config.algorithm.advantage} is not defined; expected {expected}, or another advantage",
+                "algorithm.advantage",  # not the key: rewards that are scored again are those of the run
+                type(config.algorithm).advantage,
+                is_read=True,
             )
 
 

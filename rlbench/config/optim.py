@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlbench.config.checks import check_choice, check_range
+from rlbench.config.checks import RefusedSetting, check_choice, check_range
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "galore", "galore_8bit")
 _PAGED = "paged_"
@@ -55,8 +55,10 @@ class OptimConfig:
                 f"optim.momentum is {self.momentum}, which optim.name={self.name} does not read; expected null, or muon"
             )
         if self.galore != GaloreConfig() and not self.name.startswith("galore"):
-            raise ValueError(
-                f"optim.galore is set, which optim.name={self.name} does not read; expected its defaults, or galore"
+            raise RefusedSetting(
+                f"optim.galore is set, which optim.name={self.name} does not read; expected its defaults, or galore",
+                "optim.galore",
+                GaloreConfig(),
             )
         check_range("optim.momentum", self.momentum, low=0, high=1)
         check_choice("optim.schedule", self.schedule, ["constant", "linear", "cosine"])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlbench.config.checks import check_choice, check_range
+from rlbench.config.checks import RefusedSetting, check_choice, check_range
 
 DIVERGENCES = ["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -209,9 +209,12 @@ class PreferenceConfig:
             raise ValueError(f"preference.wpo is true, but {self.losses[0]} has no pairs; expected false")
         sorting = [name for name in self.losses if PREFERENCE_LOSSES[name].needs_whole_step]
         if self.wpo and sorting:
-            raise ValueError(
+            raise RefusedSetting(
                 f"preference.wpo is true, but {', '.join(sorting)} sorts the pairs of a step, so that no term is one "
-                "pair's to weigh; expected false, or losses without it"
+                "pair's to weigh; expected false, or losses without it",
+                "preference.wpo",
+                False,
+                is_read=True,
             )
 
     def _check_options(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from rlbench.config.renamed import name_of_today
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.config.unread import VLLM_ONLY
 
@@ -41,12 +42,13 @@ def keep_derived(config: RunConfig, derived: dict[str, Any]) -> list[str]:
     """
     kept = []
     unread = () if config.engine.kind in (AUTO, "vllm") else tuple(f"engine.{name}" for name in VLLM_ONLY)
-    for key, entry in derived.items():
+    for recorded, entry in derived.items():
+        key, value = name_of_today(recorded, entry["value"])
         section, name = key.split(".")
         part = getattr(config, section, None)
         if not key.startswith((*_OF_THIS_MACHINE, *unread)) and getattr(part, name, "") in (None, AUTO):
-            setattr(part, name, entry["value"])
-            kept.append(f"{key}={entry['value']}")
+            setattr(part, name, value)
+            kept.append(f"{key}={value}")
     return kept
 
 
@@ -54,7 +56,7 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any]) -> list[str]
     """One line for each setting that changes the run's course from here on.
 
     Args:
-        saved: config.yaml of the run.
+        saved: the settings of the run, from `trained_settings`.
         current: the config of this call, derived values filled in.
 
     Raises:

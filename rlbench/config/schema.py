@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from rlbench.config.algorithm import AlgorithmConfig
-from rlbench.config.checks import check_choice, check_pattern, check_range, nearest
+from rlbench.config.checks import RefusedSetting, check_choice, check_pattern, check_range, nearest
 from rlbench.config.full_training import LORA, PARAMETERS, check_full_training
 from rlbench.config.negative_rewards import check_no_reward_is_negative
 from rlbench.config.optim import OptimConfig
@@ -315,9 +315,11 @@ class EvaluationConfig:
         check_range("evaluation.every_steps", self.every_steps, low=0)
         for name in ("every_steps", "num_samples"):
             if self.num_prompts == 0 and getattr(self, name):
-                raise ValueError(
+                raise RefusedSetting(
                     f"evaluation.{name} is {getattr(self, name)}, but evaluation.num_prompts is 0, so nothing is "
-                    "evaluated; expected 0, or evaluation.num_prompts above 0"
+                    "evaluated; expected 0, or evaluation.num_prompts above 0",
+                    f"evaluation.{name}",
+                    0,
                 )
 
 
@@ -399,18 +401,23 @@ class RunConfig:
         if has_pairs:
             self.preference.check_online(self.algorithm.reference_refresh_steps)
         if self.checkpoint.keep_best and not self.evaluation.every_steps:
-            raise ValueError(
+            raise RefusedSetting(
                 f"checkpoint.keep_best is {self.checkpoint.keep_best}, but evaluation.every_steps is 0; expected "
-                "evaluations during training, e.g. evaluation.every_steps=10"
+                "evaluations during training, e.g. evaluation.every_steps=10",
+                "checkpoint.keep_best",
+                None,
             )
         check_support(self.algorithm, self.sampling)
         check_settings_are_read(self)
         check_no_reward_is_negative(self)
         check_full_training(self)
         if self.lora.dropout and self.stage == "rl" and not self.chain:
-            raise ValueError(
+            raise RefusedSetting(
                 f"lora.dropout is {self.lora.dropout}, but stage is rl, where the trainer's logprobs must be those of "
-                "the policy that sampled; expected 0, or another stage"
+                "the policy that sampled; expected 0, or another stage",
+                "lora.dropout",
+                0.0,
+                is_read=True,
             )
         self._check_reward_deadlines()
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.sampling.max_tokens
@@ -422,8 +429,10 @@ class RunConfig:
     def _check_reward_deadlines(self) -> None:
         """
         Raises:
-            ValueError: a reward may take longer than the watchdog waits.
+            RefusedSetting: a reward may take longer than the watchdog waits.
         """
+        phases = self.watchdog.phase_limits_s
+        limit_key = "watchdog.phase_limits_s.rewards" if "rewards" in phases else "watchdog.limit_s"
         rewards, limit_s = self.rewards, self.watchdog.limit_of("rewards")
         deadlines_s = {"rewards.timeout_s": rewards.timeout_s} | {
             f"rewards.components.{name}.timeout_s": component.timeout_s
@@ -432,16 +441,19 @@ class RunConfig:
         }
         for key, deadline_s in deadlines_s.items():
             if limit_s and deadline_s >= limit_s:
-                raise ValueError(
+                raise RefusedSetting(
                     f"{key} is {deadline_s:g}, expected less than the {limit_s:g} s after which a run without progress "
-                    "ends (watchdog.limit_s, watchdog.phase_limits_s.rewards)"
+                    "ends (watchdog.limit_s, watchdog.phase_limits_s.rewards)",
+                    limit_key,
+                    0.0,
+                    is_read=True,
                 )
 
 
 def _check_unread(section: str, config: Any, stage: str) -> None:
     """
     Raises:
-        ValueError: a value of `config` is not its default.
+        RefusedSetting: a value of `config` is not its default.
     """
     default = type(config)()
     choice = f" ({section}=none)" if section in ("algorithm", "rewards") else ""
@@ -451,6 +463,8 @@ def _check_unread(section: str, config: Any, stage: str) -> None:
             _check_unread(f"{section}.{name}", value, stage)
         elif value != expected:
             shown = ", ".join(value) if isinstance(value, dict) else value
-            raise ValueError(
-                f"{section}.{name} is {shown}, but stage={stage} does not read it; expected its default{choice}"
+            raise RefusedSetting(
+                f"{section}.{name} is {shown}, but stage={stage} does not read it; expected its default{choice}",
+                f"{section}.{name}",
+                expected,
             )
