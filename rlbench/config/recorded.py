@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from rlbench.config.checks import RefusedSetting, nearest
 from rlbench.config.compose import config_folder, group_choices, is_open, leaves, schema_keys, to_run_config
-from rlbench.config.renamed import rename_settings
+from rlbench.config.renamed import as_written, rename_settings
 from rlbench.config.schema import AUTO, RunConfig
 from rlbench.config.unread import VLLM_ONLY, check_engine_settings, check_profile_is_made
 
@@ -132,8 +132,8 @@ def _known_here(file: Path, saved: DictConfig) -> dict[str, Any]:
     for key, value in leaves(settings):
         if key not in known and not is_open(key):
             raise ValueError(
-                f"{file} has {key}={value}, which this version of rlbench does not know (nearest valid keys: "
-                f"{', '.join(nearest(key, known)) or 'none'}); expected the version that wrote it, which "
+                f"{file} has {key}={as_written(value)}, which this version of rlbench does not know (nearest valid "
+                f"keys: {', '.join(nearest(key, known)) or 'none'}); expected the version that wrote it, which "
                 "environment.json beside it names, or the file without that line if nothing here needs it"
             )
     for change in changes:
@@ -159,12 +159,12 @@ def _accept(file: Path, config: Any) -> dict[str, Any]:
             if refused.key in accepted:
                 raise ValueError(f"{file}: {refused}") from refused
             accepted.add(refused.key)
-            was = OmegaConf.select(config, refused.key)
+            was = _plain(OmegaConf.select(config, refused.key))
             if refused.is_read:
                 trained_with[refused.key] = was
             OmegaConf.update(config, refused.key, refused.instead, merge=False)
             why = "no run can have it any more" if refused.is_read else "nothing reads it"
-            _say_once(f"{file}: {refused.key}={was} is read as {refused.instead}: {why}")
+            _say_once(f"{file}: {refused.key}={as_written(was)} is read as {as_written(refused.instead)}: {why}")
         except ValueError as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
@@ -178,6 +178,10 @@ def _check_as_new(config: Any) -> None:
     check_profile_is_made(found)
     if found.engine.kind != AUTO:
         check_engine_settings(found.engine)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ def name_of_today(key: str, value: Any) -> tuple[str, Any]:
     return (name, values[value]) if isinstance(value, str | bool | None) and value in values else (key, value)
 
 
+def as_written(value: Any) -> str:
+    """A value as an override has it: true and null, text without quotes."""
+    return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
+
+
 def rename_settings(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of a run under the names of today.
 
@@ -29,7 +35,7 @@ def rename_settings(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         tree: config.yaml of the run, nested as it is there.
 
     Returns:
-        The same with other names, and "KEY=VALUE is read as KEY=VALUE" for each of them.
+        The same with other names, and "KEY=VALUE is read as KEY=VALUE" for each of them that has a value.
     """
     found, changes = dict(tree), []
     for key in _RENAMED:
@@ -43,5 +49,6 @@ def rename_settings(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         if (now, value) == (key, part[name]) or new_name in rest:
             continue
         found[section] = {new_name: value, **rest}
-        changes.append(f"{key}={part[name]} is read as {now}={value}")
+        if value is not None:  # else it was left open, as it is now
+            changes.append(f"{key}={as_written(part[name])} is read as {now}={as_written(value)}")
     return found, changes
