@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import yaml
 
+from rlbench.training.checkpoint import _write_manifest
 from tests.commands.chat_runs import answers, talk, train
 from tests.loops.conftest import end_of_the_fork_server, run, tiny_overrides  # noqa: F401 (fixtures)
 
@@ -34,6 +36,7 @@ def overrides(tiny_overrides) -> list[str]:  # noqa: F811
 def older(overrides, tmp_path_factory) -> Path:
     """A finished run, its files as a version wrote them that had other names and refused less."""
     folder = train(tmp_path_factory.mktemp("older"), *overrides)
+    shutil.copytree(folder, folder.parent / "run_of_today")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     del settings["engine"]["dense_copies"], settings["checkpoint"]["keep_best"], settings["optim"]["galore"]
     settings["engine"]["dequantize"] = False
@@ -46,7 +49,22 @@ def older(overrides, tmp_path_factory) -> Path:
     derived["engine.dequantize"] = {"value": False, "reason": "no GPU"}
     derived.pop("engine.dense_copies", None)
     (folder / "derived.json").write_text(json.dumps(derived))
+    shorten_fingerprints(folder)
     return folder
+
+
+def shorten_fingerprints(folder: Path) -> None:
+    """To the length of those of the weights' bytes; checkpoints say nothing of the settings."""
+    for file in folder.glob("rollouts/step-*.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        rows = [{**row, "adapter_fingerprint": row["adapter_fingerprint"][:16]} for row in table.to_pylist()]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), file)
+    for file in folder.glob("checkpoints/step-*/state.json"):
+        state = json.loads(file.read_text())
+        del state["config"]
+        file.write_text(json.dumps(state | {"adapter_fingerprint": state["adapter_fingerprint"][:16]}))
+        (file.parent / "manifest.json").unlink()
+        _write_manifest(file.parent)
 
 
 def stopped_after_two_steps(older: Path, folder: Path) -> Path:
@@ -62,6 +80,22 @@ def test_a_command_takes_it_and_says_what_it_reads_it_as(older, command):
     assert done.returncode == 0, done.stdout + done.stderr
     for note in NOTES:
         assert done.stderr.count(f"note: run/config.yaml: {note}\n") == 1
+
+
+def test_its_rollouts_are_replayed_although_its_fingerprints_cannot_be_compared(older):
+    done = run("replay", "run", "--count", "20", folder=older.parent)
+
+    assert "older rlbench took the run's fingerprints, so those of its weights are not compared" in done.stdout
+    assert done.stdout.count(": identical, ") == 20 and "20 of 20 rollouts are identical" in done.stdout
+
+
+def test_a_run_of_today_is_not_replayed_with_other_weights(older):
+    rollouts = older.parent / "run_of_today" / "rollouts" / "step-000001.parquet"
+    name = pyarrow.parquet.read_table(rollouts)["rollout_id"][0].as_py()
+
+    done = run("replay", "run_of_today", "--id", name, "seed=5", folder=older.parent)
+
+    assert done.returncode == 2 and "the one that was rebuilt has" in done.stderr
 
 
 def test_its_policy_answers(older):
