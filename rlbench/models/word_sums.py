@@ -25,8 +25,9 @@ def placed_word_sums(tensors: Sequence[Tensor]) -> list[int]:
     sums = []
     for tensor in tensors:
         words = _words(tensor)
-        own = factors.setdefault(words.device, torch.arange(1, 2 * _CHUNK, 2, device=words.device))
-        sums.append(_placed_word_sum(words, own))
+        if words.device not in factors:
+            factors[words.device] = torch.arange(1, 2 * _CHUNK, 2, device=words.device)
+        sums.append(_placed_word_sum(words, factors[words.device]))
     return torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []
 
 

@@ -39,3 +39,12 @@ def test_where_in_a_storage_a_tensor_begins_changes_nothing():
 
     assert placed_word_sums([view]) == placed_word_sums([copy])
     assert torch.equal(word_sum(view), word_sum(copy))
+
+
+def test_the_factors_are_made_once_for_all_tensors(monkeypatch):
+    made, arange = [], torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *bounds, **options: made.append(bounds) or arange(*bounds, **options))
+
+    placed_word_sums([torch.ones(4), torch.ones(6), torch.ones(8)])
+
+    assert len(made) == 1  # each takes 8 MiB
