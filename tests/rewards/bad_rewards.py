@@ -59,8 +59,13 @@ def slow(sample):
     return RewardOutput(value=1.0)
 
 
+def slower(sample):
+    time.sleep(0.15)
+    return RewardOutput(value=1.0)
+
+
 async def wait_a_little(sample):
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.5)
     return RewardOutput(value=float(len(sample.completion)))
 
 

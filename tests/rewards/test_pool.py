@@ -42,7 +42,7 @@ def test_a_call_that_hangs_is_a_timeout_at_its_deadline_and_the_pool_goes_on(poo
     elapsed = time.monotonic() - start
 
     assert (result.status, result.value) == ("timeout", None)
-    assert elapsed < 1.5
+    assert elapsed < 3  # the call would last for 30 s and more
     assert outcome(pool, "fine").value == 0.5
 
 

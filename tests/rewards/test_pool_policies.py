@@ -81,7 +81,7 @@ def test_async_batched_and_message_style_rewards():
     assert [r["trl_async"].value for r in results] == [float(i) for i in range(10)]
     assert [r["Batched"].value for r in results] == [5.0] * 10
     assert [r["trl_messages"].value for r in results] == [float(i + 1) for i in range(10)]
-    assert elapsed < 1.5  # ten waits of 0.2 s ran side by side
+    assert elapsed < 4  # ten waits of 0.5 s ran side by side
 
 
 def test_submitting_more_than_the_queue_holds_waits():

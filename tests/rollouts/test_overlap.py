@@ -73,7 +73,7 @@ def collected(scorer, *, seconds_per_token=0.0, texts=("fine",), meanwhile=lambd
 def test_a_slow_reward_is_hidden_behind_a_slow_engine():
     with_overlap, without = scorer_of("slow", num_workers=1), scorer_of("slow", num_workers=1, overlap=False)
     groups, generation_s, total_s = collected(with_overlap, seconds_per_token=0.02)
-    expected, _, sequential_s = collected(without, seconds_per_token=0.02)
+    expected, sequential_generation_s, sequential_s = collected(without, seconds_per_token=0.02)
     hidden_s = with_overlap.metrics()["reward_pool/overlapped_s"]
     nothing = without.metrics()["reward_pool/overlapped_s"]
     for scorer in (with_overlap, without):
@@ -81,8 +81,8 @@ def test_a_slow_reward_is_hidden_behind_a_slow_engine():
 
     reward_s = 0.05 * len(PROMPTS) * GROUP_SIZE
     assert groups == expected
-    assert sequential_s > generation_s + reward_s and total_s < sequential_s - 0.7 * reward_s
-    assert 0.7 * reward_s < hidden_s < generation_s and nothing == 0.0
+    assert sequential_s - sequential_generation_s >= reward_s > 2 * (total_s - generation_s)
+    assert reward_s / 2 < hidden_s < generation_s and nothing == 0.0
 
 
 @pytest.mark.parametrize("retries", [0, 1])
@@ -114,11 +114,11 @@ def test_a_batched_reward_gets_the_same_batches_and_waits_for_all_of_each():
 
 
 def test_a_full_queue_does_not_hold_the_engine_up():
-    scorer = scorer_of("slow", num_workers=1, max_pending=1)
+    scorer = scorer_of("slower", num_workers=1, max_pending=1)
     groups, generation_s, total_s = collected(scorer)
     scorer.close()
 
-    assert generation_s < 0.3 and total_s > 0.05 * 12
+    assert generation_s < 0.9 and total_s > 0.15 * 12
     assert all(r.reward == 1.0 for group in groups for r in group.rollouts)
 
 

@@ -59,7 +59,7 @@ def test_an_init_that_hangs_is_given_up_at_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **_: release.wait(20))
     start = time.monotonic()
     tracker, warnings = make(tmp_path, init_deadline_s=0.3)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10  # init would hold it for 20 s
     tracker.log(1, {"reward/mean": 1.0})
     tracker.finish()
     release.set()
@@ -132,7 +132,7 @@ def test_a_log_that_raises_turns_it_off_and_one_that_hangs_does_not_block(tmp_pa
     for step in range(100):
         tracker.log(step, {})
     tracker.finish(deadline_s=0.3)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # a log would hold it for 20 s
     release.set()
     assert len(warnings) == 1 and "did not finish within 0.3 s" in warnings[0]
 
