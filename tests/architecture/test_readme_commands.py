@@ -13,8 +13,9 @@ from rlbench.config.recorded import recorded_config
 from rlbench.config.schema import RunConfig
 from tests.architecture.test_layout import ROOT, compose
 
-FILES = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "rewards/README.md", "rlbench/algorithms/README.md"]
-PAGES = [ROOT / file for file in FILES]
+OF_PACKAGES = ["algorithms", "commands", "training"]
+FILES = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "rewards/README.md", "scripts/README.md"]
+PAGES = [ROOT / file for file in FILES + [f"rlbench/{name}/README.md" for name in OF_PACKAGES]]
 BASES = {
     "sft": "sft_gsm8k",
     "preference": "dpo_gsm8k",

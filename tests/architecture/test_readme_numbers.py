@@ -8,8 +8,11 @@ import pytest
 
 from tests.architecture.test_layout import ROOT
 
-README = (ROOT / "README.md").read_text()
+FRONT = (ROOT / "README.md").read_text()
+MEASURED = (ROOT / "scripts" / "README.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
+STAGES = (ROOT / "rlbench" / "training" / "README.md").read_text()
+COMMANDS = (ROOT / "rlbench" / "commands" / "README.md").read_text()
 MOST_DIGITS = 3  # that a number is rounded to where it ends in zeros
 
 
@@ -86,7 +89,7 @@ def test_whole_steps_of_the_8b_shape(label, impl):
     found = [value("grpo_h200.json", metric=metric, **case) for metric in ("step", "generation", "device")]
 
     check(
-        table(README, "| a whole step | s | of it generation | GiB of the device |")[label],
+        table(MEASURED, "| a whole step | s | of it generation | GiB of the device |")[label],
         [*found[:2], found[2] / 1024],
     )
 
@@ -112,7 +115,7 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
     assert device is not None
 
     check(
-        table(README, "| a whole step | s | of it generation | update |")[label],
+        table(MEASURED, "| a whole step | s | of it generation | update |")[label],
         [
             measured("step"),
             measured("generation"),
@@ -121,6 +124,22 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
             measured(gap) or measured(f"step 2, {gap}"),
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("label", "file", "case", "impls"),
+    [
+        ("Llama-3.1-8B shape, NF4 base", "grpo_h200.json", "llama-3.1-8b, nf4", ["rlbench", "unsloth", "trl"]),
+        ("Qwen2.5-1.5B shape, NF4 base", "grpo_qwen_h200.json", "qwen2.5-1.5b, nf4", ["rlbench", "unsloth", "trl"]),
+        ("Qwen2.5-1.5B shape, bf16 base", "grpo_qwen_bf16_h200.json", "qwen2.5-1.5b, none", ["rlbench", None, "trl"]),
+    ],
+)
+def test_whole_steps_on_the_front_page(label, file, case, impls):
+    cells = table(FRONT, "| seconds (GiB of the device) |")[label]
+    for cell, impl in zip(cells, impls, strict=True):
+        row = {"case": case, "impl": impl}
+        measured = (value(file, metric="step", **row), value(file, metric="device", **row) / 1024) if impl else (None,)
+        check([cell.removesuffix(", bf16 base")], list(measured))
 
 
 AUTO, MLP, FULL = "rlbench:auto@8192", "rlbench:mlp+offload@8192", "rlbench:full+offload@8192"
@@ -143,7 +162,9 @@ STEPS = [
 def test_one_step(head, label, batch, impl, commit):
     row = {"case": f"{batch}, llama-3.1-8b, nf4", "impl": impl, "commit": commit}
 
-    check(table(README, head)[label], [value("step_h100.json", metric=metric, **row) for metric in ("tokens", "peak")])
+    check(
+        table(MEASURED, head)[label], [value("step_h100.json", metric=metric, **row) for metric in ("tokens", "peak")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,11 +179,11 @@ def test_one_long_sequence(label, impl):
     row = {"case": "long, qwen3-4b, none", "impl": impl, "commit": "04a4f07"}
     found = [value("step_h100.json", metric=metric, **row) for metric in ("step", "peak")]
 
-    check(table(README, "| | seconds | peak MiB |")[label], [found[0] / 1e3, found[1]])
+    check(table(MEASURED, "| | seconds | peak MiB |")[label], [found[0] / 1e3, found[1]])
 
 
 def test_memory_of_one_step():
-    cells = list(table(README, "| | peak MiB |").values())
+    cells = list(table(MEASURED, "| | peak MiB |").values())
     rows = [("grpo", FULL), ("ppo", FULL), ("dpo", FULL), ("dpo", "trl:on")]
 
     for cell, (batch, impl) in zip(cells, rows, strict=True):
@@ -180,7 +201,7 @@ def shares(rows: list[dict[str, Any]], stage: str, metric: str) -> str:
 def test_accuracy_before_and_after_grpo(seed):
     found = json.loads((RESULTS[0] / "gsm8k_h200.json").read_text())["runs"][seed]["rows"]
     change = shares(found, "after grpo", "sampled_change").replace("%", " points")
-    part = README.split("| | seed | after fine-tuning |")[1].split("\n\n")[0]
+    part = MEASURED.split("| | seed | after fine-tuning |")[1].split("\n\n")[0]
     lines = [line for line in part.splitlines() if re.match(rf"\|[^|]*\| {seed} \|", line)]
 
     for line, metric in zip(lines, ("sampled_accuracy", "pass_at_8", "accuracy"), strict=True):
@@ -189,7 +210,7 @@ def test_accuracy_before_and_after_grpo(seed):
 
 
 def test_speed_on_a_cpu():
-    rows = table(README, "| measured on 2 cores of AMD EPYC")
+    rows = table(MEASURED, "| measured on 2 cores of AMD EPYC")
     generation, step = [cells[0] for cells in rows.values()]
     ratio = {"impl": "rlbench-hf", "metric": "ratio to transformers.generate"}
     times = [value("generation_cpu.json", case=f"{case}, best dtype", **ratio) for case in ("base", "lora")]
@@ -332,7 +353,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
 
 @pytest.mark.parametrize(("sentence", "places"), SENTENCES, ids=[sentence[:40] for sentence, _ in SENTENCES])
 def test_a_sentence_has_the_numbers_of_its_file(sentence, places):
-    (found,) = re.findall(sentence, " ".join(README.split()))
+    (found,) = re.findall(sentence, " ".join((MEASURED + STAGES + COMMANDS).split()))
     measured = [value(file, case=case, impl=impl, metric=m) / scale for file, case, impl, m, scale in places]
 
     check([found] if isinstance(found, str) else list(found), measured)
