@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,25 @@ COMMANDS = {
     "sandbox": "sandbox doctor: show what isolates model-written code on this machine",
     "reward": "reward test: try the configured rewards on unit cases, attacks and the data's gold answers",
 }
+_HELPED = {  # commands whose module in rlbench.commands has a command_line; report and diff print theirs
+    **{
+        name: name
+        for name in (
+            "explain",
+            "doctor",
+            "preflight",
+            "eval",
+            "replay",
+            "rescore",
+            "chat",
+            "serve",
+            "sandbox",
+            "reward",
+        )
+    },
+    "plan": "plan_memory",
+    "export": "export_run",
+}
 _WITHOUT_A_JOB = ("replay", "rescore", "export", "chat", "serve", "explain")  # each a function of its name's module
 _SIGNALLED = 128  # plus the signal's number: exit status of a run that a signal ended
 
@@ -40,7 +59,7 @@ _HELP = """rlbench: reinforcement learning for reasoning language models
 
 usage: python -m rlbench [command] [overrides]
 
-commands
+commands (COMMAND --help: its own options)
 {commands}
 
 examples
@@ -72,6 +91,9 @@ def main() -> None:
         _fail_unknown_command(command)
     if command != "serve":  # which becomes vLLM's server, with the environment that it prints
         use_expandable_segments()
+    if command in _HELPED and is_help_wanted(arguments):
+        print(command_help(command))
+        return
     if command == "report":
         from rlbench.commands.report import report
 
@@ -84,7 +106,7 @@ def main() -> None:
         from rlbench.commands.doctor import doctor
 
         sys.exit(doctor(arguments))
-    if command == "help" or any(argument in ("-h", "--help") for argument in arguments):
+    if command == "help" or is_help_wanted(arguments):
         print(help_text())
         return
     if "--version" in arguments:
@@ -161,6 +183,18 @@ def _preflight(arguments: list[str]) -> int:
     except ValueError as error:
         return _fail(str(error))
     return _run_with_hydra(overrides, lambda config, notes: preflight(config, notes, options))
+
+
+def is_help_wanted(arguments: Sequence[str]) -> bool:
+    """Not behind --, where another program's options stand."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return any(argument in ("-h", "--help") for argument in own)
+
+
+def command_help(command: str) -> str:
+    """What one command does, how it is called, and its options."""
+    module = import_module(f"rlbench.commands.{_HELPED[command]}")
+    return f"{COMMANDS[command]}\n\n{module.command_line().format_help()}".rstrip()
 
 
 def help_text() -> str:

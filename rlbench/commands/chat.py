@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlbench.commands.chat_session import Session
 
 _FIXED = ("lora", "training", "optim")  # sections that a run has settled
-USAGE = "python -m rlbench chat RUN [--step N|last|best|base] [--compare base] [--seed S] [key=value ...]"
+USAGE = "python -m rlbench chat RUN [--step N|last|best|base] [--compare N|last|best|base] [--seed S] [key=value ...]"
 _TEMPERATURE = "sampling.temperature"
 _ENGINE_FAILED, _ENGINE_CORRUPTED, _INTERRUPTED = 10, 6, 130  # exit status
 _SYSTEM_CHARS = 80  # of the system prompt that are shown
@@ -141,16 +141,20 @@ def _session(
     return session
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("chat", USAGE)
+    line.add_argument("--step", default=LAST, help="a step that was kept, last, best or base (default: last)")
+    line.add_argument("--compare", help="another step or the base, which answers too")
+    line.add_argument("--seed", type=int, help="of the first answer (default: the run's)")
+    return line
+
+
 def parse_arguments(arguments: Sequence[str]) -> ChatOptions:
     """
     Raises:
         ValueError: no run is named, or an option is unknown or has no proper value.
     """
-    parser = CommandLine("chat", USAGE)
-    parser.add_argument("--step", default=LAST)
-    parser.add_argument("--compare")
-    parser.add_argument("--seed", type=int)
-    options, (run_folder,), settings = parser.split_places(arguments)
+    options, (run_folder,), settings = command_line().split_places(arguments)
     from rlbench.commands.chat_session import NUM_SEEDS
 
     if options.seed is not None and not 0 <= options.seed < NUM_SEEDS:

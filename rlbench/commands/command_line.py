@@ -8,13 +8,20 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _LIKENESS = 0.75  # of a slip; Hydra's options are further from ours
+_SETTINGS = "Any setting may follow as key=value; python -m rlbench explain KEY shows what one means."
 
 
 class CommandLine(argparse.ArgumentParser):
-    """Options of one command; every mistake is a sentence that ends with the usage."""
+    """Options of one command, which `format_help` shows; every mistake is a sentence that ends with the usage."""
 
-    def __init__(self, command: str, usage: str) -> None:
-        super().__init__(add_help=False, exit_on_error=False, allow_abbrev=False)
+    def __init__(self, command: str, usage: str, *, settings: str = _SETTINGS) -> None:
+        """
+        Args:
+            command: its name.
+            usage: the whole call.
+            settings: what may stand behind the options, in words.
+        """
+        super().__init__(usage=usage, epilog=settings, add_help=False, exit_on_error=False, allow_abbrev=False)
         self._command, self._usage = command, usage
 
     def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -7,17 +7,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.doctor_probes import Finding, findings
 from rlbench.commands.machine import EXPERIMENT, Machine
 
-USAGE = "usage: python -m rlbench doctor [--json]"
+USAGE = "python -m rlbench doctor [--json]"
 _COMMAND = f"python -m rlbench +exp={EXPERIMENT}"
+
+
+def command_line() -> CommandLine:
+    line = CommandLine("doctor", USAGE, settings="")
+    line.add_argument("--json", action="store_true", help="for scripts")
+    return line
 
 
 def doctor(arguments: Sequence[str], machine: Machine | None = None) -> int:
     """Exit status: 0 if the experiment grpo_gsm8k could run here, 1 if not, 2 for a wrong call."""
     if list(arguments) not in ([], ["--json"]):
-        print(USAGE, file=sys.stderr)
+        print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     machine = machine or Machine()
     found = list(findings(machine))

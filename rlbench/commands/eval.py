@@ -42,14 +42,20 @@ class EvalOptions:
     overrides: list[str]
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("eval", USAGE)
+    line.add_argument("--step", help="a step that was kept, last or best (default: last)")
+    line.add_argument("--against", help="base, or another run, whose answers are compared prompt by prompt")
+    line.add_argument("--out", help="the file of the numbers (default: in the run's folder evaluations)")
+    return line
+
+
 def parse(arguments: Sequence[str]) -> EvalOptions:
     """
     Raises:
         ValueError: an option has no proper value, or there is neither a run nor an experiment.
     """
-    parser = CommandLine("eval", USAGE)
-    for name in ("--step", "--against", "--out"):
-        parser.add_argument(name)
+    parser = command_line()
     options, rest = parser.split(arguments)
     run_folder = None
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):

@@ -14,6 +14,7 @@ from itertools import chain as joined
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.config.chain import stage_configs, stage_name, unread_sections
 from rlbench.config.compose import explain_dashed_setting, resolve_model_shorthand, to_run_config, unknown_key
 from rlbench.config.derive import Derivation, derive
@@ -81,6 +82,12 @@ def explain(arguments: Sequence[str]) -> int:
     for problem in problems:
         print(f"error: {problem}; so nothing was derived", file=sys.stderr)
     return 2 if problems else 0
+
+
+def command_line() -> CommandLine:
+    line = CommandLine("explain", USAGE, settings="KEY is a setting, e.g. optim.lr, or a section, e.g. optim.")
+    line.add_argument("--changed", action="store_true", help="leave out what is as by default")
+    return line
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:

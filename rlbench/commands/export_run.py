@@ -23,10 +23,10 @@ MERGED, ADAPTER = "merged", "adapter"
 NEAREST, STOCHASTIC = "nearest", "stochastic"
 TRAINED, ORIGINAL = "trained", "original"
 _CHOICES = {
-    "format": [MERGED, ADAPTER],
-    "dtype": ["bfloat16", "float32"],
-    "rounding": [NEAREST, STOCHASTIC],
-    "base": [TRAINED, ORIGINAL],
+    "format": ([MERGED, ADAPTER], "merged weights, or PEFT's folder (default: merged)"),
+    "dtype": (["bfloat16", "float32"], "of merged weights (default: the run's own)"),
+    "rounding": ([NEAREST, STOCHASTIC], "to bfloat16 (default: stochastic where an adapter is merged)"),
+    "base": ([TRAINED, ORIGINAL], "of a quantised one: what was trained on, or the 16 bits (default: trained)"),
 }
 _OVERRIDES = ("model.path", "model.cache_dir")  # where the base lies now
 
@@ -138,7 +138,7 @@ def _result(run_folder: Path, config: RunConfig) -> TrainedWeights:
 
 
 def _check(given: argparse.Namespace, config: RunConfig) -> None:
-    for name, choices in _CHOICES.items():
+    for name, (choices, _) in _CHOICES.items():
         value = getattr(given, name)
         if value is not None:
             check_choice(f"--{name}", value, choices)
@@ -165,12 +165,16 @@ def _check(given: argparse.Namespace, config: RunConfig) -> None:
         )
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("export", USAGE, settings=f"{' and '.join(_OVERRIDES)} may follow: where the base lies now.")
+    line.add_argument("--step", default=LAST, help="a step that was kept, last or best (default: last)")
+    for name, (_, meaning) in _CHOICES.items():
+        line.add_argument(f"--{name}", help=meaning)
+    return line
+
+
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path, Path, list[str]]:
-    parser = CommandLine("export", USAGE)
-    parser.add_argument("--step", default=LAST)
-    for name in _CHOICES:
-        parser.add_argument(f"--{name}")
-    given, (run_folder, destination), overrides = parser.split_places(
+    given, (run_folder, destination), overrides = command_line().split_places(
         arguments, "the folder of a run and a new folder", num_places=2
     )
     return given, run_folder, destination, overrides

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlbench.commands.command_line import CommandLine
 from rlbench.commands.stages import Stage, load_stage
 from rlbench.commands.train import remove_if_unused
 from rlbench.config.schema import RunConfig
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from rlbench.planner.probes import Probes
     from rlbench.tracking.device_memory import DeviceMemory
 
+USAGE = "python -m rlbench plan +exp=NAME [key=value ...]"
 TOO_LARGE = 7  # exit status: no-go, as of preflight
+
+
+def command_line() -> CommandLine:
+    return CommandLine("plan", USAGE)
 
 
 def with_folder(overrides: Sequence[str]) -> list[str]:

@@ -28,16 +28,22 @@ class PreflightOptions:
     samples_per_prompt: int | None  # None: the run's group size
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("preflight", USAGE)
+    line.add_argument(
+        "--prompts", type=int, default=_DEFAULT_PROMPTS, help=f"of the training data (default: {_DEFAULT_PROMPTS})"
+    )
+    line.add_argument("--samples", type=int, help="completions of each (default: algorithm.group_size)")
+    return line
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[PreflightOptions, list[str]]:
     """The command's own options, and the overrides for Hydra.
 
     Raises:
         ValueError: an option has no proper value.
     """
-    parser = CommandLine("preflight", USAGE)
-    parser.add_argument("--prompts", type=int, default=_DEFAULT_PROMPTS)
-    parser.add_argument("--samples", type=int)
-    found, overrides = parser.split(arguments)
+    found, overrides = command_line().split(arguments)
     for name, value in (("--prompts", found.prompts), ("--samples", found.samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")

@@ -204,11 +204,15 @@ def _line(found: Replayed, tokenizer: Any) -> str:
     return f"{name}: differs at token {where}: {old} was recorded, now {new}; before it {gap}"
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("replay", USAGE)
+    line.add_argument("--id", help="one rollout, as the report and the files of rollouts name it")
+    line.add_argument("--count", type=int, default=50, help="rollouts at random (default: 50)")
+    return line
+
+
 def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, int, list[str]]:
-    parser = CommandLine("replay", USAGE)
-    parser.add_argument("--id")
-    parser.add_argument("--count", type=int, default=50)
-    options, (run_folder,), overrides = parser.split_places(arguments)
+    options, (run_folder,), overrides = command_line().split_places(arguments)
     if options.count < 1:
         raise ValueError(f"--count is {options.count}, expected at least 1")
     return run_folder, options.id, options.count, overrides

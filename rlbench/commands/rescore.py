@@ -210,10 +210,14 @@ def _number(value: float | None) -> str:
     return "no reward" if value is None else f"{value:.4g}"
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("rescore", USAGE, settings=f"Settings of {', '.join(_READ)} may follow as key=value.")
+    line.add_argument("--steps", help="FIRST:LAST, or one step (default: all)")
+    return line
+
+
 def _parse(arguments: Sequence[str]) -> tuple[Path, tuple[int, int] | None, list[str]]:
-    parser = CommandLine("rescore", USAGE)
-    parser.add_argument("--steps")
-    options, (run_folder,), overrides = parser.split_places(arguments)
+    options, (run_folder,), overrides = command_line().split_places(arguments)
     steps = None
     if options.steps is not None:
         first, colon, last = options.steps.partition(":")

@@ -28,6 +28,14 @@ class TrialOptions:
     json_path: Path | None
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("reward test", USAGE)
+    rows = f"of the data, whose gold answers are tried; 0: all (default: {_DEFAULT_ROWS})"
+    line.add_argument("--rows", type=int, default=_DEFAULT_ROWS, help=rows)
+    line.add_argument("--json", type=Path, help="a file for the verdicts")
+    return line
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[TrialOptions, list[str]]:
     """The command's own options, and the overrides for Hydra.
 
@@ -38,10 +46,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[TrialOptions, list[str]]:
         got = arguments[0] if arguments else "nothing"
         hint = "; did you mean test?" if nearest(got, ["test"], count=1) else ""
         raise ValueError(f"reward is followed by {got}, expected: {USAGE}{hint}")
-    parser = CommandLine("reward test", USAGE)
-    parser.add_argument("--rows", type=int, default=_DEFAULT_ROWS)
-    parser.add_argument("--json", type=Path)
-    found, overrides = parser.split(arguments[1:])
+    found, overrides = command_line().split(arguments[1:])
     if found.rows < 0:
         raise ValueError(f"--rows is {found.rows}, expected a number of rows, 0 for all")
     return TrialOptions(found.rows, found.json), overrides

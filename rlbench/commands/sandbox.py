@@ -5,17 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rlbench.commands.command_line import CommandLine
 from rlbench_rewards.sandbox.backends import ISOLATED
 from rlbench_rewards.sandbox.choice import format_reports
 from rlbench_rewards.sandbox.probes import PROBES, probe_backend
 
-USAGE = "usage: python -m rlbench sandbox doctor"
+USAGE = "python -m rlbench sandbox doctor"
+
+
+def command_line() -> CommandLine:
+    return CommandLine("sandbox doctor", USAGE, settings="")
 
 
 def sandbox(arguments: Sequence[str]) -> int:
     """Exit status: 0 if a backend passes its required probes, 3 if none does, 2 for a wrong call."""
     if list(arguments) != ["doctor"]:
-        print(USAGE, file=sys.stderr)
+        print(f"usage: {USAGE}", file=sys.stderr)
         return 2
     reports = [probe_backend(kind) for kind in ISOLATED]
     print(format_reports(reports))

@@ -174,6 +174,15 @@ def _notes(config: RunConfig, found: Found, name: str) -> list[str]:
     return lines
 
 
+def command_line() -> CommandLine:
+    line = CommandLine("serve", USAGE, settings="What follows -- goes to vLLM's server; settings are not read.")
+    line.add_argument("--step", default=LAST, help="a step that was kept, last, best or base (default: last)")
+    line.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    line.add_argument("--port", type=int, default=8000, help="default: 8000")
+    line.add_argument("--print", action="store_true", dest="is_print_only", help="vLLM's command; nothing starts")
+    return line
+
+
 def parse_arguments(arguments: Sequence[str]) -> ServeOptions:
     """
     Raises:
@@ -181,11 +190,7 @@ def parse_arguments(arguments: Sequence[str]) -> ServeOptions:
     """
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
-    parser = CommandLine("serve", USAGE)
-    parser.add_argument("--step", default=LAST)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--print", action="store_true", dest="is_print_only")
+    parser = command_line()
     options, (run_folder,), settings = parser.split_places(given[:end])
     if settings:
         raise parser.mistake(f"serve takes {settings[0]} neither as an option nor as a setting")

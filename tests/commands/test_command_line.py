@@ -1,10 +1,13 @@
 """The words behind a command that reads a run: options, places and settings are told apart."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
 
+from rlbench.__main__ import COMMANDS, main
 from rlbench.commands import eval as evaluation
 from rlbench.commands import preflight, reward
 from rlbench.commands.command_line import CommandLine
@@ -55,3 +58,27 @@ def test_options_of_hydra_are_handed_on():
     assert preflight.split_arguments([*words, "hydra.run.dir=a"])[1] == [*words, "hydra.run.dir=a"]
     assert reward.split_arguments(["test", *words])[1] == words
     assert evaluation.parse(["+exp=a", *words]).overrides == ["+exp=a", *words]
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_behind_a_command_is_of_that_command(command, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rlbench", command, "RUN", word])
+    try:
+        main()
+    except SystemExit as end:  # argparse's own
+        assert end.code == 0
+    shown = capsys.readouterr().out
+
+    (usage,) = [line for line in shown.splitlines() if line.startswith("usage: ")]
+    options = set(re.findall(r"\[(--[a-z-]+)", usage)) - {"--"}
+    assert usage.startswith(f"usage: python -m rlbench {command} ")
+    assert all(re.search(rf"^  {option}\b.*", shown, re.MULTILINE) for option in options)
+
+
+def test_help_behind_two_dashes_belongs_to_the_other_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rlbench", "serve", "NOT_A_RUN", "--", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 2 and "NOT_A_RUN" in capsys.readouterr().err
