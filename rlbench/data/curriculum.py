@@ -89,8 +89,7 @@ class CurriculumStream(PromptStream[Prompt]):
         }
 
     def state(self) -> dict[str, Any]:
-        answers = {name: list(counts) for name, counts in self._answers.items()}
-        return {**super().state(), "num_draws": self._num_draws, "answers": answers}
+        return {**super().state(), "num_draws": self._num_draws, "answers": dict(self._answers)}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)

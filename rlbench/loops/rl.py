@@ -124,7 +124,7 @@ class RlLoop(TrainingLoop[Inputs, Parts]):
         return beside
 
     def _state(self) -> dict[str, Any]:
-        successes = {"successes": self.successes.state()} if self.successes is not None else {}
+        successes = {"successes": self.successes.state_later()} if self.successes is not None else {}
         return {"stream": self.stream.state(), "entropy_control": self.entropy_control.state(), **successes}
 
     def _restore(self, state: Mapping[str, Any]) -> None:

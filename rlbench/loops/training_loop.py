@@ -13,7 +13,7 @@ from rlbench.build import BaseInputs, BaseParts
 from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
 from rlbench.data.packing import Microbatch
 from rlbench.engine.interface import EngineDeadError
-from rlbench.loops.evaluate import Evaluation
+from rlbench.loops.evaluate import Evaluation, without_old_answers
 from rlbench.loops.stopping import StepAbandoned, StopRequest
 from rlbench.loops.watchdog import Watchdog
 from rlbench.records import TrainingSample
@@ -83,7 +83,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         self.step = state["step"]
         self.policy_version = state["policy_version"]
         self.num_bad_steps = state["num_bad_steps"]
-        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.evaluations = without_old_answers([Evaluation(**e) for e in state["evaluations"]])
         self.last_checkpoint = checkpoint.folder
         self._saved_step = self.step
         self.budget.tokens = min(self.budget.tokens, state.get("tokens_per_microbatch", self.budget.tokens))
@@ -136,7 +136,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 self.parts.policy,
                 self.parts.optimizer,
                 {
-                    **state,
+                    **{key: value() if callable(value) else value for key, value in state.items()},
                     "adapter_fingerprint": self.parts.policy.weights().fingerprint(),
                     "config": asdict(self.inputs.config),
                     "environment": self._environment,
@@ -149,13 +149,17 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         self._saved_step, self._save_s, self._saved_at = state["step"], time.monotonic() - start, time.monotonic()
 
     def _checkpoint_state(self) -> dict[str, Any]:
-        """All of a checkpoint but tensors and what is computed from them."""
+        """All of a checkpoint but tensors and what is computed from them.
+
+        Each step begins with it, so what takes long is a function, called when the checkpoint is written.
+        """
+        evaluations = list(self.evaluations)
         return {
             "step": self.step,
             "policy_version": self.policy_version,
             "num_bad_steps": self.num_bad_steps,
             "tokens_per_microbatch": self.budget.tokens,
-            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "evaluations": lambda: [asdict(evaluation) for evaluation in evaluations],
             "wandb_run_id": self.tracker.wandb.run_id if self.tracker.wandb else None,
             **self._state(),
         }
@@ -229,7 +233,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:
-        """Of the loop: what it adds to a checkpoint, JSON-able."""
+        """Of the loop: what it adds to a checkpoint, each value JSON-able or a function that makes one."""
         raise NotImplementedError
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -279,7 +283,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
                 f"checkpoint.keep_best is {key}, but the evaluations have {', '.join(sorted(evaluation.metrics))}"
             )
         self.tracker.log_evaluation(self.step, evaluation.metrics)
-        self.evaluations.append(evaluation)
+        self.evaluations = without_old_answers([*self.evaluations, evaluation])
         if key and self.step and self.best_step == self.step:
             self.console.note(f"best {key} so far: {evaluation.metrics[key]:.4g}; its checkpoint is kept")
 

@@ -82,7 +82,7 @@ def test_older_answers_count_for_less_and_broken_verifiers_for_nothing():
     one.observe([group(PROMPTS[0], 0, 0, None, 0.5)])  # half right is wrong
     one.observe([group(PROMPTS[1], None, None)])
 
-    assert one.state()["answers"] == {"train/0": [1.0, 4.0]}
+    assert one.state()["answers"] == {"train/0": (1.0, 4.0)}
 
 
 def test_a_step_repeats_no_prompt_and_all_are_possible():
