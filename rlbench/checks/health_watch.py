@@ -8,7 +8,18 @@ from typing import Any
 from rlbench.checks.health import find_problems
 from rlbench.checks.health_history import NOTE, Finding
 
-EVERY_STEPS = 5
+EVERY_STEPS = 5  # in the first steps
+_LOOKS = 50  # that a run of any length gets at least; at most twice as many after its first steps
+
+
+def is_due(step: int) -> bool:
+    """Whether to look after this step: rarer in a long run, as each look reads all steps (3,000: 0.12 s).
+
+    Args:
+        step: optimizer steps applied.
+    """
+    num_doublings = max(0, (step // (EVERY_STEPS * _LOOKS)).bit_length() - 1)
+    return step % (EVERY_STEPS << num_doublings) == 0
 
 
 class HealthWatch:

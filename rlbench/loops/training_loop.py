@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlbench.build import BaseInputs, BaseParts
-from rlbench.checks.health_watch import EVERY_STEPS, HealthWatch, finding_line
+from rlbench.checks.health_watch import HealthWatch, finding_line, is_due
 from rlbench.data.packing import Microbatch
 from rlbench.engine.interface import EngineDeadError
 from rlbench.loops.evaluate import Evaluation, without_old_answers
@@ -297,7 +297,7 @@ class TrainingLoop(Generic[InputsT, PartsT]):
         metrics |= self._memory.take()
         self.tracker.log_step(step, metrics)
         self.history.append({"step": step, **metrics})
-        if step % EVERY_STEPS == 0:
+        if is_due(step):
             self._tell_findings(step)
 
     def _tell_findings(self, step: int) -> None:
