@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.text import Text
 
 from rlbench.tracking.formats import format_fraction, format_number
-from rlbench.tracking.sparkline import ASCII, BLOCKS, sparkline
+from rlbench.tracking.sparkline import ASCII, BLOCKS, resampled, sparkline
 
 TWO_COLUMNS_FROM = 110  # columns of the terminal
 NUM_STEPS_OF_BAR = 20
 BAR = "━"
 MIN_CURVE_CHARS, MAX_CURVE_CHARS, MAX_BAR_CHARS = 16, 40, 88
+MAX_POINTS = 12 * MAX_CURVE_CHARS  # of a curve that are remembered
 _NAME_CHARS, _NUMBERS_CHARS, _GAP_CHARS = 8, 22, 3
 _COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _MIN_SHARE = 0.02  # of a step: smaller phases are "other"
@@ -44,6 +46,30 @@ SERIES = (
 )
 
 
+@dataclass(slots=True)
+class _Curve:
+    """A metric's values: all of a short run, of a longer one means of equally many neighbours."""
+
+    points: list[float | None] = field(default_factory=list)
+    last: float | None = None
+    low: float = math.inf
+    high: float = -math.inf
+    num_known: int = 0
+    _per_point: int = 1
+    _waiting: list[float | None] = field(default_factory=list)  # of the point that is not whole yet
+
+    def add(self, value: float | None) -> None:
+        self.last = value
+        if value is not None and math.isfinite(value):
+            self.low, self.high, self.num_known = min(self.low, value), max(self.high, value), self.num_known + 1
+        self._waiting.append(value)
+        if len(self._waiting) == self._per_point:
+            self.points += resampled(self._waiting, 1)
+            self._waiting = []
+        if len(self.points) == MAX_POINTS:
+            self.points, self._per_point = resampled(self.points, MAX_POINTS // 2), 2 * self._per_point
+
+
 class LiveView:
     """Remembers what was logged and draws it.
 
@@ -53,7 +79,7 @@ class LiveView:
 
     def __init__(self, is_ascii: bool = False) -> None:
         self._marks, self._block = (ASCII, "#") if is_ascii else (BLOCKS, BAR)
-        self._values: dict[str, list[float | None]] = {series.key: [] for series in SERIES}
+        self._curves = {series.key: _Curve() for series in SERIES}
         self._times: deque[dict[str, float]] = deque(maxlen=NUM_STEPS_OF_BAR)
 
     def add(self, metrics: Mapping[str, float | None]) -> None:
@@ -61,7 +87,7 @@ class LiveView:
         is_evaluation = any(key.startswith("eval/") for key in metrics)
         for series in SERIES:
             if series.key.startswith("eval/") == is_evaluation:  # a step without the number leaves a gap
-                self._values[series.key].append(metrics.get(series.key))
+                self._curves[series.key].add(metrics.get(series.key))
         times = {key.removeprefix("time/").removesuffix("_s"): value for key, value in metrics.items()
                  if key.startswith("time/") and value is not None}  # fmt: skip
         if "step" in times:
@@ -69,24 +95,22 @@ class LiveView:
 
     def lines(self, width: int) -> list[Text]:
         """Of the view, none longer than `width`, an empty one first; none before the second step."""
-        shown = [series for series in SERIES if sum(v is not None for v in self._values[series.key]) > 1]
+        shown = [series for series in SERIES if self._curves[series.key].num_known > 1]
         if not shown or width < _NAME_CHARS + _NUMBERS_CHARS + _GAP_CHARS + 8:
             return []
         num_columns = 2 if width >= TWO_COLUMNS_FROM else 1
         room = (width - _GAP_CHARS * (num_columns - 1)) // num_columns - _NAME_CHARS - _NUMBERS_CHARS - 1
-        longest = max(len(self._values[series.key]) for series in shown)
+        longest = max(len(self._curves[series.key].points) for series in shown)
         curve_chars = min(room, max(MIN_CURVE_CHARS, min(MAX_CURVE_CHARS, longest)))
         cells = [self._cell(series, curve_chars) for series in shown]
         rows = [cells[i : i + num_columns] for i in range(0, len(cells), num_columns)]
         return [Text(), *(Text(" " * _GAP_CHARS).join(row) for row in rows), *self._phase_lines(width)]
 
     def _cell(self, series: Series, curve_chars: int) -> Text:
-        values = self._values[series.key]
-        known = [value for value in values if value is not None]
+        curve = self._curves[series.key]
         show = format_fraction if series.is_share else format_number
-        low, high = (show(f(known)) if known else "-" for f in (min, max))
-        line = sparkline(values, curve_chars, self._marks)
-        numbers = f"{show(values[-1]).rjust(6)}  {low} to {high}"
+        line = sparkline(curve.points, curve_chars, self._marks)
+        numbers = f"{show(curve.last).rjust(6)}  {show(curve.low)} to {show(curve.high)}"
         return Text.assemble(
             (series.name.ljust(_NAME_CHARS), "bold"), (line.ljust(curve_chars), "cyan"), " ",
             numbers.ljust(_NUMBERS_CHARS)[:_NUMBERS_CHARS],

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from rlbench.tracking.console import RunConsole, _eta_text
-from rlbench.tracking.live_view import LiveView
+from rlbench.tracking.live_view import MAX_POINTS, LiveView
 
 
 def metrics(step: int) -> dict[str, float | None]:
@@ -44,6 +44,25 @@ def test_a_step_without_the_number_leaves_a_gap():
     line = next(line for line in shown(filled(), 80) if line.startswith("grad"))
 
     assert line.removeprefix("grad    ").startswith("▅ ▅▅▅▅▅▅ ")
+
+
+def test_a_long_run_is_remembered_in_few_points_with_its_last_value_and_its_range():
+    view, short = LiveView(), LiveView()
+    for step in range(10_007):
+        view.add({"reward/mean": 5.0 if step == 4_321 else step / 10_007, "optim/grad_norm": None})
+    for step in range(40):
+        short.add({"reward/mean": step / 40})
+    curve = view._curves["reward/mean"]
+    (line,) = (line for line in shown(view, 120) if line.startswith("reward"))
+    (rising,) = (line for line in shown(short, 120) if line.startswith("reward"))
+
+    assert line.split()[2:] == ["1.000", "0.000", "to", "5.00"]
+    assert MAX_POINTS // 2 <= len(curve.points) < MAX_POINTS
+    assert curve.points[0] == pytest.approx(15.5 / 10_007)  # mean of the first 32
+    spike = curve.points.pop(4_321 // 32)
+    assert spike is not None and spike > curve.points[-1] / 2
+    assert all(a < b for a, b in zip(curve.points, curve.points[1:], strict=False) if a and b)
+    assert len(line.split()[1]) == len(rising.split()[1])
 
 
 def test_the_bar_shares_the_time_of_the_steps_out():
