@@ -90,9 +90,10 @@ def number_differences(a: RunRecord, b: RunRecord, window: Sequence[int]) -> lis
     Args:
         window: steps, as of `common_window`.
     """
-    found = []
+    found, steps = [], set(window)
+    rows_a, rows_b = ([row for row in run.train if row["step"] in steps] for run in (a, b))
     for key in compared_keys(a, b):
-        of_a, of_b = (_values(run, key, window) for run in (a, b))
+        of_a, of_b = (_values(rows, key) for rows in (rows_a, rows_b))
         if of_a and of_b:
             found.append(NumberDifference(key, fmean(of_a), fmean(of_b), _two_standard_errors(of_a, of_b)))
     return found
@@ -106,8 +107,7 @@ def compared_keys(a: RunRecord, b: RunRecord) -> list[str]:
     return [KEYS[0], *(f"reward/{name}" for name in names), *rest, "memory/peak_gib"]
 
 
-def _values(run: RunRecord, key: str, window: Sequence[int]) -> list[float]:
-    rows = [row for row in run.train if row["step"] in window]
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [value for value in column(rows, key) if value is not None]
 
 

@@ -40,6 +40,16 @@ def test_a_run_that_goes_on_is_compared_over_the_steps_that_both_have(tmp_path):
     assert reward.two_standard_errors == pytest.approx(2 * (1 / 60 / 4) ** 0.5) and reward.is_clear
 
 
+def test_the_window_of_a_long_run_is_not_searched_for_every_row(tmp_path):
+    class Window(list):
+        def __contains__(self, step):
+            raise AssertionError("steps are looked up one by one")
+
+    a, b = pair(tmp_path, {"num_steps": 16}, {"num_steps": 16})
+
+    assert [n.key for n in number_differences(a, b, Window([13, 14, 15, 16]))][0] == "reward/mean"
+
+
 def test_a_few_steps_get_no_verdict(tmp_path):
     a, b = pair(tmp_path, {"num_steps": 3}, {"num_steps": 3, "train": lambda step: {"reward/mean": 9.0}})
 
