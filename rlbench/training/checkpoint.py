@@ -194,8 +194,9 @@ def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | Non
 
 
 def _folders(run_folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
+    """Checkpoint folders, newest first; a step from 1,000,000 on has a longer name than those before."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name), reverse=True)
 
 
 def _write_manifest(folder: Path) -> None:

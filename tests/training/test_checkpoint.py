@@ -64,6 +64,15 @@ def test_only_the_newest_are_kept(tiny_base, tmp_path):
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_the_newest_is_that_of_the_highest_step_however_long_its_name(tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    for step in (999_998, 999_999, 1_000_000):
+        save(tmp_path, policy, optimizer, step)
+
+    assert find_checkpoint(tmp_path)[0].step == 1_000_000
+    assert {f.name for f in (tmp_path / "checkpoints").iterdir()} == {"step-999999", "step-1000000"}
+
+
 def test_named_steps_stay_besides_the_newest(tiny_base, tmp_path):
     policy, optimizer = start(tiny_base)
     for step in (1, 2, 3):
