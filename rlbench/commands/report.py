@@ -22,9 +22,12 @@ def _report(folders: Sequence[Path], out: Path | None, max_rollouts: int) -> Non
 
     runs = [run for folder in folders for run in find_runs(folder)]
     if len(runs) > 1:
-        from rlbench.report.comparison import write_comparison
+        from rlbench.report.comparison import choose_runs, write_comparison
 
-        print(write_comparison(runs, out))
+        shown, left_out = choose_runs(runs)
+        print(write_comparison(shown, out, left_out))
+        if left_out:
+            print(f"note: {left_out}", file=sys.stderr)
     else:
         print(write_run_report(runs[0], out, max_rollouts=max_rollouts))
     for run in runs:

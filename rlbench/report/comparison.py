@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from rlbench.report.curves import Chart, column, curve, has_values, number, thin
 from rlbench.report.markup import Html, join, tag
 from rlbench.report.page import render_page
 from rlbench.report.rollout_files import RolloutFile, read_files
-from rlbench.report.run_folder import RunRecord, load_run
+from rlbench.report.run_folder import METRICS_FILE, RunRecord, load_run
 from rlbench.report.run_report import findings_of, write_page
 from rlbench.tracking.formats import format_duration
 from rlbench.tracking.intervals import sign_test_p
+from rlbench.tracking.jsonl import read_metrics
 from rlbench.tracking.metrics import component_names, metric_spec
 from rlbench.tracking.run_summary import quarter_change
 
 FILE_NAME = "comparison.html"
-MAX_RUNS = 24
+MAX_RUNS = 24  # on a page: more cannot be told apart
 KEYS = ("reward/mean", "accuracy/train", "eval/accuracy", "eval/reward", "completion/length_tokens_mean",
          "completion/truncated_frac", "groups/no_signal_frac", "policy/entropy", "kl/reference", "loss/clip_frac",
          "drift/logprob_gap_mean", "optim/grad_norm", "optim/lr", "loss/total", "time/step_s",
@@ -42,19 +44,18 @@ class Compared:
     notes: tuple[str, ...]
 
 
-def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_comparison(folders: Sequence[Path], out: Path | None = None, note: str = "") -> Path:
     """Write the page of several runs.
 
     Args:
-        folders: of the runs; the first is what the others are compared with.
+        folders: of the runs, as `choose_runs` takes them; the first is what the others are compared with.
         out: the file; None is `comparison.html` in the folder that holds all of them.
+        note: on the runs that were left out.
 
     Raises:
-        ValueError: one is no run's folder, there are more than MAX_RUNS, or no place for the page.
+        ValueError: one is no run's folder, or there is no place for the page.
         TrackingError: metrics cannot be read or the page cannot be written.
     """
-    if len(folders) > MAX_RUNS:
-        raise ValueError(f"{len(folders)} runs are given, expected at most {MAX_RUNS}: more cannot be told apart")
     runs = [load_run(folder) for folder in folders]
     if len({run.folder for run in runs}) < len(runs):
         raise ValueError("a run is given twice, expected different folders")
@@ -62,7 +63,31 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out is None and common == Path(common.anchor):
         raise ValueError("the runs have no folder in common, expected --out FILE")
     compared = [_read(run, label) for run, label in zip(runs, _labels(runs, common), strict=True)]
-    return write_page(out or common / FILE_NAME, _page(compared, common))
+    return write_page(out or common / FILE_NAME, _page(compared, common, note))
+
+
+def choose_runs(folders: Sequence[Path], max_runs: int = MAX_RUNS) -> tuple[list[Path], str]:
+    """The first run and those whose last quarter of steps has the highest reward; without rewards the first ones.
+
+    Returns:
+        At most `max_runs` folders in their order, and a sentence about those that are left out ("" if none is).
+
+    Raises:
+        TrackingError: metrics cannot be read.
+    """
+    if len(folders) <= max_runs:
+        return list(folders), ""
+    rewards = [_last_reward(folder) for folder in folders]
+    best = sorted(range(1, len(folders)), key=lambda i: (-rewards[i], i))[: max_runs - 1]
+    return [folders[i] for i in sorted([0, *best])], (
+        f"{len(folders) - max_runs} of {len(folders)} runs are left out; shown are the first run and the "
+        f"{max_runs - 1} whose reward/mean was highest over the last quarter of their steps"
+    )
+
+
+def _last_reward(folder: Path) -> float:
+    change = quarter_change(column(read_metrics(folder / METRICS_FILE, "train"), KEYS[0]))
+    return change.last if change else -math.inf
 
 
 def _labels(runs: Sequence[RunRecord], common: Path) -> list[str]:
@@ -87,9 +112,9 @@ def last_answers(files: Sequence[RolloutFile]) -> dict[str, bool]:
     return {prompt: value == 1.0 for prompt, value in pairs if value is not None}
 
 
-def _page(compared: Sequence[Compared], common: Path) -> str:
+def _page(compared: Sequence[Compared], common: Path, left_out: str) -> str:
     charts = _charts(compared)
-    notes = [note for item in compared for note in item.notes]
+    notes = [*([f"{left_out}."] if left_out else []), *(note for item in compared for note in item.notes)]
     results = join(sections.notes_list(notes), _results(compared), _seeds(compared))
     links = [("results", "Results"), ("health", "Health"), ("curves", "Curves"), ("settings", "Settings")]
     tiles = [(item.label, _reward_text(item.run), _accuracy_text(item.run)) for item in compared[:8]]

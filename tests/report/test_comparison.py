@@ -1,9 +1,11 @@
 """Several runs on one page."""
 
+import json
+
 import pytest
 
 from rlbench.commands.report import report
-from rlbench.report.comparison import write_comparison
+from rlbench.report.comparison import MAX_RUNS, write_comparison
 from rlbench.tracking.rollout_store import write_rollouts
 from tests.report.conftest import make_group, write_run
 
@@ -32,6 +34,22 @@ def test_a_sweep_becomes_one_page_with_differences_and_paired_results(tmp_path, 
     assert "0 gained, 0 lost of 10, p = 1: no more than chance" in page.text
     assert "optim.lr=0.0001" in page.text and "optim.name" not in page.text
     assert "1.125 ± 0.530" in page.text  # last two steps of the two seeds: means 0.75 and 1.5
+
+
+def test_of_a_large_sweep_the_best_runs_are_shown_beside_the_first_and_the_rest_is_named(tmp_path, read_page, capsys):
+    for number in range(200):
+        folder = tmp_path / f"{number:03d}"
+        folder.mkdir()
+        rows = [{"step": s, "phase": "train", "reward/mean": number / 200} for s in range(1, 9 if number != 199 else 3)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    assert report([str(tmp_path)]) == 0
+
+    page = read_page(tmp_path / "comparison.html")
+    labels = [curve["label"] for curve in page.data["charts"][0]["curves"]]
+    assert labels == ["000", *(f"{number:03d}" for number in range(200 - MAX_RUNS, 199))]  # 199 is too short to rank
+    said = f"{200 - MAX_RUNS} of 200 runs are left out"
+    assert said in page.text and f"note: {said}" in capsys.readouterr().err
 
 
 def test_a_run_that_is_no_run_or_given_twice_is_said(tmp_path):
