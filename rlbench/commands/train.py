@@ -166,7 +166,7 @@ def _run(
         is_done = stop.signal_number is None
         result = None
         if is_done:
-            result = parts.policy.save_result(run_folder, inputs.model.name)
+            result = _save_result(parts, run_folder, inputs.model.name)
         _summarise(
             loop,
             stage.learned,
@@ -194,6 +194,21 @@ def _run(
         tracker.close()
         console.log.close()
         lock.release()
+
+
+def _save_result(parts: BaseParts, run_folder: Path, base_name: str) -> Path:
+    """
+    Raises:
+        TrackingError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return parts.policy.save_result(run_folder, base_name)
+    except OSError as error:
+        raise TrackingError.from_os_error("write the weights that were trained to", run_folder, error) from error
+    except SafetensorError as error:  # its writer's way to say what OSError says: disk full
+        raise TrackingError(f"cannot write the weights that were trained to {run_folder}: {error}") from error
 
 
 def _go_on(loop: TrainingLoop) -> str:

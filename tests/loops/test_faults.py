@@ -155,6 +155,15 @@ def save_file(*arguments):
     real(*arguments)
 checkpoint.save_file = save_file
 """,
+    "full disk at the end": """
+from peft import PeftModel
+from safetensors import SafetensorError
+def save_pretrained(model, folder, **options):
+    if folder.endswith("run/adapter"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    real(model, folder, **options)
+real, PeftModel.save_pretrained = PeftModel.save_pretrained, save_pretrained
+""",
     "out of memory": """
 import torch
 from rlbench.models.policy import Policy
@@ -260,6 +269,16 @@ def test_a_full_disk_stops_the_run_or_is_a_warning_if_asked(tiny_overrides, tmp_
     lines = list(read_metrics(tmp_path / "other" / "metrics.jsonl", "train"))
     assert [line.get("checkpoint/num_failed") for line in lines] == [None, 1, 1, 2]
     assert find_checkpoint(tmp_path / "other")[0].step == 4
+
+
+def test_a_disk_that_is_full_after_the_last_step_ends_the_run_with_a_sentence_and_its_checkpoint(
+    tiny_overrides, tmp_path
+):
+    done = run_with("full disk at the end", [*tiny_overrides, "training.num_steps=1", "hydra.run.dir=run"], tmp_path)
+
+    assert done.returncode == 4 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    said = f"cannot write the weights that were trained to {tmp_path / 'run'}: Error while serializing: I/O error: No"
+    assert said in done.stderr and f"to go on: resume={tmp_path / 'run' / 'checkpoints' / 'step-000001'}" in done.stderr
 
 
 def overrides_of(stage: str, tiny_overrides: list[str]) -> list[str]:
