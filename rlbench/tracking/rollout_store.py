@@ -106,14 +106,18 @@ def read_rollout_table(path: str | Path, columns: Sequence[str] | None = None) -
         columns: to read; None reads all.
 
     Raises:
-        TrackingError: as `read_rollouts`.
+        TrackingError: as `read_rollouts`, or one of the columns is not there.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with Path(path).open("rb") as file:
-            return pyarrow.parquet.read_table(file, columns=None if columns is None else list(columns))
+        # Not `read_table`, which makes a data set of each: 3,000 small files take 3.9 s of a CPU core, this way 2.3 s.
+        with Path(path).open("rb") as file, pyarrow.parquet.ParquetFile(file) as found:
+            missing = [name for name in columns or () if name not in found.schema_arrow.names]
+            if missing:
+                raise TrackingError(f"cannot read the rollouts in {path}: they have no column {', '.join(missing)}")
+            return found.read(None if columns is None else list(columns), use_threads=False)
     except OSError as error:
         raise TrackingError.from_os_error("read the rollouts in", Path(path), error) from error
     except pyarrow.ArrowInvalid as error:

@@ -8,7 +8,13 @@ import pytest
 
 from rlbench.records import RewardComponent
 from rlbench.tracking.errors import TrackingError
-from rlbench.tracking.rollout_store import read_groups, read_rollouts, rollouts_path, write_rollouts
+from rlbench.tracking.rollout_store import (
+    read_groups,
+    read_rollout_table,
+    read_rollouts,
+    rollouts_path,
+    write_rollouts,
+)
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -130,3 +136,12 @@ def test_a_file_that_is_not_whole_is_one_clear_error(tmp_path):
         read_rollouts(tmp_path / "x.parquet")
     with pytest.raises(TrackingError, match="cannot read the rollouts"):
         read_rollouts(tmp_path / "none.parquet")
+
+
+def test_a_file_without_a_column_that_is_read_is_one_sentence(tmp_path, rollout, group):
+    path = write_rollouts(tmp_path, 3, [group(rollout())], {})
+
+    assert set(read_rollout_table(path, ["reward", "token_ids"]).column_names) == {"token_ids", "reward"}
+    with pytest.raises(TrackingError, match=r"^cannot read the rollouts in .*: they have no column seeds$") as caught:
+        read_rollout_table(path, ["step", "seeds"])
+    assert "\n" not in str(caught.value)
