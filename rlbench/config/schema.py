@@ -86,8 +86,10 @@ class ExampleConfig:
 @dataclass
 class DataConfig:
     name: str = "gsm8k"  # gsm8k | math | mbpp | reasoning_gym/TASK
-    path: str | None = None  # JSONL file with the training rows; replaces the named data set
-    eval_path: str | None = None  # JSONL file with the held-out rows; null: cut from `path`
+    path: str | None = (
+        None  # file with the training rows (JSONL, JSON array, CSV, TSV, Parquet); replaces the named data set
+    )
+    eval_path: str | None = None  # file with the held-out rows; null: cut from `path`
     task_params: dict[str, Any] = field(
         default_factory=dict
     )  # of a task of reasoning-gym (data.name=reasoning_gym/TASK)

@@ -1,12 +1,10 @@
-"""Where data rows come from: a JSONL file, the hub, or generated problems."""
+"""Where data rows come from: a file, the hub, or generated problems."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlbench.config.checks import nearest
 from rlbench.config.schema import DataConfig
 from rlbench.data.hub import hub_problem
+from rlbench.data.row_files import FORMATS, file_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +27,6 @@ _IMITATED = ("gsm8k",)  # what generated problems can stand in for
 _NUM_GENERATED = {"train": 2000, "test": 500}
 _GENERATED_SUFFIX = " Give the result as your final answer. Do not include units."
 _NUM_LISTED = 5
-_NUM_FIRST_BYTES = 4096  # that tell a file's format
 _LARGEST_INT = 2**63 - 1  # of a table's column
 RowProblem = Callable[[dict[str, Any], DataConfig], str]
 
@@ -50,7 +48,7 @@ def check_paths(config: DataConfig) -> None:
     """
     for key, path in (("data.path", config.path), ("data.eval_path", config.eval_path)):
         if path is not None and not Path(path).expanduser().is_file():
-            raise ValueError(f"{key} is {path}, but there is no such file; expected a JSONL file")
+            raise ValueError(f"{key} is {path}, but there is no such file; expected one of {FORMATS}")
 
 
 def load_rows(config: DataConfig, split: str, row_problem: RowProblem | None = None) -> LoadedRows:
@@ -80,8 +78,7 @@ def _load(config: DataConfig, split: str, row_problem: RowProblem | None) -> Loa
         return reasoning_rows(config, split)
     if config.name not in _HUB:
         raise ValueError(
-            f"data.name is {config.name!r}, expected one of: {', '.join(_HUB)}, reasoning_gym/TASK, or "
-            "data.path=FILE.jsonl"
+            f"data.name is {config.name!r}, expected one of: {', '.join(_HUB)}, reasoning_gym/TASK, or data.path=FILE"
         )
     if config.source == "generated" and config.name in _IMITATED:
         return _generated(config, split, "as data.source asks for")
@@ -122,21 +119,15 @@ def _without(loaded: LoadedRows, config: DataConfig) -> LoadedRows:
 
 def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem) -> LoadedRows:
     rows, bad_rows = [], []
-    with path.open("rb") as file:
-        _check_is_lines(file.read(_NUM_FIRST_BYTES), path, key)
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(BOM_UTF8) if number == 1 else line
-            if not line.strip():
-                continue
-            row, problem = _parse_line(line, config, row_problem)
-            if problem:
-                bad_rows.append(f"line {number}: {problem}")
-            else:
-                rows.append({**row, "row_number": number})
+    for row in file_rows(path, key):
+        problem = row.problem or row_problem(row.values, config)
+        if problem:
+            bad_rows.append(f"{row.place}: {problem}")
+        else:
+            rows.append({**row.values, "row_number": row.number})
     _check_bad_rows(bad_rows, f"{path}", config)
     if not rows:
-        raise ValueError(f"{key} is {path}, but it holds no row; expected one JSON object a line")
+        raise ValueError(f"{key} is {path}, but it holds no row; expected {FORMATS}")
     texts = [
         name for name in (config.prompt_column, config.answer_column) if _is_mixed([row.get(name) for row in rows])
     ]
@@ -146,42 +137,11 @@ def _from_file(path: Path, key: str, config: DataConfig, row_problem: RowProblem
     )
 
 
-def _check_is_lines(start: bytes, path: Path, key: str) -> None:
-    """
-    Raises:
-        ValueError: the file begins as one of another format does.
-    """
-    kind = f"a {path.suffix} file" if path.suffix.lower() in (".csv", ".tsv") else ""
-    if start.startswith(b"PAR1"):
-        kind = "a Parquet file"
-    if start.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-        kind = "one JSON array"
-    if kind:
-        raise ValueError(f"{key} is {path}, which is {kind}; expected JSONL: one JSON object a line")
-
-
 def _is_mixed(values: Sequence[Any]) -> bool:
     """Of the texts and numbers of a column: a table would refuse them, or make 2.0 of 2. Lists and objects are left."""
     kinds = {type(value) for value in values if value is not None}
     is_long = any(isinstance(value, int) and abs(value) > _LARGEST_INT for value in values)
     return kinds <= {str, int, float, bool} and (len(kinds) > 1 or is_long)
-
-
-def _parse_line(line: bytes, config: DataConfig, row_problem: RowProblem) -> tuple[dict[str, Any], str]:
-    """The row and what is wrong with it ("" if nothing is)."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8 ({error.reason} at byte {error.start})"
-    except UnicodeEncodeError:
-        return {}, "it holds half of a surrogate pair, expected whole characters"
-    except json.JSONDecodeError as error:
-        return {}, f"not JSON ({error.msg} at column {error.colno})"
-    if not isinstance(row, dict):
-        return {}, f"a JSON {type(row).__name__}, expected an object"
-    return row, row_problem(row, config)
 
 
 def answer_problem(row: dict[str, Any], config: DataConfig) -> str:
@@ -229,7 +189,7 @@ def _clash(rows: Sequence[dict[str, Any]], name: str) -> str:
 
 def _json_kind(value: Any) -> str:
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds[type(value)]
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _from_hub(config: DataConfig, split: str) -> LoadedRows:

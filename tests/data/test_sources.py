@@ -91,23 +91,6 @@ def test_columns_of_two_types_are_named_with_both_rows(tmp_path):
         load_rows(DataConfig(path=path), "train")
 
 
-def test_a_table_of_text_is_refused_by_its_name(tmp_path):
-    (tmp_path / "a.csv").write_text("question,answer\n1+1,2\n")
-
-    with pytest.raises(ValueError, match="which is a .csv file; expected JSONL"):
-        load_rows(DataConfig(path=str(tmp_path / "a.csv")), "train")
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"), [(b'\n[{"question": "a"}]', "one JSON array"), (b"PAR1", "a Parquet file")]
-)
-def test_files_of_other_formats_are_told_apart_from_broken_rows(tmp_path, content, kind):
-    (tmp_path / "a.jsonl").write_bytes(content)
-
-    with pytest.raises(ValueError, match=f"which is {kind}; expected JSONL"):
-        load_rows(DataConfig(path=str(tmp_path / "a.jsonl"), max_bad_rows=9), "train")
-
-
 def test_generated_problems_say_that_they_are_not_the_data_set_and_splits_differ():
     train = load_rows(DataConfig(source="generated"), "train")
     test = load_rows(DataConfig(source="generated"), "test")
