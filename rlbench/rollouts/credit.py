@@ -34,12 +34,14 @@ class Credit:
     num_no_signal_groups: int
     num_invalid_rollouts: int  # without a reward
     metrics: dict[str, float]
+    has_other_terms: bool = False  # the objective has terms that no advantage multiplies: KL in the loss, entropy
 
     @property
     def has_signal(self) -> bool:
-        """There is a pair, or some trained token has an advantage, or teaches the critic something."""
+        """There is a pair, or some trained token has an advantage, teaches the critic, or is in another term."""
         return bool(self.pairs) or any(
-            any(sample.loss_mask) and (any(sample.advantages) or sample.values != sample.returns)
+            any(sample.loss_mask)
+            and (self.has_other_terms or any(sample.advantages) or sample.values != sample.returns)
             for sample in self.samples
         )
 
@@ -112,6 +114,7 @@ def credit(
         num_no_signal_groups=num_no_signal,
         num_invalid_rollouts=len(invalid),
         metrics=_metrics(samples, penalties, {"kl/reference": token_kl, "kl/teacher": teacher_gaps}),
+        has_other_terms=algorithm.has_kl_loss or algorithm.has_entropy_bonus,
     )
 
 

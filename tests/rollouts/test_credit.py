@@ -192,6 +192,29 @@ def reward(value: float) -> RewardComponent:
     return RewardComponent(status="value", value=value, weight=1.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_trained"),
+    [
+        ({"kl_coef": 0.1}, True),
+        ({"entropy_coef": 0.01}, True),
+        ({"entropy_target": 0.5}, True),
+        ({"kl_coef": 0.1, "kl_in": "reward", "kl": "k1", "advantage": "leave_one_out"}, False),
+        ({"kl_coef": 0.1, "max_refills": 1}, False),  # dynamic sampling leaves the groups out
+        ({}, False),
+    ],
+)
+def test_kl_in_the_loss_and_entropy_act_on_a_step_whose_rewards_are_all_equal(options, is_trained):
+    result = credit([make_group("a", [1.0, 1.0])], AlgorithmConfig(**options), RewardsConfig())
+
+    assert result.has_signal == is_trained and result.num_no_signal_groups == 1
+
+
+def test_a_step_of_masked_completions_has_nothing_to_train_on_whatever_the_terms():
+    config = AlgorithmConfig(mask_truncated=True, kl_coef=0.1)
+
+    assert not credit([finished_after(make_group("a", [1.0, 0.0]), 3, 3)], config, RewardsConfig()).has_signal
+
+
 def test_sampling_seeds_depend_on_every_part_and_on_nothing_else():
     seeds = {
         sampling_seed(r, s, p, i) for r in range(3) for s in range(3) for p in ("train/1", "train/2") for i in range(4)
