@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
-_EPSILON = 1e-4  # keeps a group of almost equal rewards from exploding; the value of the DeepSeek and TRL code
+_EPSILON = 1e-4  # keeps a group of almost equal rewards from exploding; the value of TRL's code
+_ROUNDING = 1e-12  # relative; rewards add up to the same number in several ways, 0.1 + 0.2 and 0.3
 
 TokenAdvantages = list[list[list[float]]]  # [group][rollout][token]
 
@@ -28,7 +29,7 @@ class GroupReturns:
     """
 
     returns: Sequence[Sequence[float]]
-    components: Mapping[str, Sequence[float]] = field(default_factory=dict)  # each reward apart, by name
+    components: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # each reward apart; None: not given
     weights: Mapping[str, float] = field(default_factory=dict)  # of the components
     values: Sequence[Sequence[float]] = ()  # of a critic, as `returns`: of the state before each token
     last_values: Sequence[float] = ()  # of the state after each rollout
@@ -98,10 +99,11 @@ def gdpo(groups: Sequence[GroupReturns]) -> TokenAdvantages:
     """Each reward normalised within its group, then the weighted sum, then normalised over the step.
 
     With several rewards their sum can make different rollouts equal; apart, each keeps its resolution, and a weight
-    says how much a reward counts, whatever its spread.
+    says how much a reward counts, whatever its spread. A reward that does not apply to a rollout (None) is no 0: mean
+    and deviation are of the others, and it adds nothing.
 
     Args:
-        groups: of one step, each with at least two rollouts and every component of every rollout.
+        groups: of one step, each with at least two rollouts.
 
     Source: Liu et al. 2026, arXiv:2601.05242 (GDPO).
     """
@@ -109,8 +111,7 @@ def gdpo(groups: Sequence[GroupReturns]) -> TokenAdvantages:
     for group in groups:
         sums = [0.0] * len(group.rewards)
         for name, rewards in group.components.items():
-            by = _std(rewards) + _EPSILON
-            sums = [s + group.weights[name] * d / by for s, d in zip(sums, _distances(rewards), strict=True)]
+            sums = [s + group.weights[name] * n for s, n in zip(sums, _normalised_present(rewards), strict=True)]
         values.append(sums)
     return [group.spread(part) for group, part in zip(groups, _normalised(values), strict=True)]
 
@@ -164,18 +165,37 @@ def maxrl(groups: Sequence[GroupReturns]) -> TokenAdvantages:
     return advantages
 
 
+def are_equal(values: Sequence[float]) -> bool:
+    """Whether all values are the same number, but for rounding; true of none."""
+    if not values:
+        return True
+    low, high = min(values), max(values)
+    return high - low <= _ROUNDING * max(abs(low), abs(high))
+
+
 def _distances(rewards: Sequence[float]) -> list[float]:
     """r - mean(r), exactly 0.0 where all are equal."""
     if len(rewards) < 2:
         raise ValueError(f"group-relative advantages need at least two rewards, got {len(rewards)}")
-    if min(rewards) == max(rewards):
+    if are_equal(rewards):
         return [0.0] * len(rewards)
     mean = fmean(rewards)
     return [reward - mean for reward in rewards]
 
 
 def _std(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 and min(values) != max(values) else 0.0
+    return 0.0 if are_equal(values) else stdev(values)
+
+
+def _normalised_present(rewards: Sequence[float | None]) -> list[float]:
+    """(r - mean) / (std + 1e-4) of the rewards there are, 0 elsewhere."""
+    if len(rewards) < 2:
+        raise ValueError(f"group-relative advantages need at least two rewards, got {len(rewards)}")
+    present = [reward for reward in rewards if reward is not None]
+    if are_equal(present):
+        return [0.0] * len(rewards)
+    mean, by = fmean(present), _std(present) + _EPSILON
+    return [0.0 if reward is None else (reward - mean) / by for reward in rewards]
 
 
 def _batch_std(groups: Sequence[GroupReturns]) -> float:
@@ -183,11 +203,13 @@ def _batch_std(groups: Sequence[GroupReturns]) -> float:
 
 
 def _normalised(values: list[list[float]]) -> list[list[float]]:
-    """(x - mean) / (std + 1e-4) over all rollouts; unchanged zeros where all are equal."""
+    """(x - mean) / (std + 1e-4) over all rollouts; zeros where all are equal, and where x and the mean are 0."""
     flat = [value for part in values for value in part]
-    if not flat or min(flat) == max(flat):
+    if are_equal(flat):
         return [[0.0] * len(part) for part in values]
     mean, by = fmean(flat), _std(flat) + _EPSILON
+    if abs(mean) <= _ROUNDING * max(map(abs, flat)):  # of distances: a group without signal keeps exactly none
+        mean = 0.0
     return [[(value - mean) / by for value in part] for part in values]
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rlbench.algorithms import ADVANTAGES
-from rlbench.algorithms.advantages import GroupReturns
+from rlbench.algorithms.advantages import GroupReturns, are_equal
 from rlbench.algorithms.gae import value_targets
 from rlbench.algorithms.shaping import overlong_penalty, returns_to_go
 from rlbench.config.algorithm import ADVANTAGES as ADVANTAGE_SPECS
@@ -122,7 +122,8 @@ def has_signal(
     group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig, *, max_completion_tokens: int
 ) -> bool:
     """Whether the group's rewards, penalties on length included, differ: what dynamic sampling draws prompts for."""
-    return len(set(shaped_rewards(group, algorithm, rewards, max_completion_tokens=max_completion_tokens))) > 1
+    shaped = shaped_rewards(group, algorithm, rewards, max_completion_tokens=max_completion_tokens)
+    return any(not are_equal([v for v in values if v is not None]) for values in zip(*shaped, strict=True))
 
 
 def shaped_rewards(
@@ -192,7 +193,9 @@ def _returns(
         reward = rollout.reward + penalties.get(rollout.rollout_id, 0.0)
         kl = token_kl[rollout.rollout_id] if token_kl is not None else [0.0] * len(rollout.completion.token_ids)
         returns.append(returns_to_go(reward, kl, algorithm.kl_coef if token_kl is not None else 0.0))
-    components = {name: [r.components[name].value or 0.0 for r in rollouts] for name in rollouts[0].components}
+    components: dict[str, list[float | None]] = {
+        name: [r.components[name].value for r in rollouts] for name in rollouts[0].components
+    }
     weights = {name: component.weight for name, component in rollouts[0].components.items()}
     if penalties:  # a reward of its own for advantages that read each reward apart
         components["overlong"] = [penalties[r.rollout_id] for r in rollouts]

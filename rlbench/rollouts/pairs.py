@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
+from rlbench.algorithms.advantages import are_equal
 from rlbench.config.pairs import PairsConfig
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
 from rlbench.records import FINISH_LENGTH, Rollout, RolloutGroup, TrainingSample
@@ -73,18 +74,23 @@ def has_pair(
 def choose_pairs(rewards: Sequence[float], token_ids: Sequence[Sequence[int]], config: PairsConfig) -> list[Pair]:
     """Places (chosen, rejected) whose rewards differ, by at least `min_gap`, and whose completions do too.
 
-    best_worst takes the first of the best and the first of the worst; all takes every two, the chosen one first.
+    A difference by rounding alone is none, and one that only rounding keeps below `min_gap` suffices. best_worst takes
+    the first of the best and the first of the worst; all takes every two, the chosen one first.
     """
     found = [
         (chosen, rejected)
         for chosen, rejected in permutations(range(len(rewards)), 2)
-        if rewards[chosen] > rewards[rejected]
-        and rewards[chosen] - rewards[rejected] >= config.min_gap
+        if _wins(rewards[chosen], rewards[rejected], config.min_gap)
         and tuple(token_ids[chosen]) != tuple(token_ids[rejected])
     ]
     if config.choice == "all" or not found:
         return found
     return [max(found, key=lambda pair: rewards[pair[0]] - rewards[pair[1]])]
+
+
+def _wins(chosen: float, rejected: float, min_gap: float) -> bool:
+    gap = chosen - rejected
+    return gap > 0 and not are_equal([chosen, rejected]) and (gap >= min_gap or are_equal([chosen, rejected + min_gap]))
 
 
 def _ranked(

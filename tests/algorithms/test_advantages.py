@@ -1,7 +1,7 @@
 """Laws and hand-computed values of the advantages."""
 
 import math
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 
 import pytest
 
@@ -68,6 +68,31 @@ def test_gdpo_keeps_apart_what_a_sum_makes_equal():
 
     assert advantages == pytest.approx([-1 / math.sqrt(3), -1 / math.sqrt(3), 2 / math.sqrt(3)], rel=1e-3)
     assert values("group_relative", [group], "group") == [[0.0, 0.0, 0.0]]
+
+
+def test_a_reward_that_does_not_apply_to_a_rollout_is_no_zero_for_gdpo():
+    components = {"a": [0.9, 0.7, None, 0.8], "b": [1.0, 0.0, 1.0, 0.0]}
+    group = GroupReturns(returns=[[1.0]] * 4, components=components, weights={"a": 1.0, "b": 2.0})
+    by_b = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    sums = [0.1 / 0.1001 + 2 * by_b, -0.1 / 0.1001 - 2 * by_b, 2 * by_b, -2 * by_b]  # of a: mean 0.8, deviation 0.1
+
+    (advantages,) = values("gdpo", [group])
+
+    assert advantages == pytest.approx([value / (stdev(sums) + 1e-4) for value in sums])
+
+
+def test_gdpo_gives_exactly_no_advantage_to_a_group_without_signal_among_others():
+    for scale in (1.0, 0.7, 1 / 3):
+        _, equal = values("gdpo", groups_of([scale, 0.0, 0.0], [1.0, 1.0, 1.0]))
+        assert equal == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_rewards_that_only_rounding_tells_apart_are_equal(name, scale):
+    rewards = [0.1 + 0.2, 0.3, 0.3]
+    assert rewards[0] != rewards[1]
+
+    assert values(name, groups_of(rewards), scale) == [[0.0] * 3]
 
 
 def test_reinforce_plus_plus_normalises_over_all_tokens():

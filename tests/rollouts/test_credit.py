@@ -188,8 +188,27 @@ def test_gdpo_reads_each_reward_apart():
     assert has_signal(group, AlgorithmConfig(advantage="gdpo"), RewardsConfig(), max_completion_tokens=8)
 
 
-def reward(value: float) -> RewardComponent:
-    return RewardComponent(status="value", value=value, weight=1.0)
+def reward(value: float | None) -> RewardComponent:
+    return RewardComponent(status="skipped" if value is None else "value", value=value, weight=1.0)
+
+
+def test_a_reward_that_does_not_apply_to_a_rollout_costs_it_nothing_in_gdpo():
+    group = make_group("a", [1.9, 1.7, 1.0])
+    components = [{"x": reward(x), "y": reward(1.0)} for x in (0.9, 0.7, None)]
+    rollouts = tuple(replace(r, components=c) for r, c in zip(group.rollouts, components, strict=True))
+
+    result = credit([replace(group, rollouts=rollouts)], AlgorithmConfig(advantage="gdpo"), RewardsConfig())
+
+    assert [s.advantages[0] for s in result.samples] == pytest.approx([1.0, -1.0, 0.0], abs=1e-3)
+
+
+@pytest.mark.parametrize("rewards", [[0.1 + 0.2, 0.3], [0.3, 0.1 + 0.2]])
+def test_rewards_that_only_rounding_tells_apart_are_no_signal(rewards):
+    group, config = make_group("a", rewards), AlgorithmConfig(max_refills=1)
+
+    assert not has_signal(group, config, RewardsConfig(), max_completion_tokens=8)
+    assert credit([group], config, RewardsConfig()).num_no_signal_groups == 1
+    assert has_signal(make_group("a", [0.3, 0.3 + 1e-9]), config, RewardsConfig(), max_completion_tokens=8)
 
 
 @pytest.mark.parametrize(

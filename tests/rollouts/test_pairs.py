@@ -64,6 +64,15 @@ def test_equal_rewards_and_equal_completions_make_no_pair_and_count_as_no_signal
     assert not paired(groups[:2]).has_signal
 
 
+def test_rounding_neither_makes_a_pair_nor_hides_one():
+    tokens = [(1,), (2,)]
+
+    assert choose_pairs([0.1 + 0.2, 0.3], tokens, ALL) == choose_pairs([0.3, 0.1 + 0.2], tokens, BEST) == []
+    assert 0.3 - 0.1 < 0.2
+    assert choose_pairs([0.3, 0.1], tokens, PairsConfig(choice="best_worst", min_gap=0.2)) == [(0, 1)]
+    assert choose_pairs([0.3, 0.1], tokens, PairsConfig(choice="best_worst", min_gap=0.2 + 1e-9)) == []
+
+
 def test_an_equal_best_completion_does_not_hide_a_pair():
     assert choose_pairs([1.0, 0.0, 0.5], [(1,), (1,), (2,)], BEST) in ([(0, 2)], [(2, 1)])
 
