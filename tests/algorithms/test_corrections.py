@@ -51,6 +51,8 @@ def test_the_geometric_level_takes_the_mean_of_the_log_ratios():
     values, _ = weights([4.0, 1.0, 0.5, 9.0], method="mask", level="geometric", low=0.9, high=3.0)
 
     assert values == pytest.approx([2.0, 2.0, 0.0])
+    values, _ = weights([4.0, 1.0, 0.5, 9.0], method="truncate", level="geometric", low=None, high=3.0)
+    assert values == pytest.approx([2.0, 2.0, 0.5])  # of the second sequence one token counts
 
 
 def test_truncated_weights_correct_the_mean_of_the_wrong_policy():
@@ -79,7 +81,7 @@ def test_only_bad_sequences_far_from_the_sampler_are_left_out():
         return off_policy_mask(logprobs, sampling, values, mask, IDS, 2, threshold=threshold).tolist()
 
     assert kept([-1.0] * 4, 0.6) == [True, True, False, False]  # mean gaps 0.5 and 1
-    assert kept([-1.0, -1.0, 1.0, 1.0], 0.6) == [True] * 4
+    assert kept([-1.0, -1.0, 1.0, 1.0], 0.6) == kept([-1.0, -1.0, 0.0, 0.0], 0.6) == [True] * 4
     assert kept([-1.0] * 4, 0.4) == [False] * 4
 
 
@@ -116,13 +118,14 @@ def test_the_threshold_is_the_quantile_of_the_entropies():
 
 
 def test_covariances_match_hand_computed_values():
-    values = covariances(torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([1.0, -1.0, 0.0]))
+    values = covariances(torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([3.0, 1.0, 2.0]))
 
     assert values.tolist() == [1.0, 1.0, 0.0]
+    assert covariances(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])).tolist() == [-0.25, -0.25]
 
 
 def test_the_highest_covariances_are_selected():
-    covariance = torch.tensor([0.1, 5.0, 2.0, -1.0, 0.0])
+    covariance = torch.tensor([0.1, 5.0, 2.0, -9.0, 0.0])
 
     assert select_highest(covariance, torch.Generator(), covariance_frac=0.4).tolist() == [
         False,
@@ -143,6 +146,8 @@ def test_the_random_selection_stays_within_bounds_and_follows_its_seed():
     assert all(pick.sum() == 20 for pick in picks)
     assert covariance[picks[0]].min() >= 1 and covariance[picks[0]].max() <= 5
     assert torch.equal(picks[0], picks[1]) and not torch.equal(picks[0], picks[2])
+    few = options | {"covariance_frac": 1e-9}
+    assert select_at_random_within(covariance, torch.Generator(), **few).sum() == 1
 
 
 def test_no_candidate_no_selection():
@@ -179,9 +184,9 @@ def test_the_control_continues_from_its_state():
 
 
 def test_the_penalty_on_long_completions_is_a_slope():
-    penalties = [overlong_penalty(n, max_tokens=100, buffer_tokens=20, penalty=0.5) for n in (0, 80, 85, 90, 100)]
+    penalties = [overlong_penalty(n, max_tokens=100, buffer_tokens=20, penalty=0.5) for n in (0, 80, 85, 90, 100, 105)]
 
-    assert penalties == pytest.approx([0.0, 0.0, -0.125, -0.25, -0.5])
+    assert penalties == pytest.approx([0.0, 0.0, -0.125, -0.25, -0.5, -0.5])
 
 
 def test_returns_sum_the_penalties_that_are_still_to_come():

@@ -114,6 +114,16 @@ def test_the_value_loss_matches_hand_computed_values():
     assert values.grad.tolist() == pytest.approx([0.0, -0.9 / 3, -0.4 / 3, 0.0])
 
 
+def test_a_value_is_clipped_downwards_too_and_masked_tokens_are_in_no_share():
+    values = torch.tensor([-1.0, 1.0], requires_grad=True)
+    old, returns, mask = torch.zeros(2), torch.tensor([-2.0, 2.0]), torch.tensor([True, False])
+
+    loss, clip_frac = clipped_value_loss(values, old, returns, mask, clip_value=0.2, num_loss_tokens=1)
+
+    assert loss.item() == pytest.approx(0.5 * 1.8**2)
+    assert clip_frac == 1
+
+
 def test_the_value_loss_does_not_depend_on_the_split():
     values, old, returns, mask = loss_tensors(1)
     options = {"clip_value": 0.3, "num_loss_tokens": int(mask.sum())}

@@ -215,6 +215,8 @@ def test_gmpo_clips_log_ratios_and_takes_their_mean():
     assert out.loss.item() == pytest.approx(-2 * math.exp((0.4 - 1) / 2))
     assert out.metrics["loss/clip_frac"].item() == 0.5
     assert evaluate("gmpo", bad, **options).loss.item() == pytest.approx(2 * math.exp((1 - 0.4) / 2))
+    most = inputs_of([math.exp(1.0), math.exp(1.0), 1.0], [2.0] * 3, [3])
+    assert evaluate("gmpo", most, **options).metrics["loss/clip_frac"].item() == pytest.approx(2 / 3)
 
 
 def test_vespo_weighs_by_the_sequence_against_the_sampler():
@@ -226,6 +228,18 @@ def test_vespo_weighs_by_the_sequence_against_the_sampler():
     expected = [-phi[0] / 4, -phi[0] / 4, phi[1] / 2]
     assert inputs.logprobs.grad.tolist() == pytest.approx(expected)
     assert out.metrics["loss/sequence_weight_mean"].item() == pytest.approx((2 * phi[0] + phi[1]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("log_ratios", "log_w"),
+    [([-4.0, -5.0], -9.0), ([-30.0, 14.0], -6.0), ([-12.0, -12.0], math.log(1e-8))],  # as TRL bounds both
+)
+def test_vespo_bounds_log_ratios_far_out(log_ratios, log_w):
+    inputs = inputs_of([1.0, 1.0], [1.0, 1.0], [2], sampling_logprobs=-torch.tensor(log_ratios))
+    evaluate("vespo", inputs).loss.backward()
+
+    phi = math.exp(3 + 2 * log_w - 3 * math.exp(log_w))
+    assert inputs.logprobs.grad.tolist() == pytest.approx([-phi / 2] * 2, rel=1e-4)
 
 
 def test_clip_cov_leaves_out_the_selected_tokens():
