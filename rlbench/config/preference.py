@@ -36,7 +36,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLossSpec] = {
     "robust": PreferenceLossSpec(options=_BETA | {"label_smoothing": 0.1}, reads_divergence=True),
     "hinge": PreferenceLossSpec(options=_BETA, reads_divergence=True),
     "ipo": PreferenceLossSpec(options=_BETA, reads_divergence=True, compares_means=True),
-    "sigmoid_norm": PreferenceLossSpec(options={"beta": 2.0}, reads_divergence=True, compares_means=True),
+    "sigmoid_norm": PreferenceLossSpec(options={"beta": 5.0}, reads_divergence=True, compares_means=True),
     "exo_pair": PreferenceLossSpec(options=_BETA | {"label_smoothing": 1e-3}, reads_divergence=True),
     "nca_pair": PreferenceLossSpec(options=_BETA),
     "bco_pair": PreferenceLossSpec(options=_BETA),

@@ -166,7 +166,7 @@ CASES = {
     "sigmoid": ((["sigmoid"], {}), {}),
     "hinge": ((["hinge"], {}), {"losses": ["hinge"]}),
     "ipo": ((["ipo"], {"beta": 0.3}), {"losses": ["ipo"], "beta": 0.3}),
-    "sigmoid_norm": ((["sigmoid_norm"], {"beta": 2.0}), {"losses": ["sigmoid_norm"]}),
+    "sigmoid_norm": ((["sigmoid_norm"], {"beta": 5.0}), {"losses": ["sigmoid_norm"]}),
     "exo_pair": ((["exo_pair"], {"label_smoothing": 0.01}), {"losses": ["exo_pair"], "label_smoothing": 0.01}),
     "nca_pair": ((["nca_pair"], {}), {"losses": ["nca_pair"]}),
     "robust": ((["robust"], {"label_smoothing": 0.2}), {"losses": ["robust"], "label_smoothing": 0.2}),
