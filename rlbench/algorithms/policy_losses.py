@@ -121,7 +121,8 @@ def clip_cov(
     """`clipped_surrogate` with the selected tokens left out: a few of those that cost the most entropy.
 
     Selected once a batch (`select_at_random_within`): `covariance_frac` of the tokens, at random among those whose
-    covariance of logprob and advantage lies in [covariance_low, covariance_high].
+    covariance of logprob and advantage lies in [covariance_low, covariance_high]. The paper's equation has no clip of
+    ratios besides; its code has, and so has this.
 
     Returns:
         The loss and the shares of clipped and of selected loss tokens.

@@ -74,7 +74,13 @@ def hinge(inputs: PairInputs, *, beta: float) -> Tensor:
 
 
 def ipo(inputs: PairInputs, *, beta: float) -> Tensor:
-    """(s_c / n_c - s_r / n_r - 1 / (2 beta))^2. Source: IPO, arXiv:2310.12036, eq. 17, with means over tokens."""
+    """(s_c / n_c - s_r / n_r - 1 / (2 beta))^2.
+
+    The paper's actions have no length. With sums over tokens a long pair would have to reach the same margin as a short
+    one; means are what its authors advised TRL to take.
+
+    Source: IPO, arXiv:2310.12036, eq. 17, with means over tokens.
+    """
     return (_mean_margin(inputs) - 1 / (2 * beta)) ** 2
 
 
@@ -180,6 +186,8 @@ def simpo(inputs: PairInputs, *, beta: float, reward_margin: float) -> Tensor:
 def cpo(inputs: PairInputs, *, beta: float, nll_coef: float) -> Tensor:
     """-log sigmoid(beta (chosen_logps - rejected_logps)) + nll_coef NLL of the chosen completions, without a reference.
 
+    The NLL is that of `sft`, a mean over tokens as in the authors' code; the paper writes a sum over the completion.
+
     Source: contrastive preference optimization, arXiv:2401.08417, eqs. 3 and 5.
     """
     return -F.logsigmoid(beta * (inputs.chosen_logps - inputs.rejected_logps)) + nll_coef * sft(inputs)
@@ -188,7 +196,8 @@ def cpo(inputs: PairInputs, *, beta: float, nll_coef: float) -> Tensor:
 def orpo(inputs: PairInputs, *, beta: float) -> Tensor:
     """NLL of the chosen completions - beta log sigmoid(log odds(m_c) - log odds(m_r)), without a reference.
 
-    m = mean logprob of a token, log odds(m) = m - log(1 - exp(m)); beta is the paper's lambda.
+    m = mean logprob of a token, log odds(m) = m - log(1 - exp(m)); beta is the paper's lambda. The NLL is that of `sft`:
+    long completions count more in it than in the paper's mean over completions, as in the authors' code.
     Source: ORPO, arXiv:2403.07691, eqs. 6 and 7.
     """
     chosen, rejected = _mean_chosen(inputs), _mean_rejected(inputs)
@@ -268,7 +277,8 @@ def mismatch_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def divergence_scores(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
     """f'(t) for t = exp(log_ratio), the reward that a divergence D_f to the reference implies, up to a constant.
 
-    reverse_kl: log t; forward_kl: 1 - 1/t; js: log(2t / (1 + t)); alpha: (t^(a - 1) - 1) / (a - 1), log t at a = 1.
+    reverse_kl: log t; forward_kl: 1 - 1/t; js: log(2t / (1 + t)); alpha: (t^(a - 1) - 1) / (a - 1), log t at a = 1. The
+    a is TRL's, 1 - alpha of the paper: 1 is reverse_kl, 0 forward_kl.
 
     Args:
         log_ratio: [P].

@@ -55,7 +55,13 @@ def token_weights(
 
 
 def _token_mean(loss_mask: Tensor, num_tokens: Tensor, totals: BatchTotals, num_microbatches: int) -> Tensor:
-    """1 / (loss tokens of the step): every token counts the same. Source: DAPO, arXiv:2503.14476, section 3.3."""
+    """1 / (loss tokens of the step): every token counts the same.
+
+    DAPO's equation divides by the tokens of one prompt's group and averages over prompts, its code by those of all
+    prompts together; this is the code's, in which no token counts more because its group is short.
+
+    Source: DAPO, arXiv:2503.14476, section 3.3.
+    """
     return torch.full_like(num_tokens, 1 / max(1, totals.num_loss_tokens))
 
 

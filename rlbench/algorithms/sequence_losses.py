@@ -76,7 +76,8 @@ def gmpo(inputs: LossInputs, *, clip_log_ratio_low: float, clip_log_ratio_high: 
     """-A exp(mean_t c_t), c_t the log ratio clipped to [-low, high] on the side that the advantage's sign would leave.
 
     A geometric mean of token ratios: outliers weigh little, so the clip range may be wide. Use with
-    normalization=sequence_mean.
+    normalization=sequence_mean. Where A < 0 the lower bound acts, as in the authors' code; the paper's equation can be
+    read with the upper one there, which is the same while low = high.
 
     Args:
         inputs: one microbatch.
