@@ -196,8 +196,8 @@ def cpo(inputs: PairInputs, *, beta: float, nll_coef: float) -> Tensor:
 def orpo(inputs: PairInputs, *, beta: float) -> Tensor:
     """NLL of the chosen completions - beta log sigmoid(log odds(m_c) - log odds(m_r)), without a reference.
 
-    m = mean logprob of a token, log odds(m) = m - log(1 - exp(m)); beta is the paper's lambda. The NLL is that of `sft`:
-    long completions count more in it than in the paper's mean over completions, as in the authors' code.
+    m = mean logprob of a token, log odds(m) = m - log(1 - exp(m)); beta is the paper's lambda. The NLL is that of
+    `sft`: long completions count more in it than in the paper's mean over completions, as in TRL.
     Source: ORPO, arXiv:2403.07691, eqs. 6 and 7.
     """
     chosen, rejected = _mean_chosen(inputs), _mean_rejected(inputs)
