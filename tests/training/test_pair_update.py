@@ -138,6 +138,40 @@ def test_logprobs_are_taken_at_the_temperature_of_sampling(tiny_base):
     torch.testing.assert_close(result.logprobs[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def tempered(model, pairs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of logprobs of the completions [P, 2], and means of the tokens' log weights of WPO [P, 2]."""
+    sums, weights = [], []
+    for row in rows_of(pairs):
+        for completion in row.completions:
+            token_ids = torch.tensor([[*row.prompt_token_ids, *completion]])
+            logits = model(input_ids=token_ids).logits[0, -len(completion) - 1 : -1] / temperature
+            logprobs = logits.log_softmax(-1)
+            own = logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+            sums.append(own.sum())
+            weights.append((own - (2 * logprobs).logsumexp(-1)).mean())
+    return torch.stack(sums).view(-1, 2), torch.stack(weights).view(-1, 2)
+
+
+@pytest.mark.parametrize("budget", [200, 24], ids=["whole", "cut"])
+@pytest.mark.parametrize("wpo", [False, True])
+def test_policy_reference_and_weights_are_all_taken_at_the_temperature_of_sampling(tiny_base, budget, wpo):
+    model, temperature, pairs = plain_model(tiny_base), 0.6, EVERY[:5]
+    logps, log_weights = tempered(model, pairs, temperature)
+    with model.disable_adapter(), torch.no_grad():
+        ref_logps, _ = tempered(model, pairs, temperature)
+    margins = ((logps - ref_logps) * torch.tensor([1.0, -1.0])).sum(1)
+    weights = 1000 * log_weights.sum(1).exp().detach() if wpo else torch.ones(len(pairs))
+    expected = (-torch.nn.functional.logsigmoid(0.1 * margins) * weights).mean()
+    expected.backward()
+
+    options = PairOptions(num_updates=1, temperature=temperature, max_grad_norm=0)
+    config = PreferenceConfig(wpo=wpo, loss_weights=[1000.0 if wpo else 1.0])
+    result, (ours,), _ = online(make_policy(tiny_base), pairs, config, budget, options)
+
+    assert result.metrics["loss/preference"] == pytest.approx(expected.item(), rel=1e-4)
+    assert_same(ours, gradients(model))
+
+
 def test_several_updates_go_round_the_minibatches_against_one_reference(tiny_base):
     policy = make_policy(tiny_base)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)

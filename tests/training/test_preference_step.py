@@ -108,6 +108,20 @@ def test_dpo_has_the_gradients_of_the_plain_padded_step(tiny_base, budget):
 
 
 @pytest.mark.parametrize("budget", [1000, 24])
+def test_the_likelihood_is_a_mean_over_the_tokens_of_the_chosen_completions(tiny_base, budget):
+    rows, model = make_rows(), plain_model(tiny_base)
+    num_tokens = sum(len(row.completions[0]) for row in rows)
+    assert num_tokens != sum(len(row.completions[1]) for row in rows)
+    expected = -torch.stack([plain_logps(model, row, 0) for row in rows]).sum() / num_tokens
+    expected.backward()
+
+    metrics, ours, _ = captured(make_policy(tiny_base), rows, PreferenceConfig(losses=["sft"]), budget)
+
+    assert metrics["loss/preference"] == pytest.approx(expected.item(), rel=1e-4)
+    assert_same(ours, gradients(model))
+
+
+@pytest.mark.parametrize("budget", [1000, 24])
 def test_kto_has_the_gradients_of_the_plain_step_with_its_mismatched_kl(tiny_base, budget):
     rows = make_rows(2, is_unpaired=True)
     model = plain_model(tiny_base)
