@@ -379,17 +379,33 @@ def test_rewards_that_break_end_the_run_which_goes_on_with_others(tiny_overrides
     assert all(0.2 < share < 0.8 for share in invalid)
 
 
-def test_steps_without_any_signal_change_nothing(tiny_overrides, tmp_path):
+def without_signal(tiny_overrides, folder, *options) -> list[dict]:
     overrides = [o for o in tiny_overrides if "components.share" not in o]
     overrides += ["rewards.allowed_prefixes=[tests.loops.letter_reward,tests.loops.planted_rewards]"]
-    overrides += ["+rewards.components.wrong={path:tests.loops.planted_rewards.wrong}"]
+    overrides += ["+rewards.components.wrong={path:tests.loops.planted_rewards.wrong}", *options]
 
-    done = run(*overrides, "training.num_steps=2", "evaluation.num_prompts=0", "hydra.run.dir=run", folder=tmp_path)
+    done = run(*overrides, "training.num_steps=2", "evaluation.num_prompts=0", "hydra.run.dir=run", folder=folder)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train"):
-        assert (line["optim/is_skipped"], line["policy_version"], line["groups/no_signal_frac"]) == (1, 0, 1)
+    lines = read_metrics(folder / "run" / "metrics.jsonl", "train")
+    assert [line["groups/no_signal_frac"] for line in lines] == [1, 1]
+    return lines
+
+
+def test_steps_without_any_signal_change_nothing(tiny_overrides, tmp_path):
+    for line in without_signal(tiny_overrides, tmp_path):
+        assert (line["optim/is_skipped"], line["policy_version"]) == (1, 0)
         assert "optim/grad_norm" not in line
+
+
+def test_an_entropy_bonus_and_a_kl_penalty_act_on_steps_without_any_signal(tiny_overrides, tmp_path):
+    options = ["algorithm.entropy_coef=0.01", "algorithm.kl_coef=0.1"]
+
+    first, second = without_signal(tiny_overrides, tmp_path, *options)
+
+    assert first["optim/is_skipped"] == second["optim/is_skipped"] == 0
+    assert first["optim/grad_norm"] > 0 and second["kl/reference"] > 0
+    assert second["policy_version"] > first["policy_version"]
 
 
 def test_a_folder_that_a_run_writes_to_is_refused_to_others_and_left_alone(tiny_overrides, tmp_path):
