@@ -1,4 +1,4 @@
-"""The whole objective of an update from given logprobs, against its terms written out sequence by sequence in float64."""
+"""The whole objective of an update from given logprobs, against its terms written out by sequence in float64."""
 
 import pytest
 import torch
