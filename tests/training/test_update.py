@@ -8,6 +8,7 @@ import torch
 from rlbench.algorithms import POLICY_LOSSES
 from rlbench.algorithms.entropy_control import EntropyControl
 from rlbench.algorithms.loss_inputs import LossInputs, LossOutput, weighted_sum
+from rlbench.algorithms.reduce import BatchTotals
 from rlbench.config import algorithm as settings
 from rlbench.config.algorithm import LOSSES, AlgorithmConfig, LossSpec
 from rlbench.config.schema import LoraConfig, OptimConfig
@@ -270,6 +271,20 @@ def test_minibatches_keep_groups_whole_and_take_turns(tiny_base):
     assert_same(captured[2], captured[0], rtol=1e-5)  # the learning rate is 0
     assert_same(captured[3], captured[1], rtol=1e-5)
     assert any((captured[0][name] - captured[1][name]).abs().max() > 1e-4 for name in captured[0])
+
+
+def test_the_denominators_count_what_is_left_out_and_the_token_limit(tiny_base):
+    samples = with_silent_groups(make_samples(num_groups=4))
+    samples[0] = dataclasses.replace(samples[0], loss_mask=(False,) * len(samples[0].token_ids))
+
+    minibatches = make_minibatches(
+        samples, AlgorithmConfig(), tokens_per_microbatch=1000, max_completion_tokens=77, device="cpu"
+    )
+
+    assert [minibatch.totals for minibatch in minibatches] == [
+        BatchTotals(num_loss_tokens=sum(sum(s.loss_mask) for s in samples), num_sequences=16, max_completion_tokens=77)
+    ]
+    assert sum(mb.num_sequences for mb in minibatches[0].microbatches) == 8
 
 
 def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(tiny_base):
