@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
+from rlbench.config.teacher import TeacherConfig
 from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
 from rlbench.rollouts.credit import RewardFailure, credit, has_signal
 from rlbench.rollouts.seeds import sampling_seed
@@ -143,6 +144,26 @@ def test_long_completions_lose_reward_before_they_are_compared():
     assert result.metrics["completion/overlong_penalty_mean"] == pytest.approx(-0.375)
     assert has_signal(group, config, RewardsConfig(), max_completion_tokens=8)
     assert not has_signal(group, AlgorithmConfig(), RewardsConfig(), max_completion_tokens=8)
+
+
+def test_the_penalty_on_long_completions_is_1_unless_it_is_set():
+    config = AlgorithmConfig(overlong_buffer_tokens=4, advantage_scale="none")
+    group = finished_after(make_group("a", [1.0, 1.0]), 4, 8)
+
+    result = credit([group], config, RewardsConfig(), max_completion_tokens=8)
+
+    assert [s.advantages[0] for s in result.samples] == pytest.approx([0.5, -0.5])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_the_discount_of_a_teacher_is_that_of_the_settings(gamma):
+    config = AlgorithmConfig(advantage="teacher", teacher=TeacherConfig(gamma=gamma))
+    gaps = {"1/a/0": [0.1, 0.2, 0.4]}
+
+    result = credit([make_group("a", [0.0])], config, RewardsConfig(), teacher_gaps=gaps)
+
+    expected = [-0.1 - gamma * 0.2 - gamma**2 * 0.4, -0.2 - gamma * 0.4, -0.4]
+    assert result.samples[0].advantages == pytest.approx(expected)
 
 
 KL = {"1/a/0": [0.1, 0.2, 0.3], "1/a/1": [0.0, 0.0, 0.0]}

@@ -6,10 +6,12 @@ import torch
 from rlbench.config.schema import AlgorithmConfig, LoraConfig, OptimConfig
 from rlbench.data.packing import pack
 from rlbench.models.policy import Policy
+from rlbench.records import Rollout
 from rlbench.training.checkpoint import find_checkpoint, restore, save_checkpoint
 from rlbench.training.optim import make_optimizer
-from rlbench.training.reference_kl import refresh_reference
+from rlbench.training.reference_kl import reference_kl, refresh_reference, unscored_sample
 from rlbench.training.step import fixed_columns, policy_logprobs, reference_logprobs
+from tests.rollouts.test_credit import make_group
 from tests.training.test_checkpoint import make_update
 from tests.training.test_step import make_policy, make_samples
 
@@ -44,6 +46,39 @@ def test_right_after_a_copy_the_kl_is_0_and_the_next_update_leaves_the_reference
     assert torch.equal(reference_logprobs(policy, batch(), 1.0, reference), policy_logprobs(policy, batch(), 1.0)[0])
     make_update(policy, make_optimizer(policy.parameters(), OptimConfig(lr=0.01)), 0)
     assert reference.adapter().fingerprint() == fingerprint != policy.adapter().fingerprint()
+
+
+def logits_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """All of them, at the positions before the completion's tokens."""
+    (microbatch,) = pack([unscored_sample(rollout)], tokens_per_microbatch=30, device="cpu")
+    with torch.no_grad():
+        return policy.hidden(microbatch).float() @ policy.head_weight.float().T
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_the_kl_of_a_token_in_the_reward_is_log_policy_minus_log_reference(tiny_base, pair, temperature, has_copy):
+    policy, reference = pair
+    refresh_reference(reference, policy, 0.5)
+    groups = [make_group("a", [1.0, None]), make_group("b", [0.0, 0.5])]
+
+    found = reference_kl(
+        policy, groups, estimator="k1", temperature=temperature, tokens_per_microbatch=30,
+        reference=reference if has_copy else None,
+    )  # fmt: skip
+
+    rollout = groups[0].rollouts[0]
+    ours = logits_of(policy, rollout)
+    if has_copy:
+        theirs = logits_of(reference, rollout)
+    else:
+        with policy.reference():
+            theirs = logits_of(policy, rollout)
+    gaps = (ours / temperature).log_softmax(-1) - (theirs / temperature).log_softmax(-1)
+    expected = gaps.gather(-1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
+    assert set(found) == {"1/a/0", "1/b/0", "1/b/1"}  # a rollout without a reward has none
+    torch.testing.assert_close(torch.tensor(found["1/a/0"]), expected, rtol=1e-3, atol=1e-5)
+    assert expected.abs().max() > 1e-3
 
 
 def test_the_loss_reads_the_copy_and_without_one_the_base(pair):
