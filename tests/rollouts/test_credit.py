@@ -155,6 +155,16 @@ def test_the_penalty_on_long_completions_is_1_unless_it_is_set():
     assert [s.advantages[0] for s in result.samples] == pytest.approx([0.5, -0.5])
 
 
+def test_the_penalty_on_long_completions_is_a_reward_of_its_own_for_gdpo():
+    config = AlgorithmConfig(overlong_buffer_tokens=4, advantage="gdpo")
+    group = finished_after(make_group("a", [1.0, 1.0]), 4, 8)
+
+    result = credit([group], config, RewardsConfig(), max_completion_tokens=8)
+
+    assert [s.advantages[0] > 0 for s in result.samples] == [True, False]
+    assert result.num_no_signal_groups == 0
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_the_discount_of_a_teacher_is_that_of_the_settings(gamma):
     config = AlgorithmConfig(advantage="teacher", teacher=TeacherConfig(gamma=gamma))
