@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlbench.data.preferences import PreferenceRow
 from rlbench.loops.evaluate import Evaluation
 from rlbench.loops.offline import OfflineLoop
 from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.whole_file import write_whole
 from rlbench.training.preference_step import (
     PreferenceBatch,
     held_out_preferences,
@@ -123,10 +123,7 @@ class PreferenceLoop(OfflineLoop[PreferenceInputs, PreferenceRow]):
 
 
 def _write(file: Path, table: Mapping[str, Sequence[float]]) -> None:
-    """Whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(table))
-        os.replace(temporary, file)
+        write_whole(file, json.dumps(table))
     except OSError as error:
         raise TrackingError.from_os_error("save the reference's logprobs to", file, error) from error
