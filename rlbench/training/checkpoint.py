@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,17 +107,50 @@ def save_checkpoint(
     except SafetensorError as error:  # its writer's way to say what OSError says: disk full
         raise TrackingError(f"cannot save a checkpoint to {final}: {error}") from error
     finally:
-        for folder in (temporary, aside):
-            shutil.rmtree(folder, ignore_errors=True)
+        if final.exists():
+            _remove_leftovers(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
     kept = {_name(step) for step in keep_steps}
     for old in _folders(run_folder)[keep_last:]:
         if old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     return final
+
+
+def forget_later(run_folder: Path, step: int) -> list[str]:
+    """Remove checkpoints of steps after `step`, newest first: a run that goes on from there writes its own.
+
+    Returns:
+        Their names.
+    """
+    later = [folder for folder in _folders(run_folder) if folder.name.lstrip(".")[: len(_name(step))] > _name(step)]
+    for folder in later:
+        _remove(folder)
+    return [folder.name for folder in later]
+
+
+def _remove(folder: Path) -> None:
+    """At once for readers, whenever the process ends."""
+    with suppress(OSError):  # what cannot be removed stays
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """What processes left that were killed while they wrote or removed a checkpoint."""
+    for folder in place.glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether the run has written one, valid or not."""
+    return bool(_folders(run_folder))
 
 
 def find_checkpoint(place: Path) -> tuple[Checkpoint, list[str]]:
@@ -194,9 +228,15 @@ def _load(folder: Path, trained: Trained, optimizer: torch.optim.Optimizer | Non
 
 
 def _folders(run_folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; a step from 1,000,000 on has a longer name than those before."""
-    found = (run_folder / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda folder: (len(folder.name), folder.name), reverse=True)
+    """Checkpoint folders, newest first; one that was set aside counts if what replaces it never got its name.
+
+    A step from 1,000,000 on has a longer name than those before.
+    """
+    place = run_folder / "checkpoints"
+    found = {folder.name: folder for folder in place.glob("step-*")}
+    for aside in place.glob(".step-*.before"):
+        found.setdefault(aside.name.split(".")[1], aside)
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name), reverse=True)]
 
 
 def _write_manifest(folder: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import resource
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from rlbench.config.optim import GaloreConfig
 from rlbench.config.schema import AlgorithmConfig, OptimConfig
 from rlbench.data.packing import pack
 from rlbench.tracking.errors import TrackingError
-from rlbench.training.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from rlbench.training.checkpoint import (
+    find_checkpoint,
+    forget_later,
+    has_checkpoint,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from rlbench.training.optim import make_optimizer
 from rlbench.training.step import train_step
 from tests.training.test_step import make_policy, make_samples
@@ -120,6 +128,45 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(two_checkpoi
     assert len(damaged) == 1 and name in damaged[0]
     with pytest.raises(ValueError, match=f"is damaged: {name}"):
         read_checkpoint(newer)
+
+
+def test_one_that_was_set_aside_counts_until_its_successor_has_its_name(two_checkpoints, tiny_base, tmp_path):
+    """Killed while the same step was saved again, between the two renames; and in the save before."""
+    older, newer = two_checkpoints
+    shutil.rmtree(older)
+    aside = newer.rename(newer.with_name(f".{newer.name}.7.before"))
+    newer.with_name(f".{newer.name}.7").mkdir()
+
+    assert has_checkpoint(tmp_path) and find_checkpoint(tmp_path)[0].folder == aside
+
+    policy, optimizer = start(tiny_base)
+    save(tmp_path, policy, optimizer, 3, keep_last=1)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_checkpoint_is_gone_for_readers_before_its_first_file_is(two_checkpoints, tiny_base, tmp_path, monkeypatch):
+    policy, optimizer = start(tiny_base)
+    seen = []
+    remove = shutil.rmtree
+
+    def watched(folder, **options):
+        if folder.exists():
+            seen.append(folder.name)
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    save(tmp_path, policy, optimizer, 3)
+    assert seen == [".step-000001.gone"]
+
+
+def test_a_run_that_goes_on_from_an_older_one_keeps_none_that_is_later(two_checkpoints, tiny_base, tmp_path):
+    """Else a kill would make it go on from there, without the lines of the steps between."""
+    two_checkpoints[1].joinpath("state.json").unlink()
+
+    assert forget_later(tmp_path, 1) == ["step-000002"]
+    policy, optimizer = start(tiny_base)
+    save(tmp_path, policy, optimizer, 1, keep_last=1)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_folder_without_a_valid_checkpoint_is_a_clear_error(two_checkpoints, tmp_path):
