@@ -24,20 +24,23 @@ class JsonlWriter:
         path: the file; its folder is made.
         resume_from_step: None for a new file. Otherwise lines of later steps, which the resumed run will write
             again, and damaged lines (a crash in the middle of a write) are cut; `num_cut_lines` and
-            `num_damaged_lines` say how many.
+            `num_damaged_lines` say how many. -1 cuts all.
+        evaluated_to: the same for lines of evaluations, which may have come after what the run goes on from; None:
+            `resume_from_step`.
 
     Raises:
         TrackingError: if the file cannot be opened, or a new run would overwrite an old run's metrics.
     """
 
-    def __init__(self, path: str | Path, resume_from_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, resume_from_step: int | None = None, evaluated_to: int | None = None) -> None:
         self.path = Path(path)
         self.num_cut_lines = 0
         self.num_damaged_lines = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_from_step is not None:
-                self._cut(resume_from_step)
+                evaluated_to = resume_from_step if evaluated_to is None else evaluated_to
+                self._cut({"train": resume_from_step, "eval": evaluated_to})
             elif self.path.exists() and self.path.stat().st_size > 0:
                 raise TrackingError(f"{self.path} holds an earlier run's metrics: resume that run or take a new folder")
             self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -82,7 +85,7 @@ class JsonlWriter:
         except OSError:
             pass  # the write's own error is the one to report; a resume cuts the damaged line
 
-    def _cut(self, resume_from_step: int) -> None:
+    def _cut(self, last: Mapping[str, int]) -> None:
         if not self.path.exists():
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -90,9 +93,12 @@ class JsonlWriter:
             for raw in source:
                 step = _step_of(raw)
                 self.num_damaged_lines += step is None
-                self.num_cut_lines += step is not None and step > resume_from_step
-                if step is not None and step <= resume_from_step:
+                if step is None:
+                    continue
+                if step <= last[json.loads(raw)["phase"]]:
                     target.write(raw.rstrip(b"\r\n") + b"\n")
+                else:
+                    self.num_cut_lines += 1
             target.flush()
             os.fsync(target.fileno())
         os.replace(temporary, self.path)

@@ -56,6 +56,22 @@ def write_rollouts(
     return write_rollout_file(rollouts_path(folder, step, phase), step, groups, advantages)
 
 
+def cut_rollouts(folder: str | Path, step: int, evaluated_to: int) -> None:
+    """Remove the files of later steps, which a run that goes on from `step` writes anew.
+
+    Args:
+        folder: the run's folder.
+        step: -1 removes all.
+        evaluated_to: the same for evaluations.
+    """
+    for phase, prefix in PREFIXES.items():
+        last = evaluated_to if phase == "eval" else step
+        for file in (Path(folder) / "rollouts").glob(f"{prefix}step-*.parquet"):
+            number = file.stem.removeprefix(f"{prefix}step-")
+            if number.isdecimal() and int(number) > last:
+                file.unlink(missing_ok=True)
+
+
 def write_rollout_file(path: Path, step: int, groups: Sequence[RolloutGroup], advantages: Mapping[str, float]) -> Path:
     """Write one row a rollout, by temporary name, fsync and rename.
 

@@ -112,3 +112,17 @@ def test_phases_are_told_apart(tmp_path):
     writer.write(0, {"eval/accuracy": 0.2}, phase="eval")
     writer.write(1, {"reward/mean": 0.2})
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl", phase="eval")] == [0]
+
+
+def test_an_evaluation_after_the_step_that_a_run_goes_on_from_is_cut_too(tmp_path):
+    path = tmp_path / "m.jsonl"
+    writer = JsonlWriter(path)
+    for step, phase in ((0, "eval"), (1, "train"), (2, "train"), (2, "eval")):
+        writer.write(step, {}, phase)
+    writer.close()
+
+    JsonlWriter(path, resume_from_step=2, evaluated_to=0).close()
+    assert [(line["step"], line["phase"]) for line in read_metrics(path)] == [(0, "eval"), (1, "train"), (2, "train")]
+
+    JsonlWriter(path, resume_from_step=-1).close()
+    assert path.read_bytes() == b""

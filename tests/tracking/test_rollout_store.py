@@ -9,6 +9,7 @@ import pytest
 from rlbench.records import RewardComponent
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.rollout_store import (
+    cut_rollouts,
     read_groups,
     read_rollout_table,
     read_rollouts,
@@ -145,3 +146,15 @@ def test_a_file_without_a_column_that_is_read_is_one_sentence(tmp_path, rollout,
     with pytest.raises(TrackingError, match=r"^cannot read the rollouts in .*: they have no column seeds$") as caught:
         read_rollout_table(path, ["step", "seeds"])
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_steps_that_a_run_makes_again_are_cut(tmp_path):
+    for phase in ("train", "eval", "replayed"):
+        for step in (0, 2, 3):
+            write_rollouts(tmp_path, step, [], {}, phase=phase)
+
+    cut_rollouts(tmp_path, step=2, evaluated_to=0)
+
+    kept = [(phase, step) for phase in ("train", "eval", "replayed") for step in (0, 2, 3)
+            if rollouts_path(tmp_path, step, phase).exists()]  # fmt: skip
+    assert kept == [("train", 0), ("train", 2), ("eval", 0), ("replayed", 0), ("replayed", 2)]
