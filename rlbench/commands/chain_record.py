@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlbench.tracking.whole_file import write_whole
 
 RECORD_NAME = "chain.json"
 
@@ -70,12 +71,13 @@ class ChainRecord:
             {"name": name, "folder": folder.name, "adapter_sha256": digest}
             for name, folder, digest in zip(self.names, self.folders, self.adapter_sha256, strict=False)
         ]
-        partial = self.folder / f"{RECORD_NAME}.partial"
-        partial.write_text(json.dumps({"stages": self.names, "finished": finished}, indent=1) + "\n")
-        os.replace(partial, self.folder / RECORD_NAME)
+        text = json.dumps({"stages": self.names, "finished": finished}, indent=1) + "\n"
+        write_whole(self.folder / RECORD_NAME, text)
 
     def has_checkpoint(self, index: int) -> bool:
-        return any(self.folders[index].glob("checkpoints/step-*/manifest.json"))
+        from rlbench.training.checkpoint import has_checkpoint
+
+        return has_checkpoint(self.folders[index])
 
     def clear(self, index: int) -> None:
         """Remove what a stage without a checkpoint left."""

@@ -30,6 +30,7 @@ from rlbench.tracking.run_log import NAME as LOG_NAME
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
+from rlbench.tracking.whole_file import write_whole
 
 if TYPE_CHECKING:
     from rlbench.build import BaseInputs, BaseParts
@@ -63,7 +64,8 @@ def run_training(config: RunConfig, notes: Sequence[str], folder: Path, *, is_in
     for note in notes:
         console.note(note)
     checkpoint, run_folder = _find_resume(config, folder, console)
-    if checkpoint is None and (run_folder / "metrics.jsonl").exists():
+    begins_again = config.resume is not None and _must_begin_again(run_folder)
+    if checkpoint is None and not begins_again and (run_folder / "metrics.jsonl").exists():
         raise ValueError(f"{run_folder} holds a run; expected resume={run_folder}, or another hydra.run.dir")
     if checkpoint is not None:
         kept = keep_derived(config, json.loads((run_folder / "derived.json").read_text()))
@@ -224,14 +226,14 @@ def _keep_traceback(error: BaseException, run_folder: Path) -> Path:
 def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> Tracker:
     config = inputs.config
     steps_done = checkpoint.step if checkpoint else 0
-    jsonl = JsonlWriter(run_folder / "metrics.jsonl", resume_from_step=steps_done if checkpoint else None)
+    jsonl = _metrics_file(checkpoint, run_folder, console)
     plain = asdict(config)
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    (run_folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    write_whole(run_folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_whole(run_folder / "environment.json", json.dumps(environment(), indent=1))
     if checkpoint is None:
         reasons = {d.key: {"value": d.value, "reason": d.reason} for d in inputs.derived}
-        (run_folder / "derived.json").write_text(json.dumps(reasons, indent=1))
-        (run_folder / "overrides.yaml").write_text(yaml.safe_dump(own_overrides()))
+        write_whole(run_folder / "derived.json", json.dumps(reasons, indent=1))
+        write_whole(run_folder / "overrides.yaml", yaml.safe_dump(own_overrides()))
     wandb = WandbTracker(
         config.tracking.wandb,
         config.tracking.wandb_project,
@@ -244,6 +246,25 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
     )
     tensorboard = TensorboardTracker(run_folder, steps_done) if config.tracking.tensorboard else None
     return Tracker(jsonl, config.training.num_steps or 0, wandb, console, steps_done, tensorboard)
+
+
+def _metrics_file(checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> JsonlWriter:
+    """Opened where the run goes on; what came later, in other files too, is removed first."""
+    path = run_folder / "metrics.jsonl"
+    if checkpoint is None and not _must_begin_again(run_folder):
+        return JsonlWriter(path)
+    from rlbench.tracking.rollout_store import cut_rollouts
+    from rlbench.training.checkpoint import forget_later
+
+    step = evaluated_to = -1
+    if checkpoint is not None:
+        step = checkpoint.step
+        evaluated_to = max((int(e["step"]) for e in checkpoint.state["evaluations"]), default=-1)
+        later = forget_later(run_folder, step)
+        if later:
+            console.note(f"checkpoints of later steps are removed: {', '.join(later)}")
+    cut_rollouts(run_folder, step, evaluated_to)
+    return JsonlWriter(path, resume_from_step=step, evaluated_to=evaluated_to)
 
 
 def _plan_memory(inputs: BaseInputs, parts: BaseParts, run_folder: Path, console: RunConsole) -> None:
@@ -265,6 +286,10 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
         raise ValueError(
             f"resume is {config.resume}, but there is no such folder; expected a run's folder or one of its checkpoints"
         )
+    if _must_begin_again(place):
+        console.note(f"{place} has no checkpoint yet: the run begins again, and what it had recorded goes")
+        remove_if_unused(hydra_folder)
+        return None, place
     from rlbench.training.checkpoint import find_checkpoint
 
     checkpoint, damaged = find_checkpoint(place)
@@ -276,6 +301,9 @@ def _find_resume(config: RunConfig, hydra_folder: Path, console: RunConsole) -> 
 
 def _newest_run(hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | None, Path]:
     """For resume=auto: this folder's newest valid checkpoint, else that of the runs beside it, newest first."""
+    if _must_begin_again(hydra_folder):
+        console.note(f"resume=auto: {hydra_folder} has no checkpoint yet: its run begins again")
+        return None, hydra_folder
     from rlbench.training.checkpoint import find_checkpoint
 
     beside = {file.parents[2] for file in hydra_folder.parent.glob("*/checkpoints/step-*/manifest.json")}
@@ -296,6 +324,15 @@ def _newest_run(hydra_folder: Path, console: RunConsole) -> tuple[Checkpoint | N
         return checkpoint, run_folder
     console.note(f"resume=auto: no run in {hydra_folder.parent} has a checkpoint; a new run begins")
     return None, hydra_folder
+
+
+def _must_begin_again(folder: Path) -> bool:
+    """Whether a run began there and was killed before its first checkpoint: one that came to an end has a report."""
+    if not (folder / "metrics.jsonl").is_file() or (folder / "report.html").exists():
+        return False
+    from rlbench.training.checkpoint import has_checkpoint
+
+    return not has_checkpoint(folder)
 
 
 def remove_if_unused(folder: Path) -> None:
