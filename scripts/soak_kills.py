@@ -1,119 +1,257 @@
-"""A run killed with signal 9 at random moments of random steps and resumed each time, against the same run left alone.
+"""Runs killed with signal 9 again and again and resumed each time, against the same runs left alone, bit for bit.
 
-    python scripts/soak_kills.py [--kills 20] [--steps 30] [--seed 0]
+    python scripts/soak_kills.py [--kinds grpo,sft] [--kills 6] [--steps 12] [--seed 0] [--parallel 2] [--out FILE]
 
-Adapter, metrics (times left out) and rollouts must be identical. A tiny model with random weights, on a CPU.
+Each kind is killed at the moments of `PLANNED`, at --kills random ones (half by the clock, half before a random
+operation on a file), and at those of `AT_THE_END`; always the same command goes on, `resume=auto`. Everything that a
+run leaves must be identical: weights, optimizer, state, every line of the metrics (without times), rollouts, evaluations,
+the numbers of the report, the chain's record; no file may be missing or left over. Tiny models with random weights, on
+a CPU; each run is a fork of a process with torch imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlbench.training.checkpoint import find_checkpoint  # noqa: E402
-from tests.loops.conftest import ENVIRONMENT  # noqa: E402
-from tests.loops.test_rl_runs import comparable, sampled  # noqa: E402
-from tests.tiny import save_tiny_model  # noqa: E402
+from scripts.kill_kinds import KINDS, make_data, overrides_of  # noqa: E402
+from scripts.left_by_runs import differences  # noqa: E402
+from tests.loops.conftest import SERVER  # noqa: E402
+from tests.loops.self_kill import program  # noqa: E402
+
+LIMIT_S = 120.0  # of one process
+LOCKS = {kind: threading.Lock() for kind in KINDS}  # of the runs that are left alone, some of which others start from
+PLANNED = {
+    "in the first update": "update 1 .",
+    "in the first checkpoint, before its manifest": "before 1 open .*/checkpoints/.step.*manifest",
+    "in the first checkpoint, before its name": "before 1 os.rename .*/checkpoints/",
+    "in a line of the metrics": "line 5 .",
+    "in the resume, before the metrics are cut": "before 1 os.rename .*metrics.jsonl",
+    "in the resume, with half a config": "empty 1 open .*/[.]?config.yaml",
+    "twice in a step, before the update": "update 1 .",
+    "twice in a step, after the update": "updated 1 .",
+    "before the name of a rollouts file": "before 1 os.rename .*/rollouts/",
+    "before an old checkpoint goes": "before 1 os.rename .*/checkpoints/step",
+    "while an old checkpoint goes": "before 1 os.remove (state.json|optimizer.safetensors)",
+    "stopped in a step with an evaluation": "stop 3 .",
+    "after the evaluation that the stop put off": "update 1 .",
+}
+AT_THE_END = {
+    "before the last checkpoint": "before 1 open .*/checkpoints/.step-{steps:06d}",
+    "before the last checkpoint's name": "before 1 os.rename .*/checkpoints/.step-{steps:06d}",
+    "in the result": "before 1 open run/(2_grpo/)?(adapter|model)/",
+    "in the report": "before 1 os.rename .*report.html",
+    "in the last checkpoint written again": "before 2 os.rename .*/checkpoints/",
+    "in the chain's record": "before 1 os.rename .*chain.json",
+}
 
 
-def overrides(folder: Path, num_steps: int) -> list[str]:
-    """A run that pays for the letter `a`."""
-    rows = [{"question": f"{a}+{b}", "answer": str(a + b)} for a in range(8) for b in range(5)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_tiny_model(folder / "model")
-    return [
-        "name=soak", f"model.path={folder / 'model'}", "model.dtype=float32", f"data.path={folder / 'rows.jsonl'}",
-        "data.system_prompt=null", "data.examples=[]", "~rewards.components.accuracy", "~rewards.components.format",
-        "+rewards.components.share={path:tests.loops.letter_reward.share_of_a}",
-        "rewards.allowed_prefixes=[tests.loops.letter_reward]", "sampling.max_tokens=12",
-        "algorithm.prompts_per_step=4", "algorithm.group_size=8", "evaluation.num_prompts=8",
-        "evaluation.every_steps=7", "optim.lr=0.02", "checkpoint.every_steps=2", f"training.num_steps={num_steps}",
-    ]  # fmt: skip
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    kind: str
+    steps: int
+    kills: int = 0
+    stops: int = 0
+    processes: int = 0
+    not_reached: list[str] = field(default_factory=list)  # moments that the run did not come to
+    differing: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen:
-    log = (folder / "log.txt").open("a")
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlbench", *arguments],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def num_done(run: Path) -> int:
-    """Steps in the metrics so far."""
-    file = run / "metrics.jsonl"
-    return file.read_text().count('"phase": "train"') if file.exists() else 0
-
-
-def touched(run: Path, since: float) -> bool:
-    """Whether this process has recorded a step."""
-    file = run / "metrics.jsonl"
-    return file.exists() and file.stat().st_mtime > since
-
-
-def kill_at(arguments: list[str], folder: Path, num_steps: int, after_s: float) -> bool:
-    """Start or resume, wait for that many steps and a moment, kill; False: the run had ended before."""
-    has_checkpoint = any((folder / "run" / "checkpoints").glob("step-*"))  # a first one may have been cut: it is absent
-    process = start([*arguments, f"resume={folder / 'run'}"] if has_checkpoint else arguments, folder)
-    began = time.time()
-    while process.poll() is None and not (num_done(folder / "run") >= num_steps and touched(folder / "run", began)):
-        time.sleep(0.002)
-    time.sleep(after_s)
-    if process.poll() is not None:
-        if process.returncode:
-            sys.exit(f"the run ended with status {process.returncode}:\n{(folder / 'log.txt').read_text()[-3000:]}")
-        return False
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return True
+class Failed(Exception):
+    """A run that was to go on ended."""
 
 
 def main() -> None:
+    options = parse()
+    place = options.folder or Path(tempfile.mkdtemp(prefix="rlbench-kills-"))
+    place.mkdir(parents=True, exist_ok=True)
+    print(f"runs and logs: {place}", flush=True)
+    outcomes, alone = [], {}
+    try:
+        make_data(place)
+        with ThreadPoolExecutor(options.parallel) as pool:
+            for outcome in pool.map(lambda kind: soak(kind, place, options, alone), options.kinds):
+                outcomes.append(outcome)
+                print(line_of(outcome), flush=True)
+    finally:
+        SERVER.close()
+    if options.out:
+        options.out.write_text(json.dumps(result_of(outcomes, options), indent=1) + "\n")
+    is_good = not any(outcome.differing for outcome in outcomes)
+    if is_good and options.folder is None:
+        shutil.rmtree(place)
+    sys.exit(not is_good)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
+    parser.add_argument("--kills", type=int, default=6, help="random ones, of each kind")
+    parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=2, help="kinds at a time")
+    parser.add_argument("--folder", type=Path, help="of runs and logs; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="the JSON")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as place:
-        alone, killed = Path(place) / "alone", Path(place) / "killed"
-        for folder in (alone, killed):
-            folder.mkdir()
-        arguments = [*overrides(Path(place), options.steps), "hydra.run.dir=run"]
+    options.kinds = options.kinds.split(",")
+    if not set(options.kinds) <= set(KINDS):
+        parser.error(f"--kinds is {','.join(options.kinds)}, expected some of {','.join(KINDS)}")
+    return options
+
+
+def soak(kind: str, place: Path, options: argparse.Namespace, alone: dict[str, Path]) -> Outcome:
+    """One kind: the run that is left alone, the one that is killed, and what differs between them."""
+    outcome, began = Outcome(kind=kind, steps=options.steps), time.monotonic()
+    try:
+        seconds, num_operations = leave_alone(kind, place, options.steps, alone)
+        run = place / kind / "killed" / "run"
+        run.parent.mkdir(parents=True)
+        arguments = [*overrides_of(kind, place, options.steps, alone), "hydra.run.dir=run", "resume=auto"]
+        draw = random.Random(f"{options.seed} {kind}")
+        for name, moment in moments(kind, options, draw, seconds, num_operations):
+            note_end(outcome, name, run_until(moment, arguments, run.parent))
+        outcome.processes += 1
+        if run_until("", arguments, run.parent) != 0:
+            raise Failed("the last resume ended badly")
+        outcome.differing = differences(alone[kind], run)
+    except Failed as failure:
+        outcome.differing = [f"{failure}: {place / kind}"]
+    outcome.seconds = round(time.monotonic() - began, 1)
+    return outcome
+
+
+def leave_alone(kind: str, place: Path, num_steps: int, alone: dict[str, Path]) -> tuple[float, int]:
+    """Run `kind`, and first what it starts from, into `alone`; seconds and operations on files."""
+    after = KINDS[kind].after
+    if after:
+        leave_alone(after, place, num_steps, alone)
+    folder = place / kind / "alone"
+    record = folder / "operations.txt"
+    with LOCKS[kind]:
         began = time.monotonic()
-        if start(arguments, alone).wait():
-            sys.exit((alone / "log.txt").read_text()[-3000:])
-        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
-        kills = 0
-        for number in sorted(draw.choices(range(options.steps - 1), k=options.kills)):
-            kills += kill_at(arguments, killed, number, draw.uniform(0.0, 0.08))
-            print(f"kill {kills}: {num_done(killed / 'run')} of {options.steps} steps in the metrics", flush=True)
-        if start([*arguments, f"resume={killed / 'run'}"], killed).wait():
-            sys.exit((killed / "log.txt").read_text()[-3000:])
-        runs = [folder / "run" for folder in (alone, killed)]
-        fingerprints = [find_checkpoint(run)[0].state["adapter_fingerprint"] for run in runs]
-        found = {
-            "adapter": fingerprints[0] == fingerprints[1],
-            "metrics": comparable(runs[0]) == comparable(runs[1]),
-            "rollouts": sampled(runs[0]) == sampled(runs[1]),
-        }
-        print(f"{kills} kills in {options.steps} steps; identical: {found}")
-        if not all(found.values()) or kills < options.kills:
-            sys.exit(1)
+        if kind in alone:
+            return 2.0, len(record.read_text().splitlines())
+        folder.mkdir(parents=True)
+        arguments = [*overrides_of(kind, place, num_steps, alone), "hydra.run.dir=run", "resume=auto"]
+        if run_until("", arguments, folder, record) != 0:
+            raise Failed("the run that is left alone ended badly")
+        alone[kind] = folder / "run"
+    return time.monotonic() - began, len(record.read_text().splitlines())
+
+
+def moments(
+    kind: str, options: argparse.Namespace, draw: random.Random, seconds: float, num_operations: int
+) -> Iterator[tuple[str, str]]:
+    """Names and moments; "clock SECONDS" is one too."""
+    yield from ((name, moment) for name, moment in PLANNED.items() if has_moment(kind, moment))
+    share = 2 / (options.kills + 1)  # of a whole run, the most that passes between two
+    for number in range(options.kills):
+        if number % 2:
+            yield "random", f"before {draw.randint(1, max(1, int(num_operations * share)))} ."
+        else:
+            yield "random", f"clock {draw.uniform(0.3, max(0.6, seconds * share)):.2f}"
+    for name, moment in AT_THE_END.items():
+        if has_moment(kind, moment):
+            yield name, moment.format(steps=options.steps)
+
+
+def has_moment(kind: str, moment: str) -> bool:
+    """Not every kind has rollouts, or is a chain."""
+    data = KINDS[kind].data
+    return ("rollouts" not in moment or data in ("prompts", "chain")) and (
+        "chain.json" not in moment or data == "chain"
+    )
+
+
+def note_end(outcome: Outcome, name: str, status: int) -> None:
+    outcome.processes += 1
+    if status == -signal.SIGKILL:
+        outcome.kills += 1
+    elif status == 128 + signal.SIGTERM:
+        outcome.stops += 1
+    elif status == 0:
+        outcome.not_reached.append(name)
+    else:
+        raise Failed(f"after {name!r}: status {status}")
+
+
+def run_until(moment: str, arguments: list[str], folder: Path, record: Path | None = None) -> int:
+    """Start or go on until the moment, or the end; returns the status, minus the signal's number if it was killed."""
+    clock_s = float(moment.split()[1]) if moment.startswith("clock") else LIMIT_S
+    own = "" if moment.startswith("clock") else moment
+    process = SERVER.start(arguments, folder, program=program(own, record), are_merged=True)
+    is_late = False
+    try:
+        output = process.communicate(timeout=clock_s)[0]
+    except subprocess.TimeoutExpired:
+        is_late, output = clock_s == LIMIT_S, ""
+    status = process.wait(10)
+    with (folder / "log.txt").open("a") as log:
+        log.write(f"=== {moment or 'no kill'}: status {status}\n{output}\n")
+    if is_late:
+        raise Failed(f"no end in {LIMIT_S:g} s")
+    return status
+
+
+def line_of(outcome: Outcome) -> str:
+    verdict = "identical" if not outcome.differing else "DIFFERS:\n  " + "\n  ".join(outcome.differing[:20])
+    rest = f", not reached: {', '.join(outcome.not_reached)}" if outcome.not_reached else ""
+    return f"{outcome.kind}: {outcome.kills} kills, {outcome.stops} stops, {outcome.seconds:.0f} s: {verdict}{rest}"
+
+
+def result_of(outcomes: list[Outcome], options: argparse.Namespace) -> dict[str, Any]:
+    kills = f"--kills {options.kills} --steps {options.steps} --seed {options.seed} --parallel {options.parallel}"
+    kinds = "" if options.kinds == list(KINDS) else f" --kinds {','.join(options.kinds)}"
+    totals = {
+        "kinds": len(outcomes),
+        "kills": sum(outcome.kills for outcome in outcomes),
+        "files that differ": sum(len(outcome.differing) for outcome in outcomes),
+    }
+    rows = [row_of("all", metric, number) for metric, number in totals.items()]
+    for outcome in outcomes:
+        rows.append(row_of(outcome.kind, "steps", outcome.steps))
+        rows.append(row_of(outcome.kind, "kills", outcome.kills))
+        rows.append(row_of(outcome.kind, "stops", outcome.stops))
+        rows.append(row_of(outcome.kind, "files that differ", outcome.differing or "none"))
+    return {
+        "command": f"python scripts/soak_kills.py{kinds} {kills} --out FILE",
+        "device": f"{os.cpu_count()} CPU cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        "commit": commit(),
+        "rows": rows,
+    }
+
+
+def row_of(kind: str, metric: str, number: object) -> dict[str, Any]:
+    return {"case": kind, "impl": "rlbench", "metric": metric, "value": number, "unit": ""}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
