@@ -4,9 +4,9 @@
 
 Each kind is killed at the moments of `PLANNED`, at --kills random ones (half by the clock, half before a random
 operation on a file), and at those of `AT_THE_END`; always the same command goes on, `resume=auto`. Everything that a
-run leaves must be identical: weights, optimizer, state, every line of the metrics (without times), rollouts, evaluations,
-the numbers of the report, the chain's record; no file may be missing or left over. Tiny models with random weights, on
-a CPU; each run is a fork of a process with torch imported.
+run leaves must be identical: weights, optimizer, state, every line of the metrics (without times), rollouts,
+evaluations, the report's numbers, the chain's record; no file may be missing or left over. Tiny models with random
+weights, on a CPU; each run is a fork of a process with torch imported.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def main() -> None:
             for outcome in pool.map(lambda kind: soak(kind, place, options, alone), options.kinds):
                 outcomes.append(outcome)
                 print(line_of(outcome), flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps(result_of(outcomes, options), indent=1) + "\n")
     finally:
         SERVER.close()
-    if options.out:
-        options.out.write_text(json.dumps(result_of(outcomes, options), indent=1) + "\n")
     is_good = not any(outcome.differing for outcome in outcomes)
     if is_good and options.folder is None:
         shutil.rmtree(place)
@@ -221,7 +221,7 @@ def line_of(outcome: Outcome) -> str:
 
 def result_of(outcomes: list[Outcome], options: argparse.Namespace) -> dict[str, Any]:
     kills = f"--kills {options.kills} --steps {options.steps} --seed {options.seed} --parallel {options.parallel}"
-    kinds = "" if options.kinds == list(KINDS) else f" --kinds {','.join(options.kinds)}"
+    kinds = "" if set(options.kinds) == set(KINDS) else f" --kinds {','.join(options.kinds)}"
     totals = {
         "kinds": len(outcomes),
         "kills": sum(outcome.kills for outcome in outcomes),
