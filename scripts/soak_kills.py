@@ -55,13 +55,21 @@ PLANNED = {
     "stopped in a step with an evaluation": "stop 3 .",
     "after the evaluation that the stop put off": "update 1 .",
 }
+IN_THE_SECOND_STAGE = {  # of a chain
+    "before the chain's record of a stage": "before 2 os.rename .*chain.json",
+    "in the second stage's first update": "update 1 .",
+    "in the second stage's first checkpoint": "before 1 os.rename .*2_grpo/checkpoints/",
+    "in a line of the second stage": "line 5 .",
+    "in the resume of the second stage": "before 1 os.rename .*2_grpo/[.]?metrics.jsonl",
+    "twice in a step of the second stage": "updated 1 .",
+}
 AT_THE_END = {
     "before the last checkpoint": "before 1 open .*/checkpoints/.step-{steps:06d}",
     "before the last checkpoint's name": "before 1 os.rename .*/checkpoints/.step-{steps:06d}",
     "in the result": "before 1 open run/(2_grpo/)?(adapter|model)/",
     "in the report": "before 1 os.rename .*report.html",
     "in the last checkpoint written again": "before 2 os.rename .*/checkpoints/",
-    "in the chain's record": "before 1 os.rename .*chain.json",
+    "before the chain's last record": "before 2 os.rename .*chain.json",
 }
 
 
@@ -164,7 +172,9 @@ def moments(
 ) -> Iterator[tuple[str, str]]:
     """Names and moments; "clock SECONDS" is one too."""
     yield from ((name, moment) for name, moment in PLANNED.items() if has_moment(kind, moment))
-    share = 2 / (options.kills + 1)  # of a whole run, the most that passes between two
+    if KINDS[kind].data == "chain":
+        yield from IN_THE_SECOND_STAGE.items()
+    share = 1 / (options.kills + 1)  # of a whole run, the most that passes before each
     for number in range(options.kills):
         if number % 2:
             yield "random", f"before {draw.randint(1, max(1, int(num_operations * share)))} ."
