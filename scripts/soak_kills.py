@@ -38,7 +38,7 @@ from scripts.left_by_runs import differences  # noqa: E402
 from tests.loops.conftest import SERVER  # noqa: E402
 from tests.loops.self_kill import program  # noqa: E402
 
-LIMIT_S = 120.0  # of one process
+LIMIT_S = 300.0  # of one process
 LOCKS = {kind: threading.Lock() for kind in KINDS}  # of the runs that are left alone, some of which others start from
 PLANNED = {
     "in the first update": "update 1 .",
@@ -97,6 +97,7 @@ def main() -> None:
     outcomes, alone = [], {}
     try:
         make_data(place)
+        SERVER.start([], place, program="pass").wait(LIMIT_S)  # so that the threads find it there
         with ThreadPoolExecutor(options.parallel) as pool:
             for outcome in pool.map(lambda kind: soak(kind, place, options, alone), options.kinds):
                 outcomes.append(outcome)

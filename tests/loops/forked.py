@@ -66,7 +66,7 @@ class ForkedProcess:
         socket.send_fds(server, [json.dumps(request).encode()], theirs)
         for descriptor in set(theirs):
             os.close(descriptor)
-        self.pid = self._read_status(60)
+        self.pid = self._read_status(120)  # the first waits for the imports, on a busy machine
 
     def _read_status(self, timeout_s: float) -> int:
         if not select.select([self._status], [], [], timeout_s)[0]:
