@@ -56,9 +56,15 @@ def content(run: Path, name: str) -> Any:
         return read_rollouts(file)
     if file.suffix in (".json", ".yaml"):
         text = file.read_text().replace(str(run), "RUN")
-        value = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-        return {k: v for k, v in value.items() if k != "environment"} if isinstance(value, Mapping) else value
+        return of_the_run(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def of_the_run(value: Any) -> Any:
+    """Without what the last call was like: its environment, and what it was told to go on from."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: of_the_run(item) for key, item in value.items() if key not in ("environment", "resume")}
 
 
 def report(run: Path) -> Any:

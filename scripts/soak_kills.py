@@ -39,6 +39,7 @@ from tests.loops.conftest import SERVER  # noqa: E402
 from tests.loops.self_kill import program  # noqa: E402
 
 LIMIT_S = 300.0  # of one process
+ALL, DIFFER = "all", "files that differ"  # a case and a metric of the result
 LOCKS = {kind: threading.Lock() for kind in KINDS}  # of the runs that are left alone, some of which others start from
 PLANNED = {
     "in the first update": "update 1 .",
@@ -57,6 +58,7 @@ PLANNED = {
 }
 IN_THE_SECOND_STAGE = {  # of a chain
     "before the chain's record of a stage": "before 2 os.rename .*chain.json",
+    "before the name of a rollouts file": "before 1 os.rename .*/rollouts/",
     "in the second stage's first update": "update 1 .",
     "in the second stage's first checkpoint": "before 1 os.rename .*2_grpo/checkpoints/",
     "in a line of the second stage": "line 5 .",
@@ -120,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=2, help="kinds at a time")
     parser.add_argument("--folder", type=Path, help="of runs and logs; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="the JSON")
+    parser.add_argument("--out", type=Path, help="the JSON; what it holds of other kinds stays")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
     if not set(options.kinds) <= set(KINDS):
@@ -187,11 +189,9 @@ def moments(
 
 
 def has_moment(kind: str, moment: str) -> bool:
-    """Not every kind has rollouts, or is a chain."""
+    """Not every kind has rollouts in its first stage, or is a chain."""
     data = KINDS[kind].data
-    return ("rollouts" not in moment or data in ("prompts", "chain")) and (
-        "chain.json" not in moment or data == "chain"
-    )
+    return ("rollouts" not in moment or data == "prompts") and ("chain.json" not in moment or data == "chain")
 
 
 def note_end(outcome: Outcome, name: str, status: int) -> None:
@@ -231,29 +231,29 @@ def line_of(outcome: Outcome) -> str:
 
 
 def result_of(outcomes: list[Outcome], options: argparse.Namespace) -> dict[str, Any]:
-    kills = f"--kills {options.kills} --steps {options.steps} --seed {options.seed} --parallel {options.parallel}"
-    kinds = "" if set(options.kinds) == set(KINDS) else f" --kinds {','.join(options.kinds)}"
-    totals = {
-        "kinds": len(outcomes),
-        "kills": sum(outcome.kills for outcome in outcomes),
-        "files that differ": sum(len(outcome.differing) for outcome in outcomes),
-    }
-    rows = [row_of("all", metric, number) for metric, number in totals.items()]
-    for outcome in outcomes:
-        rows.append(row_of(outcome.kind, "steps", outcome.steps))
-        rows.append(row_of(outcome.kind, "kills", outcome.kills))
-        rows.append(row_of(outcome.kind, "stops", outcome.stops))
-        rows.append(row_of(outcome.kind, "files that differ", outcome.differing or "none"))
+    """Rows of the kinds, after those of other kinds that the file holds already."""
+    ran, rows = {outcome.kind for outcome in outcomes}, []
+    if options.out.exists():
+        before = json.loads(options.out.read_text())
+        rows = [{"commit": before["commit"], **row} for row in before["rows"] if row["case"] not in {*ran, ALL}]
+    rows += [row for outcome in outcomes for row in rows_of(outcome)]
+    values = {metric: [row["value"] for row in rows if row["metric"] == metric] for metric in ("kills", DIFFER)}
+    totals = {"kinds": len(values["kills"]), "kills": sum(values["kills"])}
+    totals[DIFFER] = sum(len(value) for value in values[DIFFER] if value != "none")
     return {
-        "command": f"python scripts/soak_kills.py{kinds} {kills} --out FILE",
+        "command": f"python scripts/soak_kills.py --kills {options.kills} --steps {options.steps} --seed {options.seed}"
+        " --out FILE",
         "device": f"{os.cpu_count()} CPU cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         "commit": commit(),
-        "rows": rows,
+        "rows": [row_of(ALL, metric, number) for metric, number in totals.items()] + rows,
     }
+
+
+def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+    found = {"steps": outcome.steps, "kills": outcome.kills, "stops": outcome.stops}
+    found[DIFFER] = outcome.differing or "none"
+    return [{"commit": commit(), **row_of(outcome.kind, metric, value)} for metric, value in found.items()]
 
 
 def row_of(kind: str, metric: str, number: object) -> dict[str, Any]:
