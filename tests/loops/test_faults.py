@@ -2,7 +2,7 @@
 
 fault -> promise -> test, in this folder where no other is named
 F1 kill -9 -> continues bit for bit -> test_rl_runs.py, test_sft_runs.py, test_preference_runs.py, test_chain_runs.py,
-    scripts/soak_kills.py (20 kills in 30 steps)
+    test_killed_runs.py, scripts/soak_kills.py (every kind of run)
 F2 disk full -> old checkpoint intact, one sentence, status 4; checkpoint.on_error=go_on: a warning and a count -> here,
     tests/training/test_checkpoint.py, tests/tracking/test_jsonl.py
 F3 SIGTERM, Ctrl-C -> the step ends or is given up after training.stop_grace_s, what is whole is saved, status 143 or

@@ -1,11 +1,14 @@
 """Runs killed where a resume is hardest; every kind of run and moment: scripts/soak_kills.py."""
 
+import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rlbench.commands.train import _find_resume, _metrics_file
-from rlbench.config.schema import RunConfig
+from rlbench.commands.train import _find_resume, _metrics_file, _tracker
+from rlbench.config.schema import RunConfig, TrackingConfig
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
 from rlbench.tracking.rollout_store import rollouts_path, write_rollouts
@@ -79,3 +82,28 @@ def test_what_came_after_the_checkpoint_goes_also_an_evaluation_at_its_step(tmp_
     assert not later.exists()
     kept = [rollouts_path(tmp_path, step, phase).exists() for step, phase in ((2, "train"), (2, "eval"), (3, "train"))]
     assert kept == [True, False, False]
+
+
+def test_settings_are_replaced_whole_so_that_a_kill_in_a_resume_leaves_those_that_the_next_one_compares(
+    tmp_path, monkeypatch
+):
+    config = RunConfig(tracking=TrackingConfig(wandb="disabled"))
+    inputs = SimpleNamespace(config=config, derived=[])
+    record(tmp_path, (0, "eval"), (1, "train"))
+    (tmp_path / "config.yaml").write_text("name: old\n")
+    state = {"step": 1, "evaluations": [{"step": 0}]}
+    replaced = []
+
+    def killed(source, target):
+        replaced.append(Path(target).name)
+        if replaced[-1] == "config.yaml":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _tracker(inputs, Checkpoint(folder=tmp_path, state=state), tmp_path, CONSOLE)  # pyright: ignore[reportArgumentType]
+
+    assert (tmp_path / "config.yaml").read_text() == "name: old\n"
+    assert replaced == ["metrics.jsonl", "config.yaml"] and recorded(tmp_path) == [(0, "eval"), (1, "train")]
