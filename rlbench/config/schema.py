@@ -371,7 +371,9 @@ class RunConfig:
     # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family) | reward_model
     stage: str = "rl"
     seed: int = 0  # of sampling and of the adapter's initial weights
-    resume: str | None = None  # folder of a run or of one of its checkpoints; auto: the newest valid one, or a new run
+    # folder of a run or of one of its checkpoints, which removes later ones; auto: the newest valid one, or a new run.
+    # A run that was killed before its first checkpoint begins again
+    resume: str | None = None
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
