@@ -48,7 +48,8 @@ def test_that_run_begins_again_even_if_one_beside_it_has_a_checkpoint(tmp_path, 
     folder, beside = tmp_path / "run", tmp_path / "beside" / "checkpoints" / "step-000001"
     record(folder, (0, "eval"), (1, "train"))
     beside.mkdir(parents=True)
-    (beside / "manifest.json").write_text("{}")
+    (beside / "manifest.json").write_text('{"format": 1, "files": {}}')
+    (beside / "state.json").write_text('{"step": 1}')
     (folder / "checkpoints" / ".step-000001.7").mkdir(parents=True)  # being written when it was killed
 
     config = RunConfig(resume="auto" if resume == "auto" else str(folder))
