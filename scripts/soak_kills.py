@@ -1,6 +1,6 @@
 """Runs killed with signal 9 again and again and resumed each time, against the same runs left alone, bit for bit.
 
-    python scripts/soak_kills.py [--kinds grpo,sft] [--kills 6] [--steps 12] [--seed 0] [--parallel 2] [--out FILE]
+    python scripts/soak_kills.py [--kinds grpo,sft] [--kills 2] [--steps 12] [--seed 0] [--parallel 2] [--out FILE]
 
 Each kind is killed at the moments of `PLANNED`, at --kills random ones (half by the clock, half before a random
 operation on a file), and at those of `AT_THE_END`; always the same command goes on, `resume=auto`. Everything that a
@@ -117,7 +117,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
-    parser.add_argument("--kills", type=int, default=6, help="random ones, of each kind")
+    parser.add_argument("--kills", type=int, default=2, help="random ones, of each kind")
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=2, help="kinds at a time")
