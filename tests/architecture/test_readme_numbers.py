@@ -348,6 +348,10 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
             for name in ("adamw", "muon", "galore", "adamw_8bit", "galore_8bit")
         ],
     ),
+    (
+        r"soak_kills.py`, (\d+) kills of (\d+) kinds of run, (\d+) files that differ",
+        [("kills_cpu.json", "all", "rlbench", m, 1) for m in ("kills", "kinds", "files that differ")],
+    ),
 ]
 
 
