@@ -251,7 +251,7 @@ def result_of(outcomes: list[Outcome], options: argparse.Namespace) -> dict[str,
 
 
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    found = {"steps": outcome.steps, "kills": outcome.kills, "stops": outcome.stops}
+    found: dict[str, Any] = {"steps": outcome.steps, "kills": outcome.kills, "stops": outcome.stops}
     found[DIFFER] = outcome.differing or "none"
     return [{"commit": commit(), **row_of(outcome.kind, metric, value)} for metric, value in found.items()]
 
