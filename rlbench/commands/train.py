@@ -249,20 +249,19 @@ def _tracker(inputs: BaseInputs, checkpoint: Checkpoint | None, run_folder: Path
 
 
 def _metrics_file(checkpoint: Checkpoint | None, run_folder: Path, console: RunConsole) -> JsonlWriter:
-    """Opened where the run goes on; what came later, in other files too, is removed first."""
+    """Opened where the run goes on; what came later, in other files too, goes first, and whole checkpoints aside."""
     path = run_folder / "metrics.jsonl"
     if checkpoint is None and not _must_begin_again(run_folder):
         return JsonlWriter(path)
     from rlbench.tracking.rollout_store import cut_rollouts
-    from rlbench.training.checkpoint import forget_later
+    from rlbench.training.checkpoint import set_aside_later
 
     step = evaluated_to = -1
     if checkpoint is not None:
         step = checkpoint.step
         evaluated_to = max((int(e["step"]) for e in checkpoint.state["evaluations"]), default=-1)
-        later = forget_later(run_folder, step)
-        if later:
-            console.note(f"checkpoints of later steps are removed: {', '.join(later)}")
+        for what in set_aside_later(run_folder, step):
+            console.note(f"the run goes on from step {step}: checkpoint {what}")
     cut_rollouts(run_folder, step, evaluated_to)
     return JsonlWriter(path, resume_from_step=step, evaluated_to=evaluated_to)
 

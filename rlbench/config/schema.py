@@ -371,8 +371,8 @@ class RunConfig:
     # rl (rollouts of the policy) | sft (given completions) | preference (DPO and its family) | reward_model
     stage: str = "rl"
     seed: int = 0  # of sampling and of the adapter's initial weights
-    # folder of a run or of one of its checkpoints, which removes later ones; auto: the newest valid one, or a new run.
-    # A run that was killed before its first checkpoint begins again
+    # folder of a run; or of one of its checkpoints, and later ones move to replaced_checkpoints; auto: the newest valid
+    # one, or a new run. A run that was killed before its first checkpoint begins again
     resume: str | None = None
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +36,7 @@ from rlbench.tracking.jsonl import fsync_folder
 from rlbench.training.optimizer_state import fill_state, state_tensors
 
 _FORMAT = 1
+_REPLACED = "replaced_checkpoints"  # beside checkpoints/: of steps that a run made again
 
 
 class Trained(Protocol):
@@ -117,16 +120,39 @@ def save_checkpoint(
     return final
 
 
-def forget_later(run_folder: Path, step: int) -> list[str]:
-    """Remove checkpoints of steps after `step`, newest first: a run that goes on from there writes its own.
+def set_aside_later(run_folder: Path, step: int) -> list[str]:
+    """Clear the way for a run that goes on from `step`: whole checkpoints of later steps are moved, others removed.
 
     Returns:
-        Their names.
+        What was done with each, the newest first, in words.
     """
-    later = [folder for folder in _folders(run_folder) if folder.name.lstrip(".")[: len(_name(step))] > _name(step)]
-    for folder in later:
-        _remove(folder)
-    return [folder.name for folder in later]
+    found = []
+    for folder in _folders(run_folder):
+        if _step_of(folder) <= step:
+            continue
+        try:
+            read_checkpoint(folder)
+        except ValueError:
+            _remove(folder)
+            found.append(f"{folder.name} was damaged and is removed")
+        else:
+            found.append(f"{folder.name} is now {_move_aside(folder, run_folder / _REPLACED)}")
+    return found
+
+
+def _move_aside(folder: Path, place: Path) -> Path:
+    place.mkdir(exist_ok=True)
+    name = _name(_step_of(folder))
+    free = (place / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    target = next(path for path in free if not path.exists())
+    os.rename(folder, target)
+    return target
+
+
+def _step_of(folder: Path) -> int:
+    """-1 of a folder with another name."""
+    found = re.fullmatch(r"\.?step-(\d+)(?:\.before)?", folder.name)
+    return int(found[1]) if found else -1
 
 
 def _remove(folder: Path) -> None:

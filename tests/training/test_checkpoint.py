@@ -15,11 +15,11 @@ from rlbench.data.packing import pack
 from rlbench.tracking.errors import TrackingError
 from rlbench.training.checkpoint import (
     find_checkpoint,
-    forget_later,
     has_checkpoint,
     read_checkpoint,
     restore,
     save_checkpoint,
+    set_aside_later,
 )
 from rlbench.training.optim import make_optimizer
 from rlbench.training.step import train_step
@@ -163,10 +163,25 @@ def test_a_run_that_goes_on_from_an_older_one_keeps_none_that_is_later(two_check
     """Else a kill would make it go on from there, without the lines of the steps between."""
     two_checkpoints[1].joinpath("state.json").unlink()
 
-    assert forget_later(tmp_path, 1) == ["step-000002"]
+    assert set_aside_later(tmp_path, 1) == ["step-000002 was damaged and is removed"]
     policy, optimizer = start(tiny_base)
     save(tmp_path, policy, optimizer, 1, keep_last=1)
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_whole_checkpoints_of_later_steps_are_moved_and_kept(two_checkpoints, tiny_base, tmp_path):
+    policy, optimizer = start(tiny_base)
+    for _ in range(2):  # it goes back twice
+        (said,) = set_aside_later(tmp_path, 1)
+        assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+        save(tmp_path, policy, optimizer, 2)
+    save(tmp_path, policy, optimizer, 1_000_000)
+    set_aside_later(tmp_path, 999_999)
+
+    kept = {folder.name for folder in (tmp_path / "replaced_checkpoints").iterdir()}
+    assert kept == {"step-000002", "step-000002-2", "step-1000000"}
+    assert said == f"step-000002 is now {tmp_path / 'replaced_checkpoints' / 'step-000002-2'}"
+    assert find_checkpoint(tmp_path / "replaced_checkpoints" / "step-000002")[0].step == 2
 
 
 def test_a_folder_without_a_valid_checkpoint_is_a_clear_error(two_checkpoints, tmp_path):
