@@ -357,7 +357,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
 
 @pytest.mark.parametrize(("sentence", "places"), SENTENCES, ids=[sentence[:40] for sentence, _ in SENTENCES])
 def test_a_sentence_has_the_numbers_of_its_file(sentence, places):
-    (found,) = re.findall(sentence, " ".join((MEASURED + STAGES + COMMANDS).split()))
+    (found,) = re.findall(sentence, " ".join((FRONT + MEASURED + STAGES + COMMANDS).split()))
     measured = [value(file, case=case, impl=impl, metric=m) / scale for file, case, impl, m, scale in places]
 
     check([found] if isinstance(found, str) else list(found), measured)
