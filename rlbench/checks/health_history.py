@@ -12,6 +12,7 @@ from rlbench.tracking.run_summary import QuarterChange, quarter_change
 
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
 SEVERITIES = (PROBLEM, WARNING, NOTE)
+_FEWEST = 3  # steps that a finding of a short run rests on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +62,11 @@ class History:
         return median(values) if values else None
 
     def early(self, key: str) -> float | None:
-        """Mean over the first quarter of steps."""
+        """Mean over the first quarter of steps, of a short run over at most three."""
         return _mean([v for v in self.column(key)[: self._size] if v is not None])
 
     def late(self, key: str) -> float | None:
-        """Mean over the last quarter of steps."""
+        """Mean over the last quarter of steps, of a short run over at most three."""
         return _mean([v for v in self.column(key)[-self._size :] if v is not None])
 
     def change(self, key: str) -> QuarterChange | None:
@@ -94,12 +95,13 @@ class History:
 
     @property
     def num_late(self) -> int:
-        """Steps in the last quarter."""
+        """Steps that `late` is the mean of."""
         return min(self._size, len(self.train))
 
     @property
     def _size(self) -> int:
-        return max(1, len(self.train) // 4)
+        """A quarter; of few steps `_FEWEST`, but no more than half of them."""
+        return max(1, min(_FEWEST, len(self.train) // 2), len(self.train) // 4)
 
 
 def is_of_update(key: str) -> bool:

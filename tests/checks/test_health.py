@@ -281,6 +281,15 @@ def test_hard_prompts_are_a_problem_only_where_hardly_any_group_teaches(no_signa
     assert (finding.rule, finding.severity) == ("prompts_too_hard", severity)
 
 
+@pytest.mark.parametrize(("num_steps", "num_late"), [(1, 1), (3, 1), (5, 2), (6, 3), (12, 3), (16, 4), (40, 10)])
+def test_what_is_said_of_a_short_run_rests_on_several_steps(num_steps, num_late):
+    history = History([{"completion/truncated_frac": float(i)} for i in range(num_steps)])
+
+    assert history.num_late == num_late
+    assert history.late("completion/truncated_frac") == num_steps - (num_late + 1) / 2
+    assert history.early("completion/truncated_frac") == (num_late - 1) / 2
+
+
 def test_rules_survive_rows_that_lack_keys_or_hold_nonsense():
     odd = [{"step": i, "phase": "train", "reward/mean": None, "policy/entropy": "high", "groups/no_signal_frac": True,
             "non_finite": []} for i in range(20)]  # fmt: skip
