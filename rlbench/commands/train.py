@@ -30,7 +30,7 @@ from rlbench.tracking.run_log import NAME as LOG_NAME
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
 from rlbench.tracking.tracker import Tracker
 from rlbench.tracking.wandb_tracker import WandbTracker
-from rlbench.tracking.whole_file import write_whole
+from rlbench.tracking.whole_file import replace_folder, write_whole
 
 if TYPE_CHECKING:
     from rlbench.build import BaseInputs, BaseParts
@@ -199,18 +199,26 @@ def _run(
 
 
 def _save_result(parts: BaseParts, run_folder: Path, base_name: str) -> Path:
-    """
+    """What was trained, whole under its name or not at all; one that a run before left is replaced.
+
     Raises:
         TrackingError: it cannot be written.
     """
     from safetensors import SafetensorError
 
+    staging = run_folder / ".result.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        return parts.policy.save_result(run_folder, base_name)
+        staging.mkdir()
+        written = parts.policy.save_result(staging, base_name)
+        replace_folder(written, run_folder / written.name)
+        return run_folder / written.name
     except OSError as error:
         raise TrackingError.from_os_error("write the weights that were trained to", run_folder, error) from error
     except SafetensorError as error:  # its writer's way to say what OSError says: disk full
         raise TrackingError(f"cannot write the weights that were trained to {run_folder}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _go_on(loop: TrainingLoop) -> str:

@@ -1,8 +1,9 @@
-"""Small files that are replaced whole: a reader finds what was there before or what is there now, never a part."""
+"""Files and folders replaced whole: a reader finds what was there before or what is there now, never a part."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -18,3 +19,17 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give `new`, on the same file system, the name of `target`, which may be there.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    before = target.with_name(f".{target.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if target.exists():
+        os.rename(target, before)
+    os.rename(new, target)
+    shutil.rmtree(before, ignore_errors=True)

@@ -159,7 +159,7 @@ checkpoint.save_file = save_file
 from peft import PeftModel
 from safetensors import SafetensorError
 def save_pretrained(model, folder, **options):
-    if folder.endswith("run/adapter"):
+    if folder.endswith("run/.result.tmp/adapter"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     real(model, folder, **options)
 real, PeftModel.save_pretrained = PeftModel.save_pretrained, save_pretrained
@@ -279,6 +279,7 @@ def test_a_disk_that_is_full_after_the_last_step_ends_the_run_with_a_sentence_an
     assert done.returncode == 4 and "Traceback" not in done.stderr, done.stdout + done.stderr
     said = f"cannot write the weights that were trained to {tmp_path / 'run'}: Error while serializing: I/O error: No"
     assert said in done.stderr and f"to go on: resume={tmp_path / 'run' / 'checkpoints' / 'step-000001'}" in done.stderr
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / ".result.tmp").exists()
 
 
 def overrides_of(stage: str, tiny_overrides: list[str]) -> list[str]:

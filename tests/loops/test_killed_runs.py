@@ -2,12 +2,13 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from rlbench.commands.train import _find_resume, _metrics_file, _tracker
+from rlbench.commands.train import _find_resume, _metrics_file, _save_result, _tracker
 from rlbench.config.schema import RunConfig, TrackingConfig
 from rlbench.tracking.console import RunConsole
 from rlbench.tracking.jsonl import JsonlWriter, read_metrics
@@ -108,3 +109,22 @@ def test_settings_are_replaced_whole_so_that_a_kill_in_a_resume_leaves_those_tha
 
     assert (tmp_path / "config.yaml").read_text() == "name: old\n"
     assert replaced == ["metrics.jsonl", "config.yaml"] and recorded(tmp_path) == [(0, "eval"), (1, "train")]
+
+
+def test_a_result_is_replaced_whole_or_stays(tmp_path):
+    def save_result(folder, name):
+        result = folder / "adapter"
+        result.mkdir()
+        (result / "config").write_text(name)
+        if name == "killed":
+            raise KeyboardInterrupt
+        (result / f"weights of {name}").touch()
+        return result
+
+    parts = SimpleNamespace(policy=SimpleNamespace(save_result=save_result))
+    for name in ("first", "killed", "second"):
+        with suppress(KeyboardInterrupt):
+            assert _save_result(parts, tmp_path, name) == tmp_path / "adapter"  # pyright: ignore[reportArgumentType]
+        found = {file.name for file in (tmp_path / "adapter").iterdir()}
+        assert found == {"config", "weights of second" if name == "second" else "weights of first"}
+        assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
