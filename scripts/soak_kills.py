@@ -68,7 +68,8 @@ IN_THE_SECOND_STAGE = {  # of a chain
 AT_THE_END = {
     "before the last checkpoint": "before 1 open .*/checkpoints/.step-{steps:06d}",
     "before the last checkpoint's name": "before 1 os.rename .*/checkpoints/.step-{steps:06d}",
-    "in the result": "before 1 open run/(2_grpo/)?(adapter|model)/",
+    "in the result": "before 1 open run/(2_grpo/)?.result.tmp/(adapter|model)/",
+    "before the result's name": "before 1 os.rename .*/.result.tmp/",
     "in the report": "before 1 os.rename .*report.html",
     "in the last checkpoint written again": "before 2 os.rename .*/checkpoints/",
     "before the chain's last record": "before 2 os.rename .*chain.json",
