@@ -96,13 +96,14 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     Raises:
         ValueError: an option that there is not.
     """
-    options = [a for a in arguments if a.startswith("-")]
-    wrong = next((a for a in options if a != "--changed"), None)
+    line = command_line()
+    options, words = line.split(arguments)
+    wrong = next((word for word in words if word.startswith("-")), None)
     if wrong is not None:
-        raise ValueError(explain_dashed_setting([wrong]) or f"explain has no option {wrong}, expected: {USAGE}")
-    words = [a for a in arguments if not a.startswith("-")]
+        dashed = explain_dashed_setting([wrong])
+        raise ValueError(dashed) if dashed else line.mistake(f"explain has no option {wrong}")
     overrides = [word for word in words if "=" in word or word.startswith("~")]
-    return [word for word in words if word not in overrides], overrides, bool(options)
+    return [word for word in words if word not in overrides], overrides, options.changed
 
 
 def explained_runs(overrides: Sequence[str]) -> tuple[list[Layer], list[ExplainedRun]]:

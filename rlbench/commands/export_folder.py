@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
+from rlbench.tracking.whole_file import bring_to_disk
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        _bring_to_disk(temporary)
+        bring_to_disk(temporary)
         os.rename(temporary, final)  # an empty folder is replaced
         fsync_folder(final.parent)
     except OSError as error:
@@ -42,12 +43,3 @@ def whole_folder(final: Path) -> Iterator[Path]:
         for folder in () if final.exists() else above:
             with suppress(OSError):  # another process uses it
                 folder.rmdir()
-
-
-def _bring_to_disk(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    for inside in [*(f for f in folder.rglob("*") if f.is_dir()), folder]:
-        fsync_folder(inside)

@@ -33,6 +33,7 @@ from rlbench.models.model_folder import share_mode
 from rlbench.models.policy import Policy
 from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import fsync_folder
+from rlbench.tracking.whole_file import bring_to_disk
 from rlbench.training.optimizer_state import fill_state, state_tensors
 
 _FORMAT = 1
@@ -268,13 +269,8 @@ def _folders(run_folder: Path) -> list[Path]:
 def _write_manifest(folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     described = {str(file.relative_to(folder)): _describe(file) for file in files}
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"format": _FORMAT, "files": described}, indent=1))
-    for file in [*files, manifest]:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    for inside in [*(f for f in folder.rglob("*") if f.is_dir()), folder]:
-        fsync_folder(inside)
+    (folder / "manifest.json").write_text(json.dumps({"format": _FORMAT, "files": described}, indent=1))
+    bring_to_disk(folder)
 
 
 def _describe(file: Path) -> str:

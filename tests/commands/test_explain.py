@@ -189,7 +189,7 @@ def test_every_key_has_a_meaning():
     [
         (["optim.lrr"], "there is no key 'optim.lrr'; nearest valid keys: optim.lr"),
         (["optm"], "nearest valid keys: optim"),
-        (["--all"], "explain has no option --all, expected: python -m rlbench explain"),
+        (["--all"], "explain has no option --all; expected: python -m rlbench explain"),
         (["--seed=3"], "--seed=3 is no option: settings are written without dashes, seed=3"),
         (["optim.lr=-1"], "optim.lr is -1.0, expected more than 0"),
     ],
