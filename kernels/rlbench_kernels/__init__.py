@@ -15,6 +15,7 @@ from rlbench_kernels.nf4_join import join_rows
 from rlbench_kernels.norms import add_rms_norm, forked_rms_norm, rms_norm
 from rlbench_kernels.packed_attention import SharedPromptLayout, packed_attention
 from rlbench_kernels.rope import apply_rope
+from rlbench_kernels.scaled_copies import ScaledCopies
 
 __all__ = [
     "FP8",
@@ -23,6 +24,7 @@ __all__ = [
     "Lora",
     "LoraDropout",
     "Nf4Weight",
+    "ScaledCopies",
     "SharedPromptLayout",
     "SparseGradient",
     "SparseStats",

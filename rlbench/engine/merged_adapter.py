@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlbench.engine.dense_copies import DenseCopies
+from rlbench_kernels import ScaledCopies
 
 _BASE = ""  # in place of a fingerprint
 
@@ -29,6 +30,8 @@ class MergedAdapter:
     def __init__(self, copies: DenseCopies) -> None:
         self.copies = copies
         self._adapter: dict[str, tuple[Tensor, Tensor]] = {}  # A, and B with its scaling, in the copies' dtype
+        self._scaling = 1.0  # of B
+        self._load = ScaledCopies([], [])  # into all A of `_adapter`, then all B
         self._fingerprint = _BASE  # of `_adapter`
         self._content: str | None = None  # fingerprint of what is in the copies; None: not known
         self._with_adapter = False
@@ -47,13 +50,13 @@ class MergedAdapter:
             fingerprint: hexadecimal, of this adapter; it seeds the rounding.
         """
         self._fingerprint = _BASE
-        if {n: t.shape for n, t in lora_a.items()} != {n: a.shape for n, (a, _) in self._adapter.items()}:
+        has_shapes = {n: t.shape for n, t in lora_a.items()} == {n: a.shape for n, (a, _) in self._adapter.items()}
+        if not has_shapes or scaling != self._scaling:
             self._adapter = {name: (self._empty(a), self._empty(lora_b[name])) for name, a in lora_a.items()}
-        if self._adapter:
-            with torch.no_grad():
-                scaled = torch._foreach_mul([lora_b[name] for name in self._adapter], scaling)
-                targets = [a for a, _ in self._adapter.values()] + [b for _, b in self._adapter.values()]
-                torch._foreach_copy_(targets, [lora_a[name] for name in self._adapter] + list(scaled))
+            self._scaling = scaling
+            targets = [a for a, _ in self._adapter.values()] + [b for _, b in self._adapter.values()]
+            self._load = ScaledCopies(targets, [1.0] * len(lora_a) + [scaling] * len(lora_a))
+        self._load([lora_a[name] for name in self._adapter] + [lora_b[name] for name in self._adapter])
         self._fingerprint = fingerprint
 
     def held(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from rlbench.engine.vllm_full_weights import held_weights, write_weights
 from rlbench.engine.vllm_sampler import report_plain_logprobs
 from rlbench.models.shared_base import EngineWeight
 from rlbench.models.weights import Weights
+from rlbench_kernels import ScaledCopies
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class CopyTargets:
 
     index: int  # of the LoRA in the buffers
     ranks: dict[str, int]  # of every layer that the adapter names
+    scaling: float
     names: list[str]  # those that have a slot
-    copied: list[Tensor]  # A [rank, in] of each name, then B [out, rank] of each
+    copies: ScaledCopies  # into A [rank, in] of each name, then B [out, rank] of each
     zeroed: list[Tensor]  # the rest of the buffers
 
 
@@ -74,14 +76,11 @@ class AdapterWorker(MergedAdapterCalls):
         index = self._rlbench_manager().lora_index_to_id.index(adapter_id)
         ranks = {name: tensor.shape[0] for name, tensor in lora_a.items()}
         targets = self.__dict__.get("rlbench_targets")
-        if targets is None or (targets.index, targets.ranks) != (index, ranks):
-            targets = self.__dict__["rlbench_targets"] = _copy_targets(self._rlbench_manager(), index, ranks)
-        with torch.no_grad():
-            scaled = torch._foreach_mul([lora_b[name] for name in targets.names], scaling)
-            sources = [lora_a[name] for name in targets.names] + list(scaled)
-            torch._foreach_copy_(targets.copied, sources)  # casts, and crosses devices
-            if targets.zeroed:
-                torch._foreach_zero_(targets.zeroed)
+        if targets is None or (targets.index, targets.ranks, targets.scaling) != (index, ranks, scaling):
+            targets = self.__dict__["rlbench_targets"] = _copy_targets(self._rlbench_manager(), index, ranks, scaling)
+        targets.copies([lora_a[name] for name in targets.names] + [lora_b[name] for name in targets.names])
+        if targets.zeroed:
+            torch._foreach_zero_(targets.zeroed)
 
     def rlbench_has_adapter(self, adapter_id: int) -> bool:
         """Whether the buffers still belong to `adapter_id`: vLLM would reload an evicted one from its (empty) file."""
@@ -178,7 +177,7 @@ class OneAdapterMatmul:
             start += width
 
 
-def _copy_targets(manager: Any, index: int, ranks: dict[str, int]) -> CopyTargets:
+def _copy_targets(manager: Any, index: int, ranks: dict[str, int], scaling: float) -> CopyTargets:
     slots = _adapter_slots(manager)
     names = [name for name in slots if name in ranks]
     copied = [slots[name].lora_a(index)[: ranks[name]] for name in names]
@@ -187,7 +186,8 @@ def _copy_targets(manager: Any, index: int, ranks: dict[str, int]) -> CopyTarget
     rests += [slots[name].lora_b(index)[:, ranks[name] :] for name in names]
     for name in slots.keys() - ranks.keys():
         rests += [slots[name].lora_a(index), slots[name].lora_b(index)]
-    return CopyTargets(index, ranks, names, copied, [rest for rest in rests if rest.numel()])
+    copies = ScaledCopies(copied, [1.0] * len(names) + [scaling] * len(names))
+    return CopyTargets(index, ranks, scaling, names, copies, [rest for rest in rests if rest.numel()])
 
 
 def _adapter_slots(manager: Any) -> dict[str, AdapterSlot]:

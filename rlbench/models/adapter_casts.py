@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rlbench.models.patch import KernelAttention, KernelMlp, projection
-from rlbench_kernels import Adapters, Lora
+from rlbench_kernels import Adapters, Lora, ScaledCopies
 
 _ALIGNMENT = 64  # numbers: tensors begin at multiples of 128 bytes
-_TOGETHER = 64  # matrices multiplied by their scaling at once: limits the float32 copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +43,38 @@ class AdapterCasts:
         self._shapes = [shape for group in self._groups for shape in _shapes(group)]
         sizes = [-(-prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in self._shapes]
         self._starts = [0, *accumulate(sizes)]
+        self._scalings: list[float] = []
+        self._copies: ScaledCopies | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast what the parameters hold now."""
         if not self._groups:
             return
-        device = next(lora for group in self._groups for lora in group.loras if lora).a.device
-        room = torch.empty(self._starts[-1], dtype=self._dtype, device=device)
+        loras = [lora for group in self._groups for lora in group.loras if lora is not None]
+        room = torch.empty(self._starts[-1], dtype=self._dtype, device=loras[0].a.device)
+        targets = self._place(room)
+        scalings = [lora.scaling for lora in loras]
+        if self._copies is None or scalings != self._scalings:
+            self._scalings = scalings
+            self._copies = ScaledCopies(targets, [1.0] * len(loras) + scalings, room)
+        self._copies([lora.a for lora in loras] + [lora.b for lora in loras], room)
+
+    def _place(self, room: Tensor) -> list[Tensor]:
+        """Hand every module its tensors in `room`, still to be filled; returns all A, then all B."""
         tensors = iter([
             room.as_strided(shape, (shape[1], 1), start)
             for shape, start in zip(self._shapes, self._starts, strict=False)
         ])  # fmt: skip
-        sources: list[Tensor] = []
-        targets: list[Tensor] = []
-        scaled: list[tuple[Tensor, Tensor, float]] = []
+        all_a: list[Tensor] = []
+        all_b: list[Tensor] = []
         for group in self._groups:
-            present = [lora for lora in group.loras if lora is not None]
             stacked = next(tensors)
-            sources += [lora.a for lora in present]
-            targets += stacked.split([len(lora.a) for lora in present])
-            of_b: list[Tensor | None] = []
-            for lora in group.loras:
-                of_b.append(None if lora is None else next(tensors))
-                if lora is not None:
-                    scaled.append((of_b[-1], lora.b, lora.scaling))  # type: ignore[arg-type]
+            of_b = [None if lora is None else next(tensors) for lora in group.loras]
+            all_a += stacked.split([len(lora.a) for lora in group.loras if lora is not None])
+            all_b += [b for b in of_b if b is not None]
             setattr(group.module, group.name, Adapters(stacked, tuple(of_b)))
-        torch._foreach_copy_(targets, sources)
-        for start in range(0, len(scaled), _TOGETHER):
-            places, values, factors = zip(*scaled[start : start + _TOGETHER], strict=True)
-            torch._foreach_copy_(list(places), torch._foreach_mul(values, factors))
+        return all_a + all_b
 
 
 def cast_together(tree: nn.Module, dtype: torch.dtype) -> None:
