@@ -88,10 +88,13 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cases = gpu_cases(Path(folder)) if options.gpu else CASES
-        wanted = options.only.split(",")
-        shown = {name: overrides for name, overrides in cases.items() if any(part in name for part in wanted)}
-        measure(shown, options)
+        parts = options.only.split(",")
+        cases = gpu_cases(Path(folder), parts) if options.gpu else CASES
+        measure({name: overrides for name, overrides in cases.items() if is_wanted(name, parts)}, options)
+
+
+def is_wanted(case: str, parts: list[str]) -> bool:
+    return any(part in case for part in parts)
 
 
 def measure(cases: dict[str, list[str]], options: argparse.Namespace) -> None:
@@ -127,10 +130,12 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def gpu_cases(folder: Path) -> dict[str, list[str]]:
-    """Models and rows are made; a prompt is 256 tokens."""
+def gpu_cases(folder: Path, parts: list[str]) -> dict[str, list[str]]:
+    """Those whose name contains one of `parts`. Models and rows are made; a prompt is 256 tokens."""
     cases = {}
     for (shape, quantization, what), overrides in GPU_CASES.items():
+        if not is_wanted(f"{shape}, {quantization}, {what}", parts):
+            continue
         model = make_model(shape, quantization)
         online = _ONLINE if "PO, completions" in what else []
         length = 6000 if "6,000" in what else 1000
