@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlbench.config.schema import DataConfig
@@ -39,9 +39,21 @@ def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, tuple[i
 
     A model without a chat template gets the contents, one after the other, with blank lines between.
     """
-    if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-        return text, tuple(tokenizer(text)["input_ids"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # The template writes the special tokens itself.
-    return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return render_all([messages], tokenizer)[0]
+
+
+def render_all(
+    conversations: Sequence[list[dict[str, str]]], tokenizer: Any
+) -> list[tuple[str, tuple[int, ...]]]:  # fmt: skip
+    """As `render`, many at once: several times faster, and the same tokens."""
+    has_template = tokenizer.chat_template is not None
+    if has_template:
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+    else:
+        texts = ["\n\n".join(message["content"] for message in messages) + "\n\n" for messages in conversations]
+    # A template writes the special tokens itself.
+    ids = tokenizer(texts, add_special_tokens=not has_template, return_attention_mask=False)["input_ids"]
+    return [(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlbench.config.schema import DataConfig
-from rlbench.data.chat import chat_messages, question_text, render
+from rlbench.data.chat import chat_messages, question_text, render_all
 from rlbench.data.sources import LoadedRows
 from rlbench.records import Prompt
+
+_TOGETHER = 256  # rows tokenised by one call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,7 @@ def make_prompts(
     """
     prompts: list[Prompt] = []
     num_too_long = 0
-    for row in rows:
-        text, token_ids = render(chat_messages(question_text(row, config), config), tokenizer)
+    for row, (text, token_ids) in _rendered(rows, config, tokenizer):
         if len(token_ids) > max_prompt_tokens:
             if config.long_prompts == "error":
                 raise ValueError(
@@ -62,6 +64,16 @@ def make_prompts(
             f"no prompt is left of the {split} data: all {num_too_long} are longer than {max_prompt_tokens} tokens"
         )
     return PromptSet(prompts=tuple(prompts), num_too_long=num_too_long)
+
+
+def _rendered(
+    rows: Any, config: DataConfig, tokenizer: Any
+) -> Iterator[tuple[dict[str, Any], tuple[str, tuple[int, ...]]]]:  # fmt: skip
+    """Each row, and text and token ids of its prompt."""
+    rest = iter(rows)
+    while some := list(islice(rest, _TOGETHER)):
+        chats = [chat_messages(question_text(row, config), config) for row in some]
+        yield from zip(some, render_all(chats, tokenizer), strict=True)
 
 
 def prompt_limit(max_completion_tokens: int, context_tokens: int) -> tuple[int, str]:

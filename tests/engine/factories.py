@@ -52,7 +52,7 @@ class TinyModel:
         self.folder = folder
         self.model = LlamaForCausalLM(config).requires_grad_(False).eval()
         self.model.save_pretrained(folder)
-        self.tokenizer = _character_tokenizer(config.vocab_size)
+        self.tokenizer = character_tokenizer(config.vocab_size)
         self.tokenizer.save_pretrained(folder)
         peft_config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
         # Many checks draw a prompt's next token again and again.
@@ -97,7 +97,7 @@ class TinyModel:
         return self._peft
 
 
-def _character_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def character_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """One character a token: printable ASCII from id 2 on, then letters of other scripts."""
     characters = [*map(chr, range(32, 127)), *map(chr, range(0x4E00, 0x4E00 + vocab_size))]
     vocab = {"<pad>": 0, "<eos>": 1, **{char: i for i, char in enumerate(characters[: vocab_size - 2], start=2)}}
