@@ -138,7 +138,8 @@ class _LinearLogprobs(torch.autograd.Function):
         with_direction = is_recorded and needs_hidden and not any(needs_head) and head.lora is None
         logprobs, entropy = _new_results(hidden)
         direction = torch.empty_like(hidden) if with_direction else None  # d logprob / d hidden
-        softmax, writer = _softmax(hidden, head), _writer(sparse, direction)
+        writer = _writer(sparse, direction)
+        softmax = _softmax(hidden, head, is_sparse=writer is not None)
         for rows in softmax.chunks:
             logprobs[rows], entropy[rows] = softmax.forward(
                 hidden[rows], targets[rows], rows, with_gradient=with_direction and writer is None
@@ -185,7 +186,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         loss = logprobs.new_zeros(())
         metrics: dict[str, Tensor] = {}
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        softmax, writer = _softmax(hidden, head), _writer(sparse, grad_hidden)
+        writer = _writer(sparse, grad_hidden)
+        softmax = _softmax(hidden, head, is_sparse=writer is not None)
         for rows in softmax.chunks:
             part, entropy = softmax.forward(
                 hidden[rows], targets[rows], rows, with_gradient=with_gradient and writer is None
@@ -243,13 +245,16 @@ def _scale_rows(direction: Tensor, weights: Tensor) -> Tensor:
     return scaled.masked_fill_(weights[:, None] == 0, 0.0).to(direction.dtype)
 
 
-def _softmax(hidden: Tensor, head: Head) -> Any:
+def _softmax(hidden: Tensor, head: Head, *, is_sparse: bool) -> Any:
     if not use_triton(hidden.device):
         return ReferenceSoftmax(hidden, head)
     from rlbench_kernels.linear_logprobs_fused_triton import FusedSoftmax, can_fuse
+    from rlbench_kernels.linear_logprobs_sparse_triton import SparseFusedSoftmax
     from rlbench_kernels.linear_logprobs_triton import TritonSoftmax
 
-    return FusedSoftmax(hidden, head) if can_fuse(hidden, head) else TritonSoftmax(hidden, head)
+    if not can_fuse(hidden, head):
+        return TritonSoftmax(hidden, head)
+    return SparseFusedSoftmax(hidden, head) if is_sparse else FusedSoftmax(hidden, head)
 
 
 def _writer(sparse: SparseGradient | None, gradient: Tensor | None) -> SparseWriter | None:

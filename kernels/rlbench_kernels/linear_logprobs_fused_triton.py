@@ -227,9 +227,9 @@ class FusedSoftmax(TritonSoftmax):
             D=depth, ROWS=_TARGET_ROWS, BLOCK_K=_BLOCK_K, num_warps=4, **options,
         )  # fmt: skip
         hidden = TensorDescriptor.from_tensor(self._hidden, [_BLOCK_M, _BLOCK_K])
-        values = self._value_buffer(n, with_gradient)
-        for start, end in self._sections:
+        for section, (start, end) in enumerate(self._sections):
             tiles = cdiv(end - start, _BLOCK_N)
+            values = self._section_values(section, with_gradient)
             for is_redo in (0, 1):
                 _score_tiles[(min(self._programs, tiles * cdiv(n, _BLOCK_M)),)](
                     hidden, self._weight, TensorDescriptor.from_tensor(values, [_BLOCK_M, _BLOCK_N // 2]), head.bias,
@@ -243,16 +243,22 @@ class FusedSoftmax(TritonSoftmax):
                     self._partial, self._state, self._flags, accumulator if has_accumulator else None, n, tiles,
                     is_redo, D=depth, ROWS=_FOLD_ROWS, TILES=_FOLD_TILES, BLOCK_D=256, HAS_ACCUMULATOR=has_accumulator,
                 )  # fmt: skip
-            if accumulator is not None:
-                multiply(values[:, : end - start], head.weight[start:end], accumulator[:n], is_added=start > 0)
+            self._end_section(section, values, accumulator)
 
-    def _value_buffer(self, n: int, with_gradient: bool) -> Tensor:
-        """Where e goes, [n, S]; without gradient one row, beyond which nothing is written."""
+    def _section_values(self, section: int, with_gradient: bool) -> Tensor:
+        """Where e of a section goes, [n, S]; without gradient one row, beyond which nothing is written."""
         if not with_gradient:
             return self._hidden.new_empty((1, self._width))
         if self._values is None:
             self._values = self._hidden.new_empty((self.max_rows, self._width))
-        return self._values[:n]
+        return self._values[: len(self._hidden)]
+
+    def _end_section(self, section: int, values: Tensor, accumulator: Tensor | None) -> None:
+        """After its e [n, S] and its sums are complete."""
+        start, end = self._sections[section]
+        if accumulator is not None:
+            weight, sums = self.head.weight[start:end], accumulator[: len(self._hidden)]
+            multiply(values[:, : end - start], weight, sums, is_added=start > 0)
 
 
 def can_fuse(hidden: Tensor, head: Head) -> bool:

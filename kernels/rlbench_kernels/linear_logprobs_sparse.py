@@ -15,7 +15,7 @@ Source: the filter of Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009),
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -71,6 +71,24 @@ class ChunkSoftmax(Protocol):
         ...
 
 
+class BlockCounts(NamedTuple):
+    """What some blocks kept and left out."""
+
+    kept: list[float]  # share of the head's rows that each block multiplied; 1 where it fell back
+    num_fallbacks: int
+    tail_mass: Tensor  # of each row, float [m]
+    is_active: Tensor  # bool [m]: has weight
+
+
+@runtime_checkable
+class SparseSoftmax(Protocol):
+    """A softmax with a sparse gradient of its own, for a whole chunk."""
+
+    def write_sparse(self, options: SparseGradient, weights: Tensor, factors: Tensor, out: Tensor) -> BlockCounts:
+        """out [n, D] = factors d logprob / d hidden, 0 where the factor is 0; weights [n] are the shared vectors'."""
+        ...
+
+
 class SparseWriter:
     """Writes the hidden gradient chunk by chunk, and adds up the statistics on the device."""
 
@@ -79,10 +97,10 @@ class SparseWriter:
         self._kept_frac = self._num_blocks = self._num_fallbacks = 0.0
         self._tail_mass, self._num_rows, self._tail_mass_max = torch.zeros(3, device=device)  # rows with weight
 
-    def write(self, softmax: ChunkSoftmax, head: Head, targets: Tensor, rows: slice, out: Tensor) -> None:
+    def write(self, softmax: ChunkSoftmax | SparseSoftmax, head: Head, targets: Tensor, rows: slice, out: Tensor) -> None:
         """out [n, D] = d logprob / d hidden of a chunk, nan where the row's weight is 0; after its forward pass.
 
-        Waits once a block for the number of columns kept.
+        Waits for the number of columns kept: once a block, a `SparseSoftmax` once a chunk.
 
         Args:
             softmax: of the chunk.
@@ -97,7 +115,7 @@ class SparseWriter:
         self._write(softmax, head, targets, weights, ones.masked_fill(weights == 0, torch.nan), out)
 
     def write_scaled(
-        self, softmax: ChunkSoftmax, head: Head, targets: Tensor, grad_logprobs: Tensor | None,
+        self, softmax: ChunkSoftmax | SparseSoftmax, head: Head, targets: Tensor, grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None, out: Tensor,
     ) -> None:  # fmt: skip
         """out [n, D] = grad_logprobs d logprob / d hidden, 0 where the weight is 0; else as `write`.
@@ -115,14 +133,20 @@ class SparseWriter:
     def finish(self) -> None:
         """Put the statistics into the options."""
         num_blocks = max(self._num_blocks, 1.0)
-        fractions = torch.tensor([self._kept_frac, self._num_fallbacks], device=self._device) / num_blocks
+        kept_frac, fallback_frac = (
+            torch.full((), value / num_blocks, device=self._device) for value in (self._kept_frac, self._num_fallbacks)
+        )
         tail_mass = self._tail_mass / self._num_rows.clamp(min=1.0)
-        self._options.stats = SparseStats(fractions[0], tail_mass, self._tail_mass_max, fractions[1])
+        self._options.stats = SparseStats(kept_frac, tail_mass, self._tail_mass_max, fallback_frac)
 
     def _write(
-        self, softmax: ChunkSoftmax, head: Head, targets: Tensor, weights: Tensor, factors: Tensor, out: Tensor
-    ) -> None:
-        """Block by block; weights [n] are those of the shared vector, factors [n] those of the result."""
+        self, softmax: ChunkSoftmax | SparseSoftmax, head: Head, targets: Tensor, weights: Tensor, factors: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """Weights [n] are those of the shared vectors, factors [n] those of the result."""
+        if isinstance(softmax, SparseSoftmax):
+            self._count(softmax.write_sparse(self._options, weights, factors, out))
+            return
         for start in range(0, len(out), self._options.block_rows):
             rows = slice(start, min(start + self._options.block_rows, len(out)))
             block = head.rows(rows)
@@ -146,13 +170,17 @@ class SparseWriter:
             values = probs.index_select(1, columns).to(weight.dtype)
             mean_row = (values @ weight.index_select(0, columns)).to(probs.dtype)
             tail_mass = _add_tail(mean_row, probs.index_fill_(1, columns, 0.0), weight, shares)
-        self._kept_frac += 1.0 if is_dense else len(columns) / len(weight)
-        self._num_blocks += 1.0
-        self._num_fallbacks += is_dense
-        self._tail_mass += tail_mass.sum()
-        self._num_rows += is_active.sum()
-        self._tail_mass_max = torch.maximum(self._tail_mass_max, tail_mass.max().float())
+        kept = 1.0 if is_dense else len(columns) / len(weight)
+        self._count(BlockCounts([kept], int(is_dense), tail_mass, is_active))
         return mean_row
+
+    def _count(self, counts: BlockCounts) -> None:
+        self._kept_frac += sum(counts.kept)
+        self._num_blocks += len(counts.kept)
+        self._num_fallbacks += counts.num_fallbacks
+        self._tail_mass += counts.tail_mass.sum()
+        self._num_rows += counts.is_active.sum()
+        self._tail_mass_max = torch.maximum(self._tail_mass_max, counts.tail_mass.max().float())
 
 
 def _add_tail(mean_row: Tensor, tail: Tensor, weight: Tensor, shares: Tensor) -> Tensor:

@@ -32,11 +32,14 @@ def small_tiles(triton_backend, monkeypatch):
 def fused(triton_backend, poisoned_memory, monkeypatch):
     """The fused kernel on small tiles, also in float32 under the interpreter."""
     from rlbench_kernels import linear_logprobs_fused_triton as module
+    from rlbench_kernels import linear_logprobs_sparse_triton as sparse_module
 
     if IS_INTERPRETED:
         monkeypatch.setattr(module, "can_fuse", lambda hidden, head: head.lora is None)
         for name, value in {"_ROWS": 8, "_BLOCK_M": 16, "_BLOCK_N": 64, "_BLOCK_K": 16}.items():
             monkeypatch.setattr(module, name, value)
+        for name, value in {"_ROWS": 4, "_COLUMNS": 16, "_BLOCK_M": 16, "_BLOCK_N": 16, "_BLOCK_K": 16}.items():
+            monkeypatch.setattr(sparse_module, name, value)
 
 
 def to_device(*tensors):
