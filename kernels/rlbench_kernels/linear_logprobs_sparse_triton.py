@@ -27,17 +27,18 @@ from rlbench_kernels.linear_logprobs_sparse import BlockCounts, SparseGradient
 from rlbench_kernels.linear_logprobs_triton import multiply
 
 _ROWS, _COLUMNS = 32, 128  # of one step over e; the columns divide the fused kernel's tile
-_PASS = {"num_warps": 4}
+_PASS = {"num_warps": 8}
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # of the matmul with gathered rows
-_LAUNCH = {"num_warps": 8, "num_stages": 4}
+_LAUNCH = {"num_warps": 8, "num_stages": 5}
 _BLOCK_D = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _mark_columns(
-    values, corrections, thresholds, marks, rows, block_rows, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    values, corrections, thresholds, marks, sums, rows, block_rows, stride, width, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of a block: marks [B, P] = 1 where e of any row is above its threshold, else 0.
+    """COLUMNS of a block: marks [B, P] = 1 where e of any row is above its threshold, else 0; their sums [B, steps].
 
     e of rows whose reference moved after their section of `width` columns is brought to the last one, in place.
     """
@@ -57,26 +58,31 @@ def _mark_columns(
             tl.store(place, e.to(values.dtype.element_ty), mask=is_row[:, None])
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
-    tl.store(marks + block.to(tl.int64) * stride + column, tl.max(found, 0).to(marks.dtype.element_ty))
+    mark = tl.max(found, 0)
+    tl.store(marks + block.to(tl.int64) * stride + column, mark.to(marks.dtype.element_ty))
+    tl.store(sums + block * tl.num_programs(0) + tl.program_id(0), tl.sum(mark, 0))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _split_columns(
-    values, marks, ends, inverse_totals, shares, kept, columns, q, tails, rows, block_rows, stride, kept_stride, limit,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    values, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, rows, block_rows, stride, kept_stride,
+    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of a block that keeps at most `limit`: its kept e and their columns side by side; of the others q and
     each row's mass.
 
-    ends [B, P] counts the marks up to and with a column; kept [n, K], columns [B, K], q [2 B, P], tails [tiles, n].
+    ends [B, steps] counts the marks of these columns and of those before, counts [B] all; kept [n, K],
+    columns [B, K], q [2 B, P], tails [steps, n].
     """
     block = tl.program_id(1)
-    tile = tl.program_id(0)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    if tl.load(ends + block.to(tl.int64) * stride + stride - 1) > limit:
+    step = tl.program_id(0)
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
+    if tl.load(counts + block) > limit:
         return
-    is_kept = tl.load(marks + block.to(tl.int64) * stride + column) != 0
-    position = tl.load(ends + block.to(tl.int64) * stride + column) - 1
+    mark = tl.load(marks + block.to(tl.int64) * stride + column).to(tl.int32)
+    is_kept = mark != 0
+    end = tl.load(ends + block * tl.num_programs(0) + step)
+    position = end - tl.sum(mark, 0) + tl.cumsum(mark, 0) - 1
     tl.store(columns + block.to(tl.int64) * kept_stride + position, column, mask=is_kept)
     first = block * block_rows
     last = tl.minimum(first + block_rows, rows)
@@ -93,7 +99,7 @@ def _split_columns(
         copied = kept + row.to(tl.int64)[:, None] * kept_stride + position[None, :]
         tl.store(copied, e, mask=is_row[:, None] & is_kept[None, :])
         rest = tl.where(is_kept[None, :], 0.0, e.to(tl.float32)) * inverse_total[:, None]
-        tl.store(tails + tile.to(tl.int64) * rows + row, tl.sum(rest, 1), mask=is_row)
+        tl.store(tails + step.to(tl.int64) * rows + row, tl.sum(rest, 1), mask=is_row)
         above += rest * tl.maximum(share, 0.0)[:, None]
         below += rest * tl.maximum(-share, 0.0)[:, None]
     place = q + 2 * block.to(tl.int64) * stride + column
@@ -103,18 +109,18 @@ def _split_columns(
 
 @triton.jit(do_not_specialize=["rows"])
 def _multiply_gathered(
-    kept, columns, weight, ends, accumulator, rows, block_rows, stride, kept_stride, limit, tiles, D: tl.constexpr,
+    kept, columns, weight, counts, accumulator, rows, block_rows, kept_stride, limit, row_tiles, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """accumulator [n, D] = kept [n, K] W[columns] for the blocks that keep at most `limit`.
 
-    `tiles` of rows a block. Programs side by side multiply the same part of D: their blocks share rows of W.
+    `row_tiles` a block. Programs side by side multiply the same part of D: their blocks share rows of W.
     """
-    block = tl.program_id(0) // tiles
-    count = tl.load(ends + block.to(tl.int64) * stride + stride - 1)
+    block = tl.program_id(0) // row_tiles
+    count = tl.load(counts + block)
     if count > limit:
         return
-    row = block * block_rows + (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = block * block_rows + (tl.program_id(0) % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < tl.minimum((block + 1) * block_rows, rows)
     d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -171,7 +177,7 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
 
     def write_sparse(self, options: SparseGradient, weights: Tensor, factors: Tensor, out: Tensor) -> BlockCounts:
         """As `SparseSoftmax.write_sparse`; once after a `forward`."""
-        n, block_rows = len(out), min(options.block_rows, len(out))
+        n, block_rows = len(out), min(options.block_rows, fused._ROWS)
         reference, others, _, target_score = self._state
         totals = others + (target_score - reference).exp()
         target_weight = others / totals * self._target_slope(target_score)
@@ -180,7 +186,7 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
         inverse_totals = torch.where(is_active, totals.reciprocal(), 0.0)
         thresholds = torch.where(is_active, options.eps * totals, torch.inf)
         marks, ends = self._mark(thresholds, is_active, block_rows)
-        counts = ends[:, -1].tolist()  # the wait
+        counts = ends[:, -1].tolist()  # the host waits here
         limit = int(options.max_kept_frac * len(self.head.weight))
         self._multiply_dense(counts, limit, block_rows)
         tail_mass, coefficient, vectors, owners = torch.zeros_like(shares), shares, None, None
@@ -205,16 +211,17 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
         return 1.0 - (target_score / (self._inverse * self.head.softcap)).square()
 
     def _mark(self, thresholds: Tensor, is_active: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
-        """Marks [B, P] of the columns to keep, and how many there are up to each of them, int32 [B, P]."""
+        """Marks [B, P] of the columns to keep, and how many there are up to the end of each step, int32 [B, steps]."""
         n, num_blocks = len(thresholds), cdiv(len(thresholds), block_rows)
         corrections = torch.where(is_active, (self._references[:, :n] - self._state[0]).exp(), 1.0)  # [sections, n]
         marks = torch.empty((num_blocks, self._stride), dtype=torch.uint8, device=thresholds.device)
+        sums = torch.empty((num_blocks, self._stride // _COLUMNS), dtype=torch.int32, device=thresholds.device)
         width = self._sections[0][1] if len(self._sections) > 1 else self._stride
         _mark_columns[(self._stride // _COLUMNS, num_blocks)](
-            self._e, corrections, thresholds, marks, n, block_rows, self._stride, width, ROWS=_ROWS, COLUMNS=_COLUMNS,
-            **_PASS,
+            self._e, corrections, thresholds, marks, sums, n, block_rows, self._stride, width, ROWS=_ROWS,
+            COLUMNS=_COLUMNS, **_PASS,
         )  # fmt: skip
-        return marks, marks.cumsum(1, dtype=torch.int32)
+        return marks, sums.cumsum(1, dtype=torch.int32)
 
     def _multiply_dense(self, counts: list[int], limit: int, block_rows: int) -> None:
         """The accumulator's rows of blocks that keep more than `limit`; neighbours in one matmul."""
@@ -231,19 +238,20 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The accumulator's rows of the other blocks, of at most `most` columns; q [2 B, V] and tail masses [n]."""
         n, depth, num_blocks = len(shares), self._hidden.shape[1], len(marks)
-        stride, num_tiles, device = self._stride, self._stride // _COLUMNS, shares.device
+        counts = ends[:, -1].contiguous()
+        stride, num_steps, device = self._stride, self._stride // _COLUMNS, shares.device
         kept_stride = max(1, cdiv(most, _BLOCK_K)) * _BLOCK_K
         kept = torch.zeros((n, kept_stride), dtype=self._e.dtype, device=device)
         columns = torch.zeros((num_blocks, kept_stride), dtype=torch.int32, device=device)
         q = torch.zeros((2 * num_blocks, stride), dtype=self._e.dtype, device=device)
-        tails = torch.zeros((num_tiles, n), dtype=torch.float32, device=device)
-        _split_columns[(num_tiles, num_blocks)](
-            self._e, marks, ends, inverse_totals, shares, kept, columns, q, tails, n, block_rows, stride, kept_stride,
-            limit, ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
+        tails = torch.zeros((num_steps, n), dtype=torch.float32, device=device)
+        _split_columns[(num_steps, num_blocks)](
+            self._e, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, n, block_rows, stride,
+            kept_stride, limit, ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
         )  # fmt: skip
-        tiles = cdiv(block_rows, _BLOCK_M)
-        _multiply_gathered[(num_blocks * tiles, cdiv(depth, _BLOCK_N))](
-            kept, columns, self.head.weight, ends, self.accumulator, n, block_rows, stride, kept_stride, limit, tiles,
+        row_tiles = cdiv(block_rows, _BLOCK_M)
+        _multiply_gathered[(num_blocks * row_tiles, cdiv(depth, _BLOCK_N))](
+            kept, columns, self.head.weight, counts, self.accumulator, n, block_rows, kept_stride, limit, row_tiles,
             D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, **_LAUNCH,
         )  # fmt: skip
         return q[:, : len(self.head.weight)], tails.sum(0)
