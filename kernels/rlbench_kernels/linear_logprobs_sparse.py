@@ -97,7 +97,9 @@ class SparseWriter:
         self._kept_frac = self._num_blocks = self._num_fallbacks = 0.0
         self._tail_mass, self._num_rows, self._tail_mass_max = torch.zeros(3, device=device)  # rows with weight
 
-    def write(self, softmax: ChunkSoftmax | SparseSoftmax, head: Head, targets: Tensor, rows: slice, out: Tensor) -> None:
+    def write(
+        self, softmax: ChunkSoftmax | SparseSoftmax, head: Head, targets: Tensor, rows: slice, out: Tensor
+    ) -> None:
         """out [n, D] = d logprob / d hidden of a chunk, nan where the row's weight is 0; after its forward pass.
 
         Waits for the number of columns kept: once a block, a `SparseSoftmax` once a chunk.

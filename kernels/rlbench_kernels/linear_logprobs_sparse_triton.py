@@ -59,7 +59,7 @@ def _mark_columns(
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
     mark = tl.max(found, 0)
-    tl.store(marks + block.to(tl.int64) * stride + column, mark.to(marks.dtype.element_ty))
+    tl.store(marks + block.to(tl.int64) * stride + column, mark)
     tl.store(sums + block * tl.num_programs(0) + tl.program_id(0), tl.sum(mark, 0))
 
 
