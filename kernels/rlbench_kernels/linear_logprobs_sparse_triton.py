@@ -54,8 +54,7 @@ def _mark_columns(
         correction = tl.load(corrections + (column0 // width) * rows + row, mask=is_row, other=1.0)
         place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
         e = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32) * correction[:, None]
-        if tl.sum((correction != 1.0).to(tl.int32), 0) > 0:
-            tl.store(place, e.to(values.dtype.element_ty), mask=is_row[:, None])
+        tl.store(place, e.to(values.dtype.element_ty), mask=(is_row & (correction != 1.0))[:, None])
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
     mark = tl.max(found, 0)
@@ -81,8 +80,8 @@ def _split_columns(
         return
     mark = tl.load(marks + block.to(tl.int64) * stride + column).to(tl.int32)
     is_kept = mark != 0
-    end = tl.load(ends + block * tl.num_programs(0) + step)
-    position = end - tl.sum(mark, 0) + tl.cumsum(mark, 0) - 1
+    num_kept = tl.sum(mark, 0)
+    position = tl.load(ends + block * tl.num_programs(0) + step) - num_kept + tl.cumsum(mark, 0) - 1
     tl.store(columns + block.to(tl.int64) * kept_stride + position, column, mask=is_kept)
     first = block * block_rows
     last = tl.minimum(first + block_rows, rows)
@@ -96,8 +95,9 @@ def _split_columns(
         place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
         e = tl.load(place, mask=is_row[:, None], other=0.0)
         e = tl.where(inverse_total[:, None] > 0.0, e, 0.0).to(values.dtype.element_ty)  # rows without weight may be nan
-        copied = kept + row.to(tl.int64)[:, None] * kept_stride + position[None, :]
-        tl.store(copied, e, mask=is_row[:, None] & is_kept[None, :])
+        if num_kept > 0:
+            copied = kept + row.to(tl.int64)[:, None] * kept_stride + position[None, :]
+            tl.store(copied, e, mask=is_row[:, None] & is_kept[None, :])
         rest = tl.where(is_kept[None, :], 0.0, e.to(tl.float32)) * inverse_total[:, None]
         tl.store(tails + step.to(tl.int64) * rows + row, tl.sum(rest, 1), mask=is_row)
         above += rest * tl.maximum(share, 0.0)[:, None]

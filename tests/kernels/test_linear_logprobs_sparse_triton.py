@@ -175,9 +175,9 @@ def test_a_row_declared_without_weight_that_gets_a_gradient_is_nan(fused):  # no
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("n", [513, 1])
-def test_bfloat16_on_the_gpu(n):
-    hidden, weight, targets = to_device(*llm_inputs(n, d=256, v=49152, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("n", "d", "v"), [(513, 256, 49152), (1, 256, 49152), (300, 576, 50257)])
+def test_bfloat16_on_the_gpu(n, d, v):
+    hidden, weight, targets = to_device(*llm_inputs(n, d=d, v=v, dtype=torch.bfloat16))
     ones = torch.ones(n, device=DEVICE)
     sparse = SparseGradient()
     found = gradient(hidden, weight, targets, ones, grad="sparse", sparse=sparse)
