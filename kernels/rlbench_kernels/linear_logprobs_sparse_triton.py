@@ -28,6 +28,7 @@ from rlbench_kernels.linear_logprobs_triton import multiply
 
 _ROWS, _COLUMNS = 32, 128  # of one step over e; the columns divide the fused kernel's tile
 _PASS = {"num_warps": 8}
+_STAGES = 3  # steps of `_split_columns` whose e is under way
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # of the matmul with gathered rows
 _LAUNCH = {"num_warps": 8, "num_stages": 5}
 _BLOCK_D = 1024
@@ -65,7 +66,7 @@ def _mark_columns(
 @triton.jit(do_not_specialize=["rows"])
 def _split_columns(
     values, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, rows, block_rows, stride, kept_stride,
-    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of a block that keeps at most `limit`: its kept e and their columns side by side; of the others q and
     each row's mass.
@@ -87,7 +88,7 @@ def _split_columns(
     last = tl.minimum(first + block_rows, rows)
     above = tl.zeros((ROWS, COLUMNS), tl.float32)
     below = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         is_row = row < last
         inverse_total = tl.load(inverse_totals + row, mask=is_row, other=0.0)
@@ -247,7 +248,7 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
         tails = torch.zeros((num_steps, n), dtype=torch.float32, device=device)
         _split_columns[(num_steps, num_blocks)](
             self._e, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, n, block_rows, stride,
-            kept_stride, limit, ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
+            kept_stride, limit, ROWS=_ROWS, COLUMNS=_COLUMNS, STAGES=_STAGES, **_PASS,
         )  # fmt: skip
         row_tiles = cdiv(block_rows, _BLOCK_M)
         _multiply_gathered[(num_blocks * row_tiles, cdiv(depth, _BLOCK_N))](
