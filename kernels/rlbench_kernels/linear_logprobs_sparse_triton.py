@@ -11,6 +11,7 @@ Shapes: n rows of one chunk, B its blocks, D hidden, V vocabulary, P columns of 
 
 # pyright does not know kernel launches
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from itertools import groupby
