@@ -289,6 +289,14 @@ NF4, DPO = "llama-3.1-8b, nf4", "llama-3.1-8b, nf4, DPO, rows of"
 DRAWN, TOKEN = "256 completions of drawn lengths", "256 sequences"
 PEAK, LINE = "peak, at most", "longest completion in {} GiB, by the line"
 ALL_WEIGHTS = "SmolLM2-135M's shape, all weights"
+SHORT = ", completions of 512"
+
+
+def planned(*cases: str) -> list[tuple[str, str, str, str, float]]:
+    """Planned and measured peak of each case."""
+    return [(PLAN, case, *place, 1) for case in cases for place in (("plan", PEAK), ("run", "peak"))]
+
+
 SENTENCES = [  # what the prose says, and where each number in brackets is: file, case, impl, metric, scale
     (
         r"at most, 8B shape on an NF4 base, one H200: ([\d.]+) s, against ([\d.]+) s with copies",
@@ -326,21 +334,28 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         ],
     ),
     (
-        r"in NF4, DPO ([\d.]+) and ([\d.]+) GiB, ([\d.]+) and ([\d.]+) without offload, ([\d.]+) and ([\d.]+) with",
-        [
-            (PLAN, f"{DPO} {rows}", impl, metric, 1)
-            for rows in ("1,000", "1,000, no offload", "6,000")
-            for impl, metric in (("plan", PEAK), ("run", "peak"))
-        ],
+        r"in NF4, DPO ([\d.]+) and ([\d.]+) GiB, ([\d.]+) and ([\d.]+) without offload, ([\d.]+) and ([\d.]+) with "
+        r"rows of 6,000 tokens, PPO ([\d.]+) and ([\d.]+); in FP8, GRPO ([\d.]+) and ([\d.]+)\.",
+        planned(
+            f"{DPO} 1,000",
+            f"{DPO} 1,000, no offload",
+            f"{DPO} 6,000",
+            f"{NF4}, PPO{SHORT}",
+            f"llama-3.1-8b, fp8, GRPO{SHORT}",
+        ),
     ),
     (
-        r"GRPO ([\d.]+) and ([\d.]+), PPO ([\d.]+) and ([\d.]+)\.",
-        [
-            (PLAN, f"{NF4}, {name}, completions of 512", impl, metric, 1)
-            for name in ("GRPO", "PPO")
-            for impl, metric in (("plan", PEAK), ("run", "peak"))
-        ],
+        r"fine-tuning ([\d.]+) and ([\d.]+), DPO ([\d.]+) and ([\d.]+), PPO ([\d.]+) and ([\d.]+); GRPO in NF4 "
+        r"([\d.]+) and ([\d.]+), in FP8 ([\d.]+) and ([\d.]+)\.",
+        planned(
+            "qwen2.5-1.5b, none, SFT, rows of 6,000",
+            "qwen2.5-1.5b, none, DPO, rows of 1,000",
+            f"qwen2.5-1.5b, none, PPO{SHORT}",
+            f"qwen2.5-1.5b, nf4, GRPO{SHORT}",
+            f"qwen2.5-1.5b, fp8, GRPO{SHORT}",
+        ),
     ),
+    (r"GRPO of the 8B shape in NF4, ([\d.]+) and ([\d.]+)\.", planned(f"{NF4}, GRPO{SHORT}")),
     (
         r"takes ([\d,]+) MB with `adamw`, (\d+) with `muon`, (\d+) with `galore`, (\d+) with `adamw_8bit` and (\d+)",
         [
