@@ -4,7 +4,8 @@ e of a whole chunk, [n, V] in bfloat16, stays in memory until its gradient is wr
 to keep (any row's e / total above eps), copy them side by side, and sum the others into tail masses and, for each
 block and sign, the q of its shared vector. One matmul kernel takes the rows of W that each block kept by their
 numbers, a library matmul makes q W of all blocks. Blocks that keep too much are e W, in a library matmul.
-The host waits once a chunk, for the number of columns each block keeps. Every sum has one order: no atomics.
+The host waits once a chunk, for the number of columns each block keeps; after a chunk whose blocks all keep too much
+the later ones are dense at once. Every sum has one order: no atomics.
 
 Shapes: n rows of one chunk, B its blocks, D hidden, V vocabulary, P columns of e: V rounded up, K columns kept.
 """
@@ -15,6 +16,7 @@ Shapes: n rows of one chunk, B its blocks, D hidden, V vocabulary, P columns of 
 from __future__ import annotations
 
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,25 +29,26 @@ from rlbench_kernels.linear_logprobs_head import Head
 from rlbench_kernels.linear_logprobs_sparse import BlockCounts, SparseGradient
 from rlbench_kernels.linear_logprobs_triton import multiply
 
-_ROWS, _COLUMNS = 32, 128  # of one step over e; the columns divide the fused kernel's tile
-_PASS = {"num_warps": 8}
-_STAGES = 3  # steps of `_split_columns` whose e is under way
+_ROWS, _COLUMNS = 32, 64  # of one step over e; the columns divide the fused kernel's tile
+_PASS = {"num_warps": 4}
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # of the matmul with gathered rows
 _LAUNCH = {"num_warps": 8, "num_stages": 5}
 _BLOCK_D = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _mark_columns(
-    values, corrections, thresholds, marks, sums, rows, block_rows, stride, width, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _split_columns(
+    values, corrections, thresholds, inverse_totals, shares, marks, sums, q, tails, rows, block_rows, stride, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of a block: marks [B, P] = 1 where e of any row is above its threshold, else 0; their sums [B, steps].
+    """COLUMNS of a block: marks [B, P] = 1 where e of any row is above its threshold, else 0; their sums [B, steps];
+    of the others q [2 B, P] and each row's mass, tails [steps, n].
 
     e of rows whose reference moved after their section of `width` columns is brought to the last one, in place.
     """
     block = tl.program_id(1)
-    column0 = tl.program_id(0) * COLUMNS
+    step = tl.program_id(0)
+    column0 = step * COLUMNS
     column = column0 + tl.arange(0, COLUMNS)
     first = block * block_rows
     last = tl.minimum(first + block_rows, rows)
@@ -56,57 +59,67 @@ def _mark_columns(
         correction = tl.load(corrections + (column0 // width) * rows + row, mask=is_row, other=1.0)
         place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
         e = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32) * correction[:, None]
-        tl.store(place, e.to(values.dtype.element_ty), mask=(is_row & (correction != 1.0))[:, None])
+        tl.store(place, e.to(values.dtype.element_ty), mask=is_row[:, None] & (correction != 1.0)[:, None])
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
     mark = tl.max(found, 0)
-    tl.store(marks + block.to(tl.int64) * stride + column, mark)
-    tl.store(sums + block * tl.num_programs(0) + tl.program_id(0), tl.sum(mark, 0))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _split_columns(
-    values, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, rows, block_rows, stride, kept_stride,
-    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS of a block that keeps at most `limit`: its kept e and their columns side by side; of the others q and
-    each row's mass.
-
-    ends [B, steps] counts the marks of these columns and of those before, counts [B] all; kept [n, K],
-    columns [B, K], q [2 B, P], tails [steps, n].
-    """
-    block = tl.program_id(1)
-    step = tl.program_id(0)
-    column = step * COLUMNS + tl.arange(0, COLUMNS)
-    if tl.load(counts + block) > limit:
-        return
-    mark = tl.load(marks + block.to(tl.int64) * stride + column).to(tl.int32)
-    is_kept = mark != 0
-    num_kept = tl.sum(mark, 0)
-    position = tl.load(ends + block * tl.num_programs(0) + step) - num_kept + tl.cumsum(mark, 0) - 1
-    tl.store(columns + block.to(tl.int64) * kept_stride + position, column, mask=is_kept)
-    first = block * block_rows
-    last = tl.minimum(first + block_rows, rows)
+    tl.store(marks + block.to(tl.int64) * stride + column, mark.to(marks.dtype.element_ty))
+    tl.store(sums + block * tl.num_programs(0) + step, tl.sum(mark, 0))
+    tl.debug_barrier()  # what was written above is read below
     above = tl.zeros((ROWS, COLUMNS), tl.float32)
     below = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         is_row = row < last
         inverse_total = tl.load(inverse_totals + row, mask=is_row, other=0.0)
         share = tl.load(shares + row, mask=is_row, other=0.0)
         place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
-        e = tl.load(place, mask=is_row[:, None], other=0.0)
-        e = tl.where(inverse_total[:, None] > 0.0, e, 0.0).to(values.dtype.element_ty)  # rows without weight may be nan
-        if num_kept > 0:
-            copied = kept + row.to(tl.int64)[:, None] * kept_stride + position[None, :]
-            tl.store(copied, e, mask=is_row[:, None] & is_kept[None, :])
-        rest = tl.where(is_kept[None, :], 0.0, e.to(tl.float32)) * inverse_total[:, None]
+        e = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32)
+        is_rest = (inverse_total > 0.0)[:, None] & (mark == 0)[None, :]  # rows without weight may be nan
+        rest = tl.where(is_rest, e, 0.0) * inverse_total[:, None]
         tl.store(tails + step.to(tl.int64) * rows + row, tl.sum(rest, 1), mask=is_row)
         above += rest * tl.maximum(share, 0.0)[:, None]
         below += rest * tl.maximum(-share, 0.0)[:, None]
     place = q + 2 * block.to(tl.int64) * stride + column
     tl.store(place, tl.sum(above, 0).to(q.dtype.element_ty))
     tl.store(place + stride, tl.sum(below, 0).to(q.dtype.element_ty))
+
+
+@triton.jit
+def _list_columns(marks, ends, counts, columns, stride, kept_stride, limit, COLUMNS: tl.constexpr):
+    """columns [B, K]: those marked, in their order, of blocks that keep at most `limit`.
+
+    ends [B, steps] counts the marks of these COLUMNS and of those before, counts [B] all.
+    """
+    block = tl.program_id(1)
+    step = tl.program_id(0)
+    if tl.load(counts + block) > limit:
+        return
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
+    mark = tl.load(marks + block.to(tl.int64) * stride + column).to(tl.int32)
+    end = tl.load(ends + block * tl.num_programs(0) + step)
+    position = end - tl.sum(mark, 0) + tl.cumsum(mark, 0) - 1
+    tl.store(columns + block.to(tl.int64) * kept_stride + position, column, mask=mark != 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _copy_kept(
+    values, columns, counts, inverse_totals, kept, rows, block_rows, stride, kept_stride, limit, row_tiles,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """kept [n, K] = e of the listed columns side by side; 0 beyond their number and in rows without weight."""
+    block = tl.program_id(0) // row_tiles
+    count = tl.load(counts + block)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if (count > limit) | (tl.program_id(1) * BLOCK_K >= count):
+        return
+    row = block * block_rows + (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
+    is_row = row < tl.minimum((block + 1) * block_rows, rows)
+    column = tl.load(columns + block.to(tl.int64) * kept_stride + k, mask=k < count, other=0)
+    has_weight = tl.load(inverse_totals + row, mask=is_row, other=0.0) > 0.0
+    mask = (is_row & has_weight)[:, None] & (k < count)[None, :]
+    e = tl.load(values + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    tl.store(kept + row.to(tl.int64)[:, None] * kept_stride + k[None, :], e, mask=is_row[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -158,6 +171,16 @@ def _combine(
     tl.store(out + row * D + d, tl.where(factor == 0.0, 0.0, value).to(out.dtype.element_ty), mask=d < D)
 
 
+class _Split(NamedTuple):
+    """What a pass over e found."""
+
+    marks: Tensor  # uint8 [B, P]: 1 in the columns to keep
+    ends: Tensor  # int32 [B, steps]: how many there are up to the end of each step
+    counts: Tensor  # int32 [B]: how many there are
+    q: Tensor  # [2 B, P], of the other columns, by the sign of the rows' shares
+    tails: Tensor  # float32 [steps, n]: mass of each row in the other columns
+
+
 class SparseFusedSoftmax(fused.FusedSoftmax):
     """As `FusedSoftmax`, with e of a whole chunk in memory, from which it writes the sparse gradient alone."""
 
@@ -168,6 +191,7 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
         self._e = hidden.new_empty((self.max_rows, self._stride))  # [n, P], 0 beyond V
         size = (len(self._sections), self.max_rows)
         self._references = torch.empty(size, dtype=torch.float32, device=hidden.device)  # of e, by section
+        self._is_flat = False  # all blocks of a chunk kept too much: the later chunks are dense without a look at them
 
     def _section_values(self, section: int, with_gradient: bool) -> Tensor:
         assert not with_gradient
@@ -179,28 +203,33 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
 
     def write_sparse(self, options: SparseGradient, weights: Tensor, factors: Tensor, out: Tensor) -> BlockCounts:
         """As `SparseSoftmax.write_sparse`; once after a `forward`."""
-        n, block_rows = len(out), min(options.block_rows, fused._ROWS)
+        (n, depth), block_rows = out.shape, min(options.block_rows, fused._ROWS)
         reference, others, _, target_score = self._state
         totals = others + (target_score - reference).exp()
         target_weight = others / totals * self._target_slope(target_score)
         is_active = weights.isfinite() & (weights != 0) & target_weight.isfinite()  # [n]
         shares = torch.where(is_active, weights * self._inverse, 0.0)
         inverse_totals = torch.where(is_active, totals.reciprocal(), 0.0)
-        thresholds = torch.where(is_active, options.eps * totals, torch.inf)
-        marks, ends = self._mark(thresholds, is_active, block_rows)
-        counts = ends[:, -1].tolist()  # the host waits here
         limit = int(options.max_kept_frac * len(self.head.weight))
-        self._multiply_dense(counts, limit, block_rows)
+        split, counts = None, [limit + 1] * cdiv(n, block_rows)
         tail_mass, coefficient, vectors, owners = torch.zeros_like(shares), shares, None, None
-        if min(counts) <= limit:
-            kept_counts = [count for count in counts if count <= limit]
-            q, tail_mass = self._multiply_kept(marks, ends, inverse_totals, shares, block_rows, limit, max(kept_counts))
-            vectors = torch.empty((len(q), out.shape[1]), dtype=torch.float32, device=out.device)
-            multiply(q, self.head.weight, vectors)
+        if not self._is_flat:
+            thresholds = torch.where(is_active, options.eps * totals, torch.inf)
+            split = self._split(thresholds, is_active, inverse_totals, shares, block_rows)
+            tail_mass = split.tails.sum(0) * (split.counts <= limit).repeat_interleave(block_rows)[:n]
             coefficient, owners = _tail_terms(shares, tail_mass, block_rows)
         terms = torch.stack([factors * self._inverse, target_weight, inverse_totals, coefficient])
-        _combine[(n, cdiv(out.shape[1], _BLOCK_D))](
-            out, self.accumulator, vectors, self.head.weight, self._targets, terms, owners, n, D=out.shape[1],
+        if split is not None:
+            counts = split.counts.tolist()  # the host waits here
+            self._is_flat = min(counts) > limit
+        if split is not None and not self._is_flat:
+            vectors = torch.empty((len(split.q), depth), dtype=torch.float32, device=out.device)
+            multiply(split.q[:, : len(self.head.weight)], self.head.weight, vectors)
+            most = max(count for count in counts if count <= limit)
+            self._multiply_kept(split, inverse_totals, block_rows, limit, most)
+        self._multiply_dense(counts, limit, block_rows)
+        _combine[(n, cdiv(depth, _BLOCK_D))](
+            out, self.accumulator, vectors, self.head.weight, self._targets, terms, owners, n, D=depth,
             BLOCK_D=_BLOCK_D, HAS_TAIL=vectors is not None,
         )  # fmt: skip
         kept = [1.0 if count > limit else count / len(self.head.weight) for count in counts]
@@ -212,18 +241,24 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
             return 1.0
         return 1.0 - (target_score / (self._inverse * self.head.softcap)).square()
 
-    def _mark(self, thresholds: Tensor, is_active: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
-        """Marks [B, P] of the columns to keep, and how many there are up to the end of each step, int32 [B, steps]."""
-        n, num_blocks = len(thresholds), cdiv(len(thresholds), block_rows)
+    def _split(
+        self, thresholds: Tensor, is_active: Tensor, inverse_totals: Tensor, shares: Tensor, block_rows: int
+    ) -> _Split:
+        """One pass over e."""
+        n, num_blocks, num_steps = len(shares), cdiv(len(shares), block_rows), self._stride // _COLUMNS
+        device = shares.device
         corrections = torch.where(is_active, (self._references[:, :n] - self._state[0]).exp(), 1.0)  # [sections, n]
-        marks = torch.empty((num_blocks, self._stride), dtype=torch.uint8, device=thresholds.device)
-        sums = torch.empty((num_blocks, self._stride // _COLUMNS), dtype=torch.int32, device=thresholds.device)
+        marks = torch.empty((num_blocks, self._stride), dtype=torch.uint8, device=device)
+        sums = torch.empty((num_blocks, num_steps), dtype=torch.int32, device=device)
+        q = torch.empty((2 * num_blocks, self._stride), dtype=self._e.dtype, device=device)
+        tails = torch.empty((num_steps, n), dtype=torch.float32, device=device)
         width = self._sections[0][1] if len(self._sections) > 1 else self._stride
-        _mark_columns[(self._stride // _COLUMNS, num_blocks)](
-            self._e, corrections, thresholds, marks, sums, n, block_rows, self._stride, width, ROWS=_ROWS,
-            COLUMNS=_COLUMNS, **_PASS,
+        _split_columns[(num_steps, num_blocks)](
+            self._e, corrections, thresholds, inverse_totals, shares, marks, sums, q, tails, n, block_rows,
+            self._stride, width, ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
         )  # fmt: skip
-        return marks, sums.cumsum(1, dtype=torch.int32)
+        ends = sums.cumsum(1, dtype=torch.int32)
+        return _Split(marks, ends, ends[:, -1].contiguous(), q, tails)
 
     def _multiply_dense(self, counts: list[int], limit: int, block_rows: int) -> None:
         """The accumulator's rows of blocks that keep more than `limit`; neighbours in one matmul."""
@@ -235,28 +270,27 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
                 multiply(self._e[rows, : len(weight)], weight, self.accumulator[rows])
 
     def _multiply_kept(
-        self, marks: Tensor, ends: Tensor, inverse_totals: Tensor, shares: Tensor, block_rows: int, limit: int,
-        most: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The accumulator's rows of the other blocks, of at most `most` columns; q [2 B, V] and tail masses [n]."""
-        n, depth, num_blocks = len(shares), self._hidden.shape[1], len(marks)
-        counts = ends[:, -1].contiguous()
-        stride, num_steps, device = self._stride, self._stride // _COLUMNS, shares.device
+        self, split: _Split, inverse_totals: Tensor, block_rows: int, limit: int, most: int
+    ) -> None:  # fmt: skip
+        """The accumulator's rows of the blocks that keep at most `limit`: at most `most` columns each."""
+        n, depth, num_blocks = len(inverse_totals), self._hidden.shape[1], len(split.marks)
         kept_stride = max(1, cdiv(most, _BLOCK_K)) * _BLOCK_K
-        kept = torch.zeros((n, kept_stride), dtype=self._e.dtype, device=device)
-        columns = torch.zeros((num_blocks, kept_stride), dtype=torch.int32, device=device)
-        q = torch.zeros((2 * num_blocks, stride), dtype=self._e.dtype, device=device)
-        tails = torch.zeros((num_steps, n), dtype=torch.float32, device=device)
-        _split_columns[(num_steps, num_blocks)](
-            self._e, marks, ends, counts, inverse_totals, shares, kept, columns, q, tails, n, block_rows, stride,
-            kept_stride, limit, ROWS=_ROWS, COLUMNS=_COLUMNS, STAGES=_STAGES, **_PASS,
+        kept = self._e.new_empty((n, kept_stride))
+        columns = torch.zeros((num_blocks, kept_stride), dtype=torch.int32, device=kept.device)
+        _list_columns[(self._stride // _COLUMNS, num_blocks)](
+            split.marks, split.ends, split.counts, columns, self._stride, kept_stride, limit, COLUMNS=_COLUMNS,
+            num_warps=1,
+        )  # fmt: skip
+        row_tiles = cdiv(block_rows, _ROWS)
+        _copy_kept[(num_blocks * row_tiles, kept_stride // _BLOCK_K)](
+            self._e, columns, split.counts, inverse_totals, kept, n, block_rows, self._stride, kept_stride, limit,
+            row_tiles, ROWS=_ROWS, BLOCK_K=_BLOCK_K, num_warps=4,
         )  # fmt: skip
         row_tiles = cdiv(block_rows, _BLOCK_M)
         _multiply_gathered[(num_blocks * row_tiles, cdiv(depth, _BLOCK_N))](
-            kept, columns, self.head.weight, counts, self.accumulator, n, block_rows, kept_stride, limit, row_tiles,
-            D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, **_LAUNCH,
+            kept, columns, self.head.weight, split.counts, self.accumulator, n, block_rows, kept_stride, limit,
+            row_tiles, D=depth, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, **_LAUNCH,
         )  # fmt: skip
-        return q[:, : len(self.head.weight)], tails.sum(0)
 
 
 def _tail_terms(shares: Tensor, tail_mass: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:

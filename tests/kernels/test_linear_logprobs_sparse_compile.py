@@ -11,11 +11,12 @@ MAX_SHARED_BYTES = 227 * 1024  # of one program
 E, SUMS, COUNTS = "*bf16", "*fp32", "*i32"
 SIZES = {name: "i32" for name in ("block_rows", "stride", "kept_stride", "limit", "width")}
 POINTERS = {
-    "_mark_columns": {"values": E, "corrections": SUMS, "thresholds": SUMS, "marks": "*u8", "sums": COUNTS},
     "_split_columns": {
-        "values": E, "marks": "*u8", "ends": COUNTS, "counts": COUNTS, "inverse_totals": SUMS, "shares": SUMS,
-        "kept": E, "columns": COUNTS, "q": E, "tails": SUMS,
+        "values": E, "corrections": SUMS, "thresholds": SUMS, "inverse_totals": SUMS, "shares": SUMS, "marks": "*u8",
+        "sums": COUNTS, "q": E, "tails": SUMS,
     },
+    "_list_columns": {"marks": "*u8", "ends": COUNTS, "counts": COUNTS, "columns": COUNTS},
+    "_copy_kept": {"values": E, "columns": COUNTS, "counts": COUNTS, "inverse_totals": SUMS, "kept": E},
     "_multiply_gathered": {"kept": E, "columns": COUNTS, "weight": E, "counts": COUNTS, "accumulator": SUMS},
     "_combine": {
         "out": E, "accumulator": SUMS, "vectors": SUMS, "weight": E, "targets": "*i64", "terms": SUMS, "owners": "*i64",
@@ -59,12 +60,16 @@ def test_the_gathered_matmul_has_16_byte_copies_in_flight_beside_the_matrix_unit
 
 
 @on_cpu
-@pytest.mark.parametrize("name", ["_mark_columns", "_split_columns"])
-def test_passes_over_e_read_16_bytes_at_a_time(name, module):
-    stages = {"STAGES": module._STAGES} if name == "_split_columns" else {}
-    ptx = compiled(name, module._PASS, ROWS=module._ROWS, COLUMNS=module._COLUMNS, **stages)
-    assert ("cp.async.cg.shared.global" if stages else "ld.global.v4.b32") in ptx
-    assert not re.search(r"\b(atom|red)\.global", ptx)
+def test_the_pass_over_e_reads_16_bytes_at_a_time_and_adds_in_one_order(module):
+    ptx = compiled("_split_columns", module._PASS, ROWS=module._ROWS, COLUMNS=module._COLUMNS)
+    assert "ld.global.v4.b32" in ptx and not re.search(r"\b(atom|red)\.global", ptx)
+
+
+@on_cpu
+def test_the_kept_columns_compile(module):
+    assert "st.global" in compiled("_list_columns", {"num_warps": 1}, COLUMNS=module._COLUMNS)
+    sizes = {"ROWS": module._ROWS, "BLOCK_K": module._BLOCK_K, "row_tiles": 4}
+    assert "st.global" in compiled("_copy_kept", {"num_warps": 4}, **sizes)
 
 
 @on_cpu
