@@ -63,7 +63,7 @@ def _split_columns(
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
     mark = tl.max(found, 0)
-    tl.store(marks + block.to(tl.int64) * stride + column, mark.to(marks.dtype.element_ty))
+    tl.store(marks + block.to(tl.int64) * stride + column, mark)
     tl.store(sums + block * tl.num_programs(0) + step, tl.sum(mark, 0))
     tl.debug_barrier()  # what was written above is read below
     above = tl.zeros((ROWS, COLUMNS), tl.float32)
