@@ -37,35 +37,50 @@ _BLOCK_D = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _move_references(
+    values, corrections, rows, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Bring e of a section of `width` columns to the last reference of its rows: nothing to do but where it moved."""
+    section = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < rows
+    correction = tl.load(corrections + section * rows + row, mask=is_row, other=1.0)
+    is_moved = is_row & (correction != 1.0)
+    if tl.max(is_moved.to(tl.int32), 0) == 0:
+        return
+    first = section * width
+    for start in range(first, tl.minimum(first + width, stride), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
+        mask = is_moved[:, None] & (column < stride)[None, :]
+        e = tl.load(place, mask=mask, other=0.0).to(tl.float32) * correction[:, None]
+        tl.store(place, e.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _split_columns(
-    values, corrections, thresholds, inverse_totals, shares, marks, sums, q, tails, rows, block_rows, stride, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    values, thresholds, inverse_totals, shares, marks, sums, q, tails, rows, block_rows, stride, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of a block: marks [B, P] = 1 where e of any row is above its threshold, else 0; their sums [B, steps];
     of the others q [2 B, P] and each row's mass, tails [steps, n].
-
-    e of rows whose reference moved after their section of `width` columns is brought to the last one, in place.
     """
     block = tl.program_id(1)
     step = tl.program_id(0)
-    column0 = step * COLUMNS
-    column = column0 + tl.arange(0, COLUMNS)
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
     first = block * block_rows
     last = tl.minimum(first + block_rows, rows)
     found = tl.zeros((ROWS, COLUMNS), tl.int32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         is_row = row < last
-        correction = tl.load(corrections + (column0 // width) * rows + row, mask=is_row, other=1.0)
         place = values + row.to(tl.int64)[:, None] * stride + column[None, :]
-        e = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32) * correction[:, None]
-        tl.store(place, e.to(values.dtype.element_ty), mask=is_row[:, None] & (correction != 1.0)[:, None])
+        e = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32)
         threshold = tl.load(thresholds + row, mask=is_row, other=float("inf"))
         found |= (e > threshold[:, None]).to(tl.int32)
     mark = tl.max(found, 0)
     tl.store(marks + block.to(tl.int64) * stride + column, mark)
     tl.store(sums + block * tl.num_programs(0) + step, tl.sum(mark, 0))
-    tl.debug_barrier()  # what was written above is read below
     above = tl.zeros((ROWS, COLUMNS), tl.float32)
     below = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, last, ROWS):
@@ -210,12 +225,13 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
         is_active = weights.isfinite() & (weights != 0) & target_weight.isfinite()  # [n]
         shares = torch.where(is_active, weights * self._inverse, 0.0)
         inverse_totals = torch.where(is_active, totals.reciprocal(), 0.0)
+        self._to_last_reference(is_active)
         limit = int(options.max_kept_frac * len(self.head.weight))
         split, counts = None, [limit + 1] * cdiv(n, block_rows)
         tail_mass, coefficient, vectors, owners = torch.zeros_like(shares), shares, None, None
         if not self._is_flat:
             thresholds = torch.where(is_active, options.eps * totals, torch.inf)
-            split = self._split(thresholds, is_active, inverse_totals, shares, block_rows)
+            split = self._split(thresholds, inverse_totals, shares, block_rows)
             tail_mass = split.tails.sum(0) * (split.counts <= limit).repeat_interleave(block_rows)[:n]
             coefficient, owners = _tail_terms(shares, tail_mass, block_rows)
         terms = torch.stack([factors * self._inverse, target_weight, inverse_totals, coefficient])
@@ -241,21 +257,26 @@ class SparseFusedSoftmax(fused.FusedSoftmax):
             return 1.0
         return 1.0 - (target_score / (self._inverse * self.head.softcap)).square()
 
-    def _split(
-        self, thresholds: Tensor, is_active: Tensor, inverse_totals: Tensor, shares: Tensor, block_rows: int
-    ) -> _Split:
+    def _to_last_reference(self, is_active: Tensor) -> None:
+        """e of all sections relative to one reference a row, `_state[0]`."""
+        n, num_sections = len(is_active), len(self._sections)
+        if num_sections > 1:
+            corrections = torch.where(is_active, (self._references[:, :n] - self._state[0]).exp(), 1.0)
+            _move_references[(cdiv(n, _ROWS), num_sections)](
+                self._e, corrections, n, self._stride, self._sections[0][1], ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS
+            )
+
+    def _split(self, thresholds: Tensor, inverse_totals: Tensor, shares: Tensor, block_rows: int) -> _Split:
         """One pass over e."""
         n, num_blocks, num_steps = len(shares), cdiv(len(shares), block_rows), self._stride // _COLUMNS
         device = shares.device
-        corrections = torch.where(is_active, (self._references[:, :n] - self._state[0]).exp(), 1.0)  # [sections, n]
         marks = torch.empty((num_blocks, self._stride), dtype=torch.uint8, device=device)
         sums = torch.empty((num_blocks, num_steps), dtype=torch.int32, device=device)
         q = torch.empty((2 * num_blocks, self._stride), dtype=self._e.dtype, device=device)
         tails = torch.empty((num_steps, n), dtype=torch.float32, device=device)
-        width = self._sections[0][1] if len(self._sections) > 1 else self._stride
         _split_columns[(num_steps, num_blocks)](
-            self._e, corrections, thresholds, inverse_totals, shares, marks, sums, q, tails, n, block_rows,
-            self._stride, width, ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
+            self._e, thresholds, inverse_totals, shares, marks, sums, q, tails, n, block_rows, self._stride,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, **_PASS,
         )  # fmt: skip
         ends = sums.cumsum(1, dtype=torch.int32)
         return _Split(marks, ends, ends[:, -1].contiguous(), q, tails)

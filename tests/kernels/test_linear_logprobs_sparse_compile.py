@@ -11,8 +11,9 @@ MAX_SHARED_BYTES = 227 * 1024  # of one program
 E, SUMS, COUNTS = "*bf16", "*fp32", "*i32"
 SIZES = {name: "i32" for name in ("block_rows", "stride", "kept_stride", "limit", "width")}
 POINTERS = {
+    "_move_references": {"values": E, "corrections": SUMS},
     "_split_columns": {
-        "values": E, "corrections": SUMS, "thresholds": SUMS, "inverse_totals": SUMS, "shares": SUMS, "marks": "*u8",
+        "values": E, "thresholds": SUMS, "inverse_totals": SUMS, "shares": SUMS, "marks": "*u8",
         "sums": COUNTS, "q": E, "tails": SUMS,
     },
     "_list_columns": {"marks": "*u8", "ends": COUNTS, "counts": COUNTS, "columns": COUNTS},
@@ -66,7 +67,9 @@ def test_the_pass_over_e_reads_16_bytes_at_a_time_and_adds_in_one_order(module):
 
 
 @on_cpu
-def test_the_kept_columns_compile(module):
+def test_the_smaller_passes_compile(module):
+    pass_over_e = {"ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
+    assert "st.global" in compiled("_move_references", module._PASS, **pass_over_e)
     assert "st.global" in compiled("_list_columns", {"num_warps": 1}, COLUMNS=module._COLUMNS)
     sizes = {"ROWS": module._ROWS, "BLOCK_K": module._BLOCK_K, "row_tiles": 4}
     assert "st.global" in compiled("_copy_kept", {"num_warps": 4}, **sizes)

@@ -139,6 +139,23 @@ def test_the_fused_form_is_the_reference(name, fused, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="float32 runs in the fused kernel under the interpreter alone")
+@pytest.mark.parametrize("name", ["llm", "moved references"])
+def test_after_a_chunk_that_falls_back_the_later_ones_are_dense(name, fused):  # noqa: F811
+    hidden, weight, targets, chosen, settings = sparse_case(name)
+    row_grads = torch.linspace(0.5, 1.5, len(hidden))
+    shares = {}
+    for num_flat in (0, ROWS):
+        rows = hidden.detach().clone()
+        rows[:num_flat] *= 0.01
+        sparse = SparseGradient(**settings)
+        found = gradient(rows.requires_grad_(), weight, targets, row_grads, **chosen, grad="sparse", sparse=sparse)
+        dense = gradient(rows, weight, targets, row_grads, **chosen)
+        assert sparse.stats is not None
+        shares[num_flat] = float(sparse.stats.fallback_frac), error(found, dense) < 1e-5
+    assert shares == {0: (0.0, False), ROWS: (1.0, True)}
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="float32 runs in the fused kernel under the interpreter alone")
 def test_a_reference_moves_after_a_section_of_the_case_above(fused):  # noqa: F811
     hidden, weight, targets, chosen, _ = sparse_case("moved references")
     softmax = SparseFusedSoftmax(hidden.detach(), Head(weight, chosen["bias"], 1.0, None))
@@ -205,7 +222,7 @@ def large_inputs(flat_blocks=(), n=4096, d=1024, v=128256):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("flat_blocks", [(), (0, 1, 5, 31), range(16), range(32)])
+@pytest.mark.parametrize("flat_blocks", [(), (0, 1, 5, 31), range(16, 32), range(32)])
 def test_at_a_real_size_the_fused_form_is_the_reference(flat_blocks, monkeypatch):
     hidden, weight, targets = large_inputs(flat_blocks)
     weights = torch.randn(4096, device=DEVICE).masked_fill_(torch.arange(4096, device=DEVICE) % 5 == 0, 0.0)
