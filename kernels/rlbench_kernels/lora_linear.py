@@ -61,7 +61,8 @@ def lora_linear(
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [O] in x's dtype, or None.
         dropout: see above; None, or p = 0: drop(x) = x.
-        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate" on a GPU, "two_pass" on a CPU.
+        form: how the matmuls are grouped, see `lora_matmuls`; "auto" takes "accumulate" on a GPU, "two_pass" on a CPU
+            and where there is a bias: an adapter of zeros then leaves the bits of x W^T + bias.
         cast: the adapter as `cast_adapters` would cast it; None has it done here.
 
     Returns:
@@ -255,7 +256,8 @@ def _projections(
     if form == "auto":
         is_quantised = not any(isinstance(base, Tensor) for base in bases)
         form = "extended" if is_quantised and has_room and any(loras) else "accumulate"
-        form = "two_pass" if bases[0].device.type == "cpu" else form
+        has_bias = any(bias is not None for bias in biases)  # cuBLAS rounds x W^T before it adds it to low B^T + bias
+        form = "two_pass" if bases[0].device.type == "cpu" or has_bias else form
     scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
     return Projections(tuple(bases), tuple(biases), scalings, dropouts, form)
 

@@ -27,6 +27,22 @@ from tests.kernels.lora_cases import (
     to,
 )
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[
+        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_adapter_of_zeros_leaves_the_bits_of_the_base(device, has_bias):
+    """In bfloat16; 0 is where every adapter starts."""
+    x, weight, bias = (random(*s, dtype=torch.bfloat16).to(device) for s in ((328, 512), (256, 512), (256,)))
+    bias = bias if has_bias else None
+    a, b = random(8, 512, dtype=torch.float32).to(device), torch.zeros(256, 8, device=device)
+    assert torch.equal(lora_linear(x, weight, a, b, 2.0, bias), torch.nn.functional.linear(x, weight, bias))
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ALL_FORMS)
