@@ -222,12 +222,14 @@ def test_speed_on_a_cpu():
     assert agrees(step.split()[0], speed_up) and f"differ by {gap:.0e}".replace("e-0", "e-") in step
 
 
+@pytest.mark.parametrize("model", ["Llama-3.1-8B", "Qwen2.5-7B"])
 @pytest.mark.parametrize(
     ("label", "impl"),
     [
         ("matmuls alone", "two_matmuls"),
         ("rlbench, `linear_token_loss`", "rlbench"),
         ("rlbench, `linear_logprobs`", "rlbench_logprobs"),
+        ('rlbench, `grad="sparse"`', "rlbench_sparse"),
         ("unsloth_zoo 2026.10.9", "unsloth_zoo"),
         ("Liger 0.8.5 (mean loss only)", "liger"),
         ("TRL 1.15", "trl"),
@@ -235,12 +237,11 @@ def test_speed_on_a_cpu():
         ("cut-cross-entropy", "cce"),
     ],
 )
-def test_fused_logprobs(label, impl):
+def test_fused_logprobs(label, impl, model):
     def measured(size: int, metric: str, of: str = impl) -> float:
-        case = f"Llama-3.1-8B N={size} llm"
-        return value("linear_logprobs_h100.json", case=case, impl=of, metric=metric)
+        return value("linear_logprobs_h200.json", case=f"{model} N={size} llm", impl=of, metric=metric)
 
-    cells = table(KERNELS, "| | N=8192 | N=16384 |")[label]
+    cells = table(KERNELS, f"| {model} | N=8192 | N=16384 |")[label]
     places = [(8192, "forward_backward"), (16384, "forward_backward"), (8192, "no_grad"), (16384, "no_grad")]
     for cell, place in zip(cells, places, strict=False):
         time, alone = measured(*place), measured(*place, "two_matmuls")
@@ -249,7 +250,7 @@ def test_fused_logprobs(label, impl):
 
 
 @pytest.mark.parametrize(
-    ("label", "case"),
+    ("label", "op"),
     [
         ("RMSNorm", "rms_norm"),
         ("addition + RMSNorm", "add_rms_norm"),
@@ -258,12 +259,28 @@ def test_fused_logprobs(label, impl):
         ("logprobs of logits", "logprobs"),
     ],
 )
-def test_elementwise_kernels(label, case):
-    cells = table(KERNELS, "| | rlbench | Liger | unsloth |")[label]
-    for cell, impl in zip(cells, ("rlbench", "liger", "unsloth", "compile"), strict=True):
-        row = {"case": case, "impl": impl}
+def test_elementwise_kernels(label, op):
+    cells = table(KERNELS, "| | rlbench | Liger | unsloth | TRL |")[label]
+    for cell, impl in zip(cells, ("rlbench", "liger", "unsloth", "trl", "compile"), strict=True):
+        row = {"case": f"Llama-3.1-8B {op}", "impl": impl}
         metrics = [f"{direction}/copy_frac" for direction in ("forward", "backward")]
-        check([cell], [value("elementwise_h100.json", metric=m, **row) for m in metrics] if cell else [None])
+        check([cell], [value("elementwise_h200.json", metric=m, **row) for m in metrics] if cell else [None])
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [
+        ("NF4", "nf4"),
+        ("FP8, a scale a row", "fp8"),
+        ("FP8, padded rows", "fp8_padded"),
+        ("FP8, a scale a matrix", "fp8_tensor"),
+    ],
+)
+def test_dequantisation(label, kind):
+    cells = table(KERNELS, "| | rlbench | bitsandbytes | torch.compile |")[label]
+    for cell, impl in zip(cells, ("rlbench", "bitsandbytes", "compile"), strict=True):
+        row = {"case": f"Llama-3.1-8B {kind}", "impl": impl, "metric": "layer/copy_frac"}
+        check([cell], [value("dequantise_h200.json", **row)] if cell else [None])
 
 
 def test_packed_attention():
@@ -280,7 +297,7 @@ def test_lora_layers():
         for cell, impl in zip(cells, ("rlbench", "unsloth", "peft", "matmuls"), strict=True):
             parts = [f"{case} N=8192 {part}" for part in ("qkv", "o", "mlp")] if cell else []
             row = {"impl": impl, "metric": "forward_backward"}
-            check([cell], [sum(value("lora_nf4_h100.json", case=p, **row) for p in parts)] if cell else [None])
+            check([cell], [sum(value("lora_nf4_h200.json", case=p, **row) for p in parts)] if cell else [None])
 
 
 COPIES, SCHEDULER, CONTEXT = "dense_copies_h200.json", "scheduler_h200.json", "context_h200.json"
