@@ -8,6 +8,7 @@ import pytest
 
 from tests.architecture.test_layout import ROOT
 
+BASE = "shared_base_h200.json"
 FRONT = (ROOT / "README.md").read_text()
 MEASURED = (ROOT / "scripts" / "README.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
@@ -101,7 +102,8 @@ def test_whole_steps_of_the_8b_shape(label, impl):
         ("unsloth, NF4 base", "unsloth", "grpo_qwen_h200.json", "nf4"),
         ("TRL with vLLM colocated, bf16 base", "trl", "grpo_qwen_h200.json", "nf4"),
         ("rlbench, bf16 base", "rlbench", "grpo_qwen_bf16_h200.json", "none"),
-        ("TRL with vLLM colocated, bf16 base, that day", "trl", "grpo_qwen_bf16_h200.json", "none"),
+        ("unsloth, bf16 base", "unsloth", "grpo_qwen_bf16_h200.json", "none"),
+        ("TRL with vLLM colocated, bf16 base, another day", "trl", "grpo_qwen_bf16_h200.json", "none"),
     ],
 )
 def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
@@ -131,7 +133,12 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
     [
         ("Llama-3.1-8B shape, NF4 base", "grpo_h200.json", "llama-3.1-8b, nf4", ["rlbench", "unsloth", "trl"]),
         ("Qwen2.5-1.5B shape, NF4 base", "grpo_qwen_h200.json", "qwen2.5-1.5b, nf4", ["rlbench", "unsloth", "trl"]),
-        ("Qwen2.5-1.5B shape, bf16 base", "grpo_qwen_bf16_h200.json", "qwen2.5-1.5b, none", ["rlbench", None, "trl"]),
+        (
+            "Qwen2.5-1.5B shape, bf16 base",
+            "grpo_qwen_bf16_h200.json",
+            "qwen2.5-1.5b, none",
+            ["rlbench", "unsloth", "trl"],
+        ),
     ],
 )
 def test_whole_steps_on_the_front_page(label, file, case, impls):
@@ -140,6 +147,24 @@ def test_whole_steps_on_the_front_page(label, file, case, impls):
         row = {"case": case, "impl": impl}
         measured = (value(file, metric="step", **row), value(file, metric="device", **row) / 1024) if impl else (None,)
         check([cell.removesuffix(", bf16 base")], list(measured))
+
+
+@pytest.mark.parametrize(
+    ("label", "case", "impl", "metrics"),
+    [
+        ("rlbench, NF4 base", "nf4", "rlbench", ["vLLM alone", "engine and trainer"]),
+        ("rlbench, FP8 base", "fp8", "rlbench", ["vLLM alone", "engine and trainer"]),
+        ("rlbench, bf16 base", "none", "rlbench", ["vLLM alone", "engine and trainer"]),
+        ("vLLM 0.26 alone with a LoRA of the same size, NF4 base", "nf4", "vllm", ["engine alone", None]),
+        ("unsloth 2026.10.9, `fast_inference`, NF4 base", "nf4", "unsloth", [None, "engine and trainer"]),
+        ("TRL 1.15 with vLLM colocated, bf16 base", "none", "trl", [None, "engine and trainer"]),
+    ],
+)
+def test_memory_of_engine_and_trainer(label, case, impl, metrics):
+    row = {"case": f"llama-3.1-8b, {case}", "impl": impl}
+    found = [value(BASE, metric=f"{metric}, less KV", **row) if metric else None for metric in metrics]
+
+    check(table(MEASURED, "| MiB of the device | engine | engine and trainer |")[label], found)
 
 
 AUTO, MLP, FULL = "rlbench:auto@8192", "rlbench:mlp+offload@8192", "rlbench:full+offload@8192"
@@ -300,10 +325,14 @@ def test_lora_layers():
             check([cell], [sum(value("lora_nf4_h200.json", case=p, **row) for p in parts)] if cell else [None])
 
 
+GAP, GAPS, FLOAT32 = "gap_h200.json", "qwen2.5-1.5b, none", "transformers, float32"
+CAP, OVERLAP = "grpo_cap22_h200.json", "overlap_h200.json"
+ALONE, TOGETHER = "llama-3.1-8b, nf4, copies merged, {} sequences", ", switch interval 5 ms"
 COPIES, SCHEDULER, CONTEXT = "dense_copies_h200.json", "scheduler_h200.json", "context_h200.json"
 PLAN, STATE = "plan_h200.json", "optimizer_state_cpu.json"
 NF4, DPO = "llama-3.1-8b, nf4", "llama-3.1-8b, nf4, DPO, rows of"
 DRAWN, TOKEN = "256 completions of drawn lengths", "256 sequences"
+RATE = "generation with adapter, 256 x 256 tokens, a seed a sample"
 PEAK, LINE = "peak, at most", "longest completion in {} GiB, by the line"
 ALL_WEIGHTS = "SmolLM2-135M's shape, all weights"
 SHORT = ", completions of 512"
@@ -322,6 +351,52 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
     (
         r"a token at 256 sequences takes ([\d.]+) ms, ([\d.]+), and ([\d.]+) without copies",
         [(COPIES, NF4, f"rlbench, dense_copies={kind}", TOKEN, 1) for kind in ("merged", "base", "none")],
+    ),
+    (
+        r"step takes ([\d.]+) s, of which generation ([\d.]+) \(32 sequences at a time, no dense copies\) and the "
+        r"update ([\d.]+); torch allocated ([\d.]+) GiB at most, and the device showed ([\d.]+) GiB",
+        [(CAP, NF4, "rlbench", m, 1) for m in ("step", "generation", "update")]
+        + [(CAP, NF4, "rlbench", m, 1024) for m in ("engine and trainer, allocated", "device, sampled every 5 s")],
+    ),
+    (
+        r"vLLM is ([\d.]+) away while it samples and ([\d.]+) when it reads the same tokens as a prompt, transformers "
+        r"([\d.]+), rlbench's trainer ([\d.]+)\. vLLM is ([\d.]+) away from itself",
+        [
+            (GAP, GAPS, impl, f"gap to {FLOAT32}", 1)
+            for impl in ("vLLM, sampling", "vLLM, as a prompt", "transformers, bfloat16", "trainer, adapter of zeros")
+        ]
+        + [(GAP, GAPS, "vLLM, sampling", "gap to vLLM, as a prompt", 1)],
+    ),
+    (
+        r"as near as transformers \(([\d.]+) and ([\d.]+), random tokens\), with one of zeros ([\d.]+):",
+        [
+            (GAP, f"{GAPS}, 32 sequences of random tokens", impl, f"gap to {FLOAT32}", 1)
+            for impl in ("trainer, no adapter", "transformers, bfloat16", "trainer, adapter of zeros")
+        ],
+    ),
+    (
+        r"both took ([\d.]+)%, ([\d.]+)% and ([\d.]+)% less time",
+        [(OVERLAP, ALONE.format(n) + TOGETHER, "together", "saved", 0.01) for n in (64, 24, 8)],
+    ),
+    (
+        r"a token ([\d.]+), ([\d.]+) and ([\d.]+) ms instead of ([\d.]+), ([\d.]+) and ([\d.]+) \(",
+        [(OVERLAP, ALONE.format(n) + TOGETHER, "together", "sampling", 1) for n in (64, 24, 8)]
+        + [(OVERLAP, ALONE.format(n), "one after the other", "sampling", 1) for n in (64, 24, 8)],
+    ),
+    (
+        r"copied into the engine in ([\d.]+) ms \(2.1 ms before it was one launch\), (\d+) ms with both fingerprints; "
+        r"keys and values are given back in (\d+) ms and taken again in (\d+) ms",
+        [
+            (BASE, NF4, "rlbench", m, 1)
+            for m in ("adapter copy into the engine", "whole sync with fingerprint", "sleep", "wake with canary")
+        ],
+    ),
+    (
+        r"come at ([\d,]+) tokens/s, where vLLM with a LoRA from a folder makes ([\d,]+); over FP8 at ([\d,]+)\.",
+        [
+            (BASE, f"llama-3.1-8b, {q}", i, RATE, 1)
+            for q, i in (("nf4", "rlbench"), ("nf4", "vllm"), ("fp8", "rlbench"))
+        ],
     ),
     (
         r"take ([\d.]+) ms of the host's time at 256 sequences, ([\d.]+) at 64",
