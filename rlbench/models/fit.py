@@ -29,6 +29,9 @@ _LEAST_TOKENS = 1024  # of a microbatch
 _LEAST_LAYER_S = 0.0046
 _MOST_TOKENS = 32768
 _LEAST_SEQS = 8  # decoded together
+# Times as many sequences as fit at full length, where memory is taken as they grow: beside 35 that fit, 128 is quickest
+# or near it by arithmetic whether completions end early, late or at the limit (scripts/results/simulate_seqs.json).
+_PAGED = 4
 _KV = "engine.kv_cache_gib"
 _SEQS = "engine.max_num_seqs"
 _TOKENS = "training.tokens_per_microbatch"
@@ -193,14 +196,17 @@ def _kv_cache_gib(
 
 
 def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, str] | None:
-    wanted = config.engine.max_num_seqs or 1
-    cache = config.engine.kv_cache_gib * GIB if config.engine.kind == "vllm" and config.engine.kv_cache_gib else room
+    """Of vLLM, which takes memory as completions grow and puts one off that finds none, four times what fits."""
+    wanted, is_paged = config.engine.max_num_seqs or 1, config.engine.kind == "vllm"
+    cache = config.engine.kv_cache_gib * GIB if is_paged and config.engine.kv_cache_gib else room
     fitting = int(cache // (token_bytes * config.sampling.max_tokens))
     seqs = wanted
-    while seqs > fitting and seqs > _LEAST_SEQS:
+    while seqs > fitting * (_PAGED if is_paged else 1) and seqs > _LEAST_SEQS:
         seqs //= 2
     what = "FP8 keys and values" if config.engine.kv_cache_dtype == "fp8" else "keys and values"
     reason = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
+    if is_paged and seqs > fitting:
+        reason += ", more of those that end earlier"
     return None if seqs == wanted else (seqs, reason)
 
 

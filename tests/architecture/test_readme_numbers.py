@@ -353,7 +353,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         [(COPIES, NF4, f"rlbench, dense_copies={kind}", TOKEN, 1) for kind in ("merged", "base", "none")],
     ),
     (
-        r"step takes ([\d.]+) s, of which generation ([\d.]+) \(32 sequences at a time, no dense copies\) and the "
+        r"step took ([\d.]+) s, of which generation ([\d.]+) \(32 sequences at a time, no dense copies\) and the "
         r"update ([\d.]+); torch allocated ([\d.]+) GiB at most, and the device showed ([\d.]+) GiB",
         [(CAP, NF4, "rlbench", m, 1) for m in ("step", "generation", "update")]
         + [(CAP, NF4, "rlbench", m, 1024) for m in ("engine and trainer, allocated", "device, sampled every 5 s")],
@@ -373,6 +373,10 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
             (GAP, f"{GAPS}, 32 sequences of random tokens", impl, f"gap to {FLOAT32}", 1)
             for impl in ("trainer, no adapter", "transformers, bfloat16", "trainer, adapter of zeros")
         ],
+    ),
+    (
+        r"makes ([\d.]+) s of generation where it gives ([\d.]+) for 32",
+        [("simulate_seqs.json", "mean 800, as bench_grpo.py", f"{n} sequences", "generation", 1) for n in (128, 32)],
     ),
     (
         r"both took ([\d.]+)%, ([\d.]+)% and ([\d.]+)% less time",

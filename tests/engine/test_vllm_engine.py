@@ -148,6 +148,34 @@ def test_equal_prompts_are_prefilled_once(engine):
 
 
 @needs_vllm
+def test_what_is_put_off_for_want_of_memory_gives_the_same_completions(tiny, engine, monkeypatch):
+    """Six sequences grow to five blocks of keys and values each, where there are fourteen of 32 KiB."""
+    prompts = [[(7 * i + j) % 90 + 2 for j in range(40)] for i in range(6)]
+    seeds, sampling = list(range(6)), SamplingParams(max_tokens=120)
+    adapter = tiny.make_adapter(3)
+    engine.sync(adapter, 1)
+    expected = engine.generate(prompts, sampling, seeds)
+    small = start_vllm(tiny, kv_cache_gib=14 * 2**15 / 2**30)
+    try:
+        small.sync(adapter, 1)
+        scheduler, put_off = small._llm.llm_engine.engine_core.engine_core.scheduler, []
+        preempt = scheduler._preempt_request
+
+        def counted(request, *rest, **named):
+            put_off.append(request)
+            return preempt(request, *rest, **named)
+
+        monkeypatch.setattr(scheduler, "_preempt_request", counted)
+        found = small.generate(prompts, sampling, seeds)
+    finally:
+        small.close()
+    assert put_off
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-4)
+
+
+@needs_vllm
 def test_sleep_gives_kv_memory_back_and_wake_takes_it_again(engine):
     full = _kv_bytes(engine)
     assert full == pytest.approx(0.05 * 2**30, rel=0.02)
