@@ -375,6 +375,11 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         ],
     ),
     (
+        r"copied between them, in ([\d.]+) ms for the shape of Llama-3.1-8B",
+        [(BASE, NF4, "rlbench", "adapter copy into the engine", 1)],
+    ),
+    (r"as on a card of 24 GiB, (\d+) s\.", [(CAP, NF4, "rlbench", "step", 1)]),
+    (
         r"makes ([\d.]+) s of generation where it gives ([\d.]+) for 32",
         [("simulate_seqs.json", "mean 800, as bench_grpo.py", f"{n} sequences", "generation", 1) for n in (128, 32)],
     ),
