@@ -40,6 +40,14 @@ def engine(tiny) -> Iterator[vllm_engine.VllmEngine]:
 
 
 @pytest.fixture(scope="module")
+def small_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
+    """Fourteen blocks of keys and values. All engines live until the last test: closing one ends vLLM's groups."""
+    engine = start_vllm(tiny, kv_cache_gib=14 * 2**15 / 2**30)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
 def text_engine(tiny, engine) -> Iterator[vllm_engine.VllmEngine]:
     engine = start_vllm(tiny, with_tokenizer=True)
     yield engine
@@ -148,29 +156,25 @@ def test_equal_prompts_are_prefilled_once(engine):
 
 
 @needs_vllm
-def test_what_is_put_off_for_want_of_memory_gives_the_same_completions(tiny, engine, monkeypatch):
+def test_what_is_put_off_for_want_of_memory_gives_the_same_completions(tiny, engine, small_engine, monkeypatch):
     """Six sequences grow to five blocks of keys and values each, where there are fourteen of 32 KiB."""
     prompts = [[(7 * i + j) % 90 + 2 for j in range(40)] for i in range(6)]
-    seeds, sampling = list(range(6)), SamplingParams(max_tokens=120)
-    adapter = tiny.make_adapter(3)
-    engine.sync(adapter, 1)
-    expected = engine.generate(prompts, sampling, seeds)
-    small = start_vllm(tiny, kv_cache_gib=14 * 2**15 / 2**30)
-    try:
-        small.sync(adapter, 1)
-        scheduler, put_off = small._llm.llm_engine.engine_core.engine_core.scheduler, []
-        preempt = scheduler._preempt_request
+    put_off = []
+    scheduler = small_engine._llm.llm_engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
 
-        def counted(request, *rest, **named):
-            put_off.append(request)
-            return preempt(request, *rest, **named)
+    def counted(request, *rest, **named):
+        put_off.append(request)
+        return preempt(request, *rest, **named)
 
-        monkeypatch.setattr(scheduler, "_preempt_request", counted)
-        found = small.generate(prompts, sampling, seeds)
-    finally:
-        small.close()
+    monkeypatch.setattr(scheduler, "_preempt_request", counted)
+    completions = []
+    for each in (engine, small_engine):
+        each.sync(tiny.make_adapter(3), 1)
+        completions.append(each.generate(prompts, SamplingParams(max_tokens=120), list(range(6))))
+
     assert put_off
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(*completions, strict=True):
         assert one.token_ids == other.token_ids
         assert one.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-4)
 
