@@ -47,7 +47,9 @@ class SparseGradient:
 
     eps: float = 6e-5  # columns with a probability above it in any row of the block are exact; 0 <= eps < 1
     block_rows: int = 128  # consecutive rows that share columns and q, at most; > 0
-    max_kept_frac: float = 0.5  # of the vocabulary; a block that keeps more is computed densely; 0 to 1
+    # Of the vocabulary, 0 to 1; a block that keeps more is computed densely. In the fused form so are all chunks after
+    # one in which every block kept more.
+    max_kept_frac: float = 0.5
     # float [N], proportional to the gradients that the logprobs will get, signs included: sums over a block are
     # unbiased under these weights. None: equal weights. A row of weight 0 must get gradient 0, any other becomes nan.
     row_weights: Tensor | None = None

@@ -378,7 +378,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         r"copied between them, in ([\d.]+) ms for the shape of Llama-3.1-8B",
         [(BASE, NF4, "rlbench", "adapter copy into the engine", 1)],
     ),
-    (r"as on a card of 24 GiB, (\d+) s\.", [(CAP, NF4, "rlbench", "step", 1)]),
+    (r"as on a card of 24 GiB, it took (\d+) s, at", [(CAP, NF4, "rlbench", "step", 1)]),
     (
         r"makes ([\d.]+) s of generation where it gives ([\d.]+) for 32",
         [("simulate_seqs.json", "mean 800, as bench_grpo.py", f"{n} sequences", "generation", 1) for n in (128, 32)],
@@ -393,12 +393,10 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         + [(OVERLAP, ALONE.format(n), "one after the other", "sampling", 1) for n in (64, 24, 8)],
     ),
     (
-        r"copied into the engine in ([\d.]+) ms \(2.1 ms before it was one launch\), (\d+) ms with both fingerprints; "
-        r"keys and values are given back in (\d+) ms and taken again in (\d+) ms",
-        [
-            (BASE, NF4, "rlbench", m, 1)
-            for m in ("adapter copy into the engine", "whole sync with fingerprint", "sleep", "wake with canary")
-        ],
+        r"copied into the engine in ([\d.]+) ms \(over bf16, before it was one launch, ([\d.]+) ms\), (\d+) ms with "
+        r"both fingerprints; keys and values are given back in (\d+) ms and taken again in (\d+) ms",
+        [(BASE, case, "rlbench", "adapter copy into the engine", 1) for case in (NF4, "llama-3.1-8b, none")]
+        + [(BASE, NF4, "rlbench", m, 1) for m in ("whole sync with fingerprint", "sleep", "wake with canary")],
     ),
     (
         r"come at ([\d,]+) tokens/s, where vLLM with a LoRA from a folder makes ([\d,]+); over FP8 at ([\d,]+)\.",
