@@ -3,11 +3,13 @@
 usage: python kernels/benchmarks/bench_packed_attention.py --out kernels/benchmarks/results/packed_attention_DEVICE.json
 4 groups. `unshared` is flash attention over prompt + completion, as many prompts as completions;
 the ideal is its time times `score_frac`, the share of the score matrix that is left. Both by torch's flash attention
-(`flash`) and by FlashAttention 4 (`flash4`). `sdpa_padded` pads every completion to the longest.
+(`flash`) and by FlashAttention 4 (`flash4`). `gathered` and `two_calls` are the forms between which `rlbench` chooses.
+`sdpa_padded` pads every completion to the longest.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from itertools import accumulate
 from typing import Any
@@ -25,9 +27,13 @@ GROUPS = (
     "prompt 200, 8 completions of 50 to 1000",
     "prompt 512, 8 completions of 1500 to 2500",
     "prompt 384, 1 completions of 16000 to 16000",
+    "prompt 4096, 16 completions of 50 to 150",
 )
 CASES = [f"{model} {group}" for model in ("Llama-3.1-8B", "Qwen2.5-7B") for group in GROUPS]
-PROVIDERS = ("rlbench:flash4", "rlbench:flash", "unshared:flash4", "unshared:flash", "sdpa_padded")
+PROVIDERS = (
+    "rlbench:flash4", "rlbench:flash", "gathered:flash4", "two_calls:flash4", "unshared:flash4", "unshared:flash",
+    "sdpa_padded",
+)  # fmt: skip
 
 
 def groups_of(case: str) -> list[tuple[int, list[int]]]:
@@ -49,7 +55,10 @@ def prepare(provider: str, case: str) -> Prepared:
     model = MODELS[case.split()[0]]
     scale = model.head_dim**-0.5
     provider, _, os.environ["RLBENCH_ATTENTION"] = provider.partition(":")
-    if provider == "rlbench":
+    if provider in ("gathered", "two_calls"):
+        module = importlib.import_module("rlbench_kernels.packed_attention")
+        setattr(module, "_is_gathered", lambda *_: provider == "gathered")  # noqa: B010
+    if provider in ("rlbench", "gathered", "two_calls"):
         leaves = inputs(model, sum(p + sum(c) for p, c in groups))
         layout = SharedPromptLayout.from_lengths(groups, "cuda")
         call = lambda: packed_attention(leaves[0], leaves[1], leaves[2], layout, scale=scale)  # noqa: E731
@@ -76,7 +85,7 @@ def prepare(provider: str, case: str) -> Prepared:
 
     values = {"extra_memory": extra_memory(step), "tokens": (float(sum(p + sum(c) for p, c in groups)), "1")}
     values["score_frac"] = (score_share(groups), "of unshared")
-    if provider == "rlbench" and len(groups[0][1]) > 1:
+    if provider not in ("unshared", "sdpa_padded") and len(groups[0][1]) > 1:
         values |= gradient_errors(model, groups[0])
     return Prepared({"forward": forward, "forward_backward": step}, values)
 

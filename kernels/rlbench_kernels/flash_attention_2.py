@@ -1,4 +1,4 @@
-"""The calls of `packed_attention` and `windowed_attention` by torch's own flash attention, version 2."""
+"""The calls of `packed_attention` and `gathered_attention` by torch's own flash attention, version 2."""
 
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The two calls of `packed_attention` by FlashAttention 4 (package flash-attn-4), on Hopper and data-centre Blackwell.
+"""The calls of `packed_attention` and `gathered_attention` by FlashAttention 4 (package flash-attn-4), on Hopper and
+data-centre Blackwell.
 
 Its public function lets no gradient start from an output and a softmax denominator that were joined from two calls, so
 the two functions below it are called, those that torch's own adapter (torch.nn.attention) uses; a version in which

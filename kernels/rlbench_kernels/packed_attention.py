@@ -3,15 +3,17 @@
 A prompt token attends causally within its prompt; a completion token to its group's whole prompt and causally to its
 own completion. The prompt's keys and values exist once.
 
-On CUDA in 16 bits this is two calls of flash attention: A, causal within every prompt and completion, and B, from a
-group's completions to its prompt. With lse the log of a row's softmax denominator,
+On CUDA in 16 bits this is flash attention in one of two forms. Keys are gathered, each completion's behind a copy of
+its prompt's, for one call (`gathered_attention`); where prompts are so long and completions so short that the copies
+would cost more than they save, there are two calls: A, causal within every prompt and completion, and B, from a group's
+completions to its prompt. With lse the log of a row's softmax denominator,
 lse = logaddexp(lse_A, lse_B) and out = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B. The backward kernel needs of
 the forward pass only out and lse; given the joined ones, A and B yield each their part of the gradients.
 
 Backends: "flash4", the package flash-attn-4 where it is installed and sequences are long enough to pay for its slower
 launch; "flash", torch's own; "flex", torch's FlexAttention; "reference", anywhere. RLBENCH_ATTENTION names one; the
-default is auto. A sliding window is computed by all but flash4 (`windowed_attention`), capped scores by flex
-(`flexible_attention`) and the reference.
+default is auto. A sliding window is computed by all but flash4, capped scores by flex (`flexible_attention`) and the
+reference.
 
 Shapes: T packed tokens, C completion tokens, P prompt tokens, Hq query heads, Hk key heads, d features of a head.
 Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; joining parts, Milakov and Gimelshein, arXiv:1805.02867.
@@ -24,6 +26,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,13 +34,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlbench_kernels import flash_attention_2, flash_attention_4
+from rlbench_kernels.gathered_attention import GatheredKeys, gathered_attention
 from rlbench_kernels.launch import use_triton
 from rlbench_kernels.masked_attention import additive, masked_attention
-from rlbench_kernels.windowed_attention import WindowedKeys, windowed_attention
 
 BACKENDS = ("auto", "flash4", "flash", "flex", "reference")
 _MAX_HEAD_DIM = 256
 _LONG_SEQUENCE = 1024
+_COPIES = 1.0  # gathered keys for each packed token and each query head of a key head, up to which they pay
 _MANY_NUMBERS = 2**24  # in q: below, its slower launch is not hidden by the device's work
 
 
@@ -109,10 +113,15 @@ class SharedPromptLayout:
         """Tokens of the longest prompt with its longest completion."""
         return max(prompt + max(completions, default=0) for prompt, completions in self.groups)
 
-    def windowed_keys(self, window: int) -> WindowedKeys:
+    @property
+    def num_gathered(self) -> int:
+        """Keys of `gathered_keys` without a window."""
+        return sum(prompt + sum(prompt + n for n in completions if n) for prompt, completions in self.groups)
+
+    def gathered_keys(self, window: int | None) -> GatheredKeys:
         key = "flash", window
         if key not in self._made:
-            self._made[key] = WindowedKeys.from_groups(self.groups, window, self.prompt_rows.device)
+            self._made[key] = GatheredKeys.from_groups(self.groups, window, self.prompt_rows.device)
         return self._made[key]
 
     def block_mask(self, window: int | None) -> Any:
@@ -155,12 +164,19 @@ def packed_attention(
         from rlbench_kernels.flexible_attention import flexible_attention
 
         return flexible_attention(q, k, v, layout.block_mask(window), scale=scale, softcap=softcap)
-    if window is not None:
-        keys = layout.windowed_keys(window)
-        return windowed_attention(
-            q, k, v, layout.sequence_starts, layout.max_sequence, keys, scale=scale, window=window
+    flash = flash_attention_4 if backend == "flash4" else flash_attention_2
+    if window is not None or _is_gathered(layout, q.shape[1] // k.shape[1]):
+        return gathered_attention(
+            q, k, v, layout.sequence_starts, layout.max_sequence, layout.gathered_keys(window), flash, scale=scale,
+            window=window,
         )  # fmt: skip
-    return _FlashAttention.apply(q, k, v, layout, scale, backend)  # pyright: ignore[reportReturnType]
+    return _FlashAttention.apply(q, k, v, layout, scale, flash)  # pyright: ignore[reportReturnType]
+
+
+def _is_gathered(layout: SharedPromptLayout, queries_per_key: int) -> bool:
+    """Whether copies of the prompts' keys are cheaper than a second call over all queries."""
+    has_shared = len(layout.completion_rows) > 0
+    return has_shared and layout.num_gathered <= _COPIES * queries_per_key * layout.num_tokens
 
 
 def packed_attention_backend(
@@ -248,19 +264,18 @@ def reference_attention(
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float, backend: str
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPromptLayout, scale: float, flash: ModuleType
     ) -> Tensor:
-        flash = (flash_attention_4 if backend == "flash4" else flash_attention_2).forward
-        out, lse, *state = flash(q, k, v, *_within(layout), is_causal=True, scale=scale)
+        out, lse, *state = flash.forward(q, k, v, *_within(layout), is_causal=True, scale=scale)
         state_of_prompts: list[Tensor] = []
         if len(layout.completion_rows):
             keys, values = k[layout.prompt_rows], v[layout.prompt_rows]
-            of_prompts, prompt_lse, *state_of_prompts = flash(
+            of_prompts, prompt_lse, *state_of_prompts = flash.forward(
                 q, keys, values, *_to_prompts(layout), is_causal=False, scale=scale
             )
             join_parts(out, lse, of_prompts, prompt_lse, layout.completion_rows)
         ctx.save_for_backward(q, k, v, out, lse, *state, *state_of_prompts)
-        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
+        ctx.layout, ctx.scale, ctx.flash = layout, scale, flash
         return out
 
     @staticmethod
@@ -268,7 +283,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, *states = ctx.saved_tensors
         layout, scale, grad = ctx.layout, ctx.scale, grad.contiguous()
-        gradients = (flash_attention_4 if ctx.backend == "flash4" else flash_attention_2).gradients
+        gradients = ctx.flash.gradients
         grads = gradients(grad, q, k, v, out, lse, *_within(layout), states[:2], is_causal=True, scale=scale)
         prompts = layout.prompt_rows
         if len(layout.completion_rows):

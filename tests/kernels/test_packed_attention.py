@@ -1,5 +1,6 @@
 """Packed attention with shared prompts against one plain attention a sequence, values and gradients."""
 
+import importlib
 import re
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from rlbench_kernels import flash_attention_2, flash_attention_4
 from rlbench_kernels.flexible_attention import flexible_attention
+from rlbench_kernels.gathered_attention import GatheredKeys, gather_rows, gathered_attention, sum_copies
 from rlbench_kernels.packed_attention import (
     SharedPromptLayout,
     describe_backend,
@@ -16,10 +18,10 @@ from rlbench_kernels.packed_attention import (
     packed_attention,
     packed_attention_backend,
 )
-from rlbench_kernels.windowed_attention import windowed_attention
 from tests.kernels.interpreter import IS_INTERPRETED, on_cpu, run_interpreted
 
 GROUPS = [(5, [2, 0, 7]), (1, [1]), (8, [3, 3, 1, 4]), (3, []), (2, [0])]
+MODULE = importlib.import_module(SharedPromptLayout.__module__)
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
@@ -112,7 +114,7 @@ def test_blocks_are_those_that_torch_finds(groups, window):
         assert all(torch.equal(a[:n], b[:n]) for n, a, b in zip(counts, indices, others, strict=True))
 
 
-def flash_by_the_book(q, k, v, q_starts, k_starts, *_, is_causal, scale, window):
+def flash_by_the_book(q, k, v, q_starts, k_starts, *_, is_causal, scale, window=None):
     """What flash attention promises: the last query of a sequence sees its last key and the window - 1 before it."""
     assert is_causal
     parts = []
@@ -121,7 +123,7 @@ def flash_by_the_book(q, k, v, q_starts, k_starts, *_, is_causal, scale, window)
         mine, theirs, values = q[rows], *(x[keys].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", mine, theirs) * scale
         place = torch.arange(len(mine))[:, None] + len(theirs) - len(mine) - torch.arange(len(theirs))
-        scores = scores.masked_fill((place < 0) | (place >= window), -torch.inf)
+        scores = scores.masked_fill((place < 0) | (place >= (window or len(theirs))), -torch.inf)
         parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
     return torch.cat(parts)
 
@@ -132,23 +134,54 @@ def gradients_by_the_book(grad, q, k, v, out, lse, *args, **options):
         return torch.autograd.grad(flash_by_the_book(*leaves, *args, **options), leaves, grad)
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 9])
-def test_gathered_keys_make_a_window_of_positions(window, monkeypatch):
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9])
+def test_gathered_keys_are_those_that_each_row_sees(window, monkeypatch):
     monkeypatch.setattr(flash_attention_2, "forward", lambda *a, **o: (flash_by_the_book(*a, **o), torch.zeros(1)))
     monkeypatch.setattr(flash_attention_2, "gradients", gradients_by_the_book)
 
-    def windowed(q, k, v, layout, *, scale, window):
-        keys = layout.windowed_keys(window)
-        bounds = layout.sequence_starts, layout.max_sequence
-        return windowed_attention(q, k, v, *bounds, keys, scale=scale, window=window)
+    def gathered(q, k, v, layout, *, scale, window=None):
+        bounds = layout.sequence_starts, layout.max_sequence, layout.gathered_keys(window)
+        return gathered_attention(q, k, v, *bounds, flash_attention_2, scale=scale, window=window)
 
-    assert max(errors(GROUPS, 6, 2, 4, torch.float64, attention=windowed, window=window)) < 1e-6
+    assert max(errors(GROUPS, 6, 2, 4, torch.float64, attention=gathered, window=window)) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 40])
+def test_copies_are_where_the_gathered_rows_say(window):
+    keys = GatheredKeys.from_groups(GROUPS, window, torch.device("cpu"))
+
+    assert torch.equal(keys.copies, keys.rows.long().argsort(stable=True).int())
+    counts = torch.bincount(keys.rows)
+    assert torch.equal(keys.copy_starts.diff(), counts.int())
+    assert keys.longest == int(keys.starts.diff().max())
+    layout = SharedPromptLayout.from_lengths(GROUPS, "cpu")
+    assert window is not None or layout.num_gathered == len(layout.gathered_keys(None).rows)
+
+
+@pytest.mark.parametrize("heads", [(2, 24), (5, 256), (8, 128)])
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_keys_are_gathered_and_their_gradients_summed(heads, is_strided):
+    device = "cuda" if HAS_GPU and not IS_INTERPRETED else "cpu"
+    keys = GatheredKeys.from_groups(GROUPS, None, torch.device(device))
+    generator = torch.Generator().manual_seed(0)
+    num_rows = sum(p + sum(c) for p, c in GROUPS)
+    k, v = (laid_out(torch.randn(num_rows, *heads, generator=generator).to(device), is_strided) for _ in range(2))
+
+    found = gather_rows(k, v, keys.rows)
+
+    assert torch.equal(found[0], k[keys.rows]) and torch.equal(found[1], v[keys.rows])
+    parts = [laid_out(torch.randn(x.shape, generator=generator).to(device).half(), is_strided) for x in found]
+    sums = sum_copies(*parts, keys)
+    for part, total in zip(parts, sums, strict=True):
+        exact = torch.zeros(k.shape, dtype=torch.float64, device=device).index_add_(0, keys.rows, part.double())
+        assert total.dtype == torch.float16
+        torch.testing.assert_close(total.double(), exact, rtol=2**-11, atol=1e-7)  # rounded once
 
 
 def test_a_window_over_everything_is_none(monkeypatch):
     layout = SharedPromptLayout.from_lengths(GROUPS, "cpu")
     assert layout.max_context == 12
-    monkeypatch.setattr(SharedPromptLayout, "windowed_keys", None)
+    monkeypatch.setattr(SharedPromptLayout, "gathered_keys", None)
     leaves = inputs(GROUPS, 2, 2, 4)
 
     found = packed_attention(*leaves, layout, scale=1.0, window=12)
@@ -209,6 +242,19 @@ def test_windows_and_capped_scores_match_float64(window, softcap, dim):
         assert max(found) < 1e-2, groups
 
 
+@pytest.mark.parametrize(
+    ("groups", "queries_per_key", "is_gathered"),
+    [
+        ([(512, [100, 800])], 4, True),
+        ([(4096, [20] * 64)], 1, False),  # 263,000 keys for 5,376 tokens
+        ([(4096, [20] * 64)], 64, True),
+        ([(512, []), (300, [0, 0])], 4, False),  # nothing is shared: one call without copies
+    ],
+)
+def test_keys_are_gathered_where_copies_are_few(groups, queries_per_key, is_gathered):
+    assert MODULE._is_gathered(SharedPromptLayout.from_lengths(groups, "cpu"), queries_per_key) == is_gathered
+
+
 def test_the_reference_runs_on_a_cpu():
     assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16), 9) == "reference"
 
@@ -245,7 +291,9 @@ def test_long_sequences_take_flash_attention_4_where_it_is_installed(
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("backend", ["flash4", "flash"])
-def test_flash_attention_matches_float64(dim, kv_heads, backend, monkeypatch):
+@pytest.mark.parametrize("form", ["two calls", "gathered"])
+def test_flash_attention_matches_float64(form, dim, kv_heads, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_is_gathered", lambda *_: form == "gathered")
     groups = [*GROUPS, (200, [300, 17, 1, 129]), (33, [64] * 5)]
     if backend == "flash4" and (problem := flash_attention_4.problem(torch.device("cuda"))):
         pytest.skip(problem)
@@ -258,7 +306,9 @@ def test_flash_attention_matches_float64(dim, kv_heads, backend, monkeypatch):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("backend", ["flash4", "flash"])
-def test_deterministic_algorithms_give_the_same_gradients_again(backend, monkeypatch):
+@pytest.mark.parametrize("form", ["two calls", "gathered"])
+def test_deterministic_algorithms_give_the_same_gradients_again(form, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_is_gathered", lambda *_: form == "gathered")
     if backend == "flash4" and (problem := flash_attention_4.problem(torch.device("cuda"))):
         pytest.skip(problem)
     monkeypatch.setenv("RLBENCH_ATTENTION", backend)
