@@ -3,10 +3,11 @@
     python scripts/simulate_seqs.py [--output scripts/results/simulate_seqs.json]
 
 The 8B shape over NF4 without dense copies, 16 prompts of 200 tokens x 16 completions, `sampling.max_tokens=2048`, and a
-KV cache of 8.8 GiB, which holds 35 completions of that length: what hardware.memory_gib=22 gives. A step costs what was
-measured at 8, 64 and 256 sequences (results/dense_copies_h200.json), lines in between; tokens that are computed as a
-prompt come at an assumed 8,000 a second. As vLLM does, the sequence that began last is put off where no memory is left,
-and computed again when there is some. `measured` is the generation of such a run (results/grpo_cap22_h200.json).
+KV cache of 8.8 GiB, which holds 35 completions of that length: 40% of hardware.memory_gib=22; or of the 10.7 GiB that
+are left there while it generates. A step costs what was measured at 8, 64 and 256 sequences
+(results/dense_copies_h200.json), lines in between; tokens that are computed as a prompt come at an assumed 8,000 a
+second. As vLLM does, the sequence that began last is put off where no memory is left, and computed again when there is
+some. `measured` is the generation of such a run (results/grpo_cap22_h200.json).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from bench_grpo import drawn_lengths
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, GROUP, LONGEST, COUNT = 200, 16, 2048, 256
-KV_GIB, TOKEN_BYTES, BLOCK = 8.8, 2 * 32 * 1024 * 2, 16
+TOKEN_BYTES, BLOCK = 2 * 32 * 1024 * 2, 16
+CACHES = (8.8, 10.7)  # GiB
 PREFILL_RATE = 8000.0  # tokens a second
 SEQUENCES = (32, 64, 128, 256)
 
@@ -46,9 +49,9 @@ def step_s(measured: dict[int, float], num_running: int) -> float:
     return 1e-3 * (measured[low] + slope * (num_running - low))
 
 
-def simulate(wanted: list[int], num_seqs: int, measured: dict[int, float]) -> tuple[float, int]:
+def simulate(wanted: list[int], num_seqs: int, kv_gib: float, measured: dict[int, float]) -> tuple[float, int]:
     """Seconds, and how often a sequence was put off."""
-    capacity = int(KV_GIB * 2**30 / TOKEN_BYTES)
+    capacity = int(kv_gib * 2**30 / TOKEN_BYTES)
     waiting, running = list(range(len(wanted))), []
     grown = [0] * len(wanted)
     seconds, num_put_off = 0.0, 0
@@ -91,9 +94,9 @@ def main() -> None:
     rows = [{"case": "mean 800, as bench_grpo.py", "impl": "measured, 32 sequences", "metric": "generation",
              "value": run["value"], "unit": "s"}]  # fmt: skip
     for case, wanted in lengths().items():
-        for num_seqs in SEQUENCES:
-            seconds, num_put_off = simulate(wanted, num_seqs, measured)
-            impl = f"{num_seqs} sequences"
+        for kv_gib, num_seqs in product(CACHES, SEQUENCES):
+            seconds, num_put_off = simulate(wanted, num_seqs, kv_gib, measured)
+            impl = f"{num_seqs} sequences" + (f", {kv_gib} GiB" if kv_gib != CACHES[0] else "")
             rows.append({"case": case, "impl": impl, "metric": "generation", "value": round(seconds, 1), "unit": "s"})
             rows.append({"case": case, "impl": impl, "metric": "put off", "value": num_put_off, "unit": "times"})
             print(f"{case}, {impl}: {seconds:.1f} s, {num_put_off} times put off", flush=True)

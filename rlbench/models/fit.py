@@ -52,13 +52,14 @@ def derive_sizes(
 def derive_engine_memory(
     config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
 ) -> list[Derivation]:
-    """`trim_kv_cache`, and whether dense copies have room beside what is left of the cache.
+    """`trim_kv_cache`, whether dense copies have room beside what is left of the cache, and `grow_kv_cache`.
 
     Raises:
         ValueError: as `derive_dense_copies`.
     """
     found = trim_kv_cache(config, text_config, longest_tokens, derived)
-    return found + derive_dense_copies(config, facts, text_config)
+    found += derive_dense_copies(config, facts, text_config)
+    return grow_kv_cache(config, facts, text_config, longest_tokens, found)
 
 
 def fit_sizes(
@@ -111,14 +112,47 @@ def trim_kv_cache(
     """
     if config.hardware.profile == "cpu" or _KV not in {d.key for d in derived}:
         return list(derived)
-    seqs = config.engine.max_num_seqs or 1
-    # A block of 16 tokens is not shared out, and vLLM keeps one for itself; to the next 0.1 GiB.
-    num_tokens = 16 * (seqs * -(-longest_tokens // 16) + 1)
-    most = num_tokens * kv_token_bytes(text_config, config)
-    gib = -(-most * 10 // GIB) / 10
+    most, seqs = _most_kv_bytes(config, text_config, longest_tokens), config.engine.max_num_seqs
+    gib = -(-most * 10 // GIB) / 10  # to the next 0.1 GiB
     if gib >= (config.engine.kv_cache_gib or 0.0):
         return list(derived)
     return _replaced(config, derived, {_KV: (gib, f"{seqs} sequences of {longest_tokens} tokens fill no more")})
+
+
+def grow_kv_cache(
+    config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
+) -> list[Derivation]:
+    """Give vLLM's derived engine.kv_cache_gib, in place, memory that generation would leave idle, up to what
+    max_num_seqs sequences take when all have half of `longest_tokens`: below, many would be put off.
+
+    Args:
+        text_config: of the model, from transformers; read where a cache can grow.
+        longest_tokens: of a prompt and a completion together.
+        derived: as of `fit_sizes`, with engine.dense_copies chosen.
+
+    Returns:
+        As of `fit_sizes`.
+    """
+    engine, is_open = config.engine, any(d.key == _KV for d in derived)
+    can_grow = config.hardware.profile == "gpu" and engine.kind == "vllm" and is_open
+    if not can_grow or text_config.model_type not in PATCHED_FAMILIES:
+        return list(derived)
+    shape, has_copies = LayerShape.from_config(text_config), engine.dense_copies not in (None, "none")
+    copies = shape.num_layers * shape.linear_weights * item_bytes(config) if has_copies else 0
+    room = generation_room(config, facts, text_config) - copies
+    gib = int(10 * min(room, _most_kv_bytes(config, text_config, longest_tokens) / 2) / GIB) / 10
+    if gib <= (engine.kv_cache_gib or 0.0):
+        return list(derived)
+    return _replaced(config, derived, {_KV: (gib, (
+        f"more than 40% of {facts.memory_words}, which generation would leave idle: {engine.max_num_seqs} sequences "
+        f"of up to {longest_tokens} tokens share it; given back while training"
+    ))})  # fmt: skip
+
+
+def _most_kv_bytes(config: RunConfig, text_config: Any, longest_tokens: int) -> int:
+    """Of max_num_seqs sequences: a block of 16 tokens is not shared out, and vLLM keeps one for itself."""
+    num_tokens = 16 * ((config.engine.max_num_seqs or 1) * -(-longest_tokens // 16) + 1)
+    return num_tokens * kv_token_bytes(text_config, config)
 
 
 def kv_token_bytes(text_config: Any, config: RunConfig) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, RunConfig
-from rlbench.models.fit import _busier_tokens, derive_sizes, fit_sizes, trim_kv_cache
+from rlbench.models.fit import _busier_tokens, derive_sizes, fit_sizes, grow_kv_cache, trim_kv_cache
 from rlbench.models.held_models import HeldModel
 from rlbench.models.layer_shape import LayerShape
 from rlbench.models.memory import derive_dense_copies, derive_recompute
@@ -59,6 +59,8 @@ def derived(name, memory_gib, config, longest=None, **facts_options) -> dict[str
     if longest is not None:
         found = trim_kv_cache(config, shape, longest, found)
     found += derive_dense_copies(config, facts, shape)
+    if longest is not None:
+        found = grow_kv_cache(config, facts, shape, longest, found)
     return {d.key: d for d in found}
 
 
@@ -224,12 +226,39 @@ def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, exp
         derived("Llama-3.1-8B", 8.0, config_of(quantization), uncapped_gib=79.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "quantization", "memory_gib", "max_tokens", "expected"),
+    [
+        ("Llama-3.1-8B", "nf4", 22, 2048, 10.7),  # 40% are 8.8; no room for dense copies
+        ("Llama-3.1-8B", "nf4", 80, 2048, 35.2),  # 40% are 32; beside dense copies, 256 sequences half grown
+        ("Llama-3.1-8B", "nf4", 141, 2048, 56.4),  # 40%, where all that is likely to be there fits
+        ("Qwen2.5-1.5B", "none", 24, 1024, 8.5),  # all that 256 sequences can fill
+    ],
+)
+def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, memory_gib, max_tokens, expected):
+    config = config_of(quantization, max_tokens)
+    found = derived(name, memory_gib, config, longest=max_tokens + 200)["engine.kv_cache_gib"]
+
+    assert found.value == config.engine.kv_cache_gib == expected
+    assert ("which generation would leave idle" in found.reason) == (expected in (10.7, 35.2))
+    assert generation_gib(name, config) <= 0.9 * memory_gib
+
+
+def test_a_cache_that_the_user_set_does_not_grow():
+    config = config_of("nf4", 2048)
+    config.engine.kv_cache_gib = 4.0
+
+    assert "engine.kv_cache_gib" not in derived("Llama-3.1-8B", 22, config, longest=2248)
+    assert config.engine.kv_cache_gib == 4.0
+
+
 def test_a_cpu_keeps_its_sizes():
     config = config_of()
     before = derive(config, facts_of(8.0))
     config.hardware.profile = "cpu"
 
     assert fit_sizes(config, facts_of(8.0), None, before) == trim_kv_cache(config, None, 10, before) == before
+    assert grow_kv_cache(config, facts_of(8.0), None, 10, before) == before
 
 
 def test_a_family_that_is_not_counted_keeps_its_sizes_and_says_why():
