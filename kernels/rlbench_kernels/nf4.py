@@ -158,7 +158,7 @@ def dequantize_nf4(weight: Nf4Weight, out: Tensor | None = None) -> Tensor:
         from rlbench_kernels.nf4_triton import can_launch, launch_dequantize
 
         if can_launch(weight, out):
-            launch_dequantize(weight, _byte_words(out.device), out)
+            launch_dequantize(weight, nf4_code(out.device), out)
             return out
     return reference_dequantize(weight, out)
 
@@ -226,12 +226,6 @@ def _byte_codes(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         byte = torch.arange(256, device=device)
         return nf4_code(device)[torch.stack([byte >> 4, byte & 15], 1)]
-
-
-@cache
-def _byte_words(device: torch.device) -> Tensor:
-    """The same as one word a byte, int64 [256, 1]."""
-    return _byte_codes(device).view(torch.int64)
 
 
 def _midpoints(device: torch.device) -> Tensor:
