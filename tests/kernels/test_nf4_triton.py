@@ -1,6 +1,8 @@
 """The Triton dequantisation and the LoRA functions on it: on the GPU, and small sizes under Triton's interpreter."""
 
+import importlib
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -124,6 +126,13 @@ def test_blocks_of_other_sizes_and_those_that_end_inside_a_row():
 
 @gpu
 @needs_device
+def test_blocks_that_are_no_power_of_two():
+    weight = nested_weight((7, 48), torch.float32, blocksize=24)
+    assert torch.equal(dequantize_nf4(move(weight, DEVICE)).cpu(), expected_dense(weight))
+
+
+@gpu
+@needs_device
 def test_one_launch_for_double_quantisation_too(monkeypatch):
     from rlbench_kernels import nf4, nf4_triton
 
@@ -227,6 +236,48 @@ def test_same_bits_as_bitsandbytes_on_the_gpu(shape, dtype, is_double):
     nibbles = [torch.stack([p.view(-1) >> 4, p.view(-1) & 15]).short() for p in (mine.packed, packed)]
     steps = (nibbles[0] - nibbles[1]).abs()
     assert steps.max() <= 1 and (steps != 0).float().mean() < 1e-4
+
+
+@on_cpu
+def test_codes_come_from_shared_memory_and_each_scale_once_a_block():
+    ptx = compiled_dequantise(WORDS=1024, SIZE=64, num_warps=4)  # a thread: 8 words, 64 elements, one block's scale
+    loads = [found.start() for found in re.finditer(r"\bld\.global", ptx)]
+    assert len(loads) == 8 + len(("code", "byte", "nested_absmax", "offset", "nested_code"))
+    barrier = ptx.index("bar.sync")
+    assert loads[-2] < barrier < loads[-1]  # none waits for another but the nested code's, which needs its byte
+    assert len(re.findall(r"\bld\.shared", ptx)) == 64 + 8
+    assert ptx.count("cvt.rn.bf16x2.f32") == 32 and "fma" not in ptx
+    assert ptx.count("st.global.v4.b32") == len(re.findall(r"\bst\.global", ptx)) == 8
+
+
+@on_cpu
+def test_the_constants_of_a_launch_compile_for_padded_rows_and_other_blocks_and_dtypes():
+    from rlbench_kernels import nf4_triton
+
+    launch = {"WORDS": nf4_triton._WORDS, "num_warps": nf4_triton._NUM_WARPS}
+    assert nf4_triton._WORDS * 8 >= nf4_triton._LARGEST_BLOCK
+    for size, out in ((8, "*fp16"), (64, "*bf16"), (nf4_triton._LARGEST_BLOCK, "*fp32")):
+        assert "st.global.v4.b32" in compiled_dequantise(SIZE=size, out=out, IS_PADDED=True, **launch)
+
+
+def compiled_dequantise(*, num_warps, out="*bf16", IS_PADDED=False, **constants):
+    """PTX for a Hopper GPU, double-quantised; sizes and pointers are divisible by 16 as far as the kernel may know."""
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    kernel = importlib.import_module("rlbench_kernels.nf4_triton")._dequantize
+    constants |= {"NESTED_SIZE": 256, "IS_PADDED": IS_PADDED}
+    floats = dict.fromkeys(("codes", "nested_absmax", "nested_code", "offset"), "*fp32")
+    types = {"words": "*i32", "absmax": "*u8", "out": out, **floats, **dict.fromkeys(constants, "constexpr")}
+    names = kernel.arg_names
+    odd = [p.name for p in kernel.params if p.do_not_specialize_on_alignment]
+    source = compiler.ASTSource(
+        kernel,
+        {name: types.get(name, "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if p.name not in constants and p.name not in odd},
+    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    return importlib.import_module("triton").compile(source, target=target, options=options).asm["ptx"]
 
 
 @on_cpu
