@@ -19,13 +19,19 @@ from torch import Tensor
 from rlbench_kernels.launch import cdiv, next_power_of_2
 
 _TILE = 2048  # elements of a program whose rows are shorter
+_ELEMENTS_OF_A_ROW = 16  # that a thread holds, one row a program
+_ELEMENTS_OF_SHORT_ROWS = 8  # that a thread holds, several rows a program
 _PROGRAMS_PER_SM = 4  # that sum the weight's gradient
 
 
 @triton.jit
 def _row_offsets(row, inner, outer_stride, inner_stride):
-    """Of rows numbered over [outer, inner]."""
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    """Of rows numbered over [outer, inner]; inner None: evenly spaced, no division before the first load."""
+    if inner is None:
+        offsets = row.to(tl.int64) * outer_stride
+    else:
+        offsets = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    return offsets[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "inner"])
@@ -35,24 +41,59 @@ def _norm(
 ):  # fmt: skip
     """Row program: out = n(x) (weight + offset); with a residual, x + residual takes the place of x."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)[None, :]
+    column = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
     is_column = column < D
     mask = (row < num_rows)[:, None] & is_column
     place = row.to(tl.int64)[:, None] * D + column
-    source = _row_offsets(row, inner, outer_stride, inner_stride)[:, None] + column
+    source = _row_offsets(row, inner, outer_stride, inner_stride) + column
     value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         value += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=is_column, other=0.0)
+    if HAS_RESIDUAL:
         rounded = value.to(x.dtype.element_ty)
         tl.store(new_residual + place, rounded, mask=mask)
         value = rounded.to(tl.float32)
-    w = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
     if HAS_OFFSET:
-        normed = normed * (w + offset)
+        normed = normed * (w.to(tl.float32) + offset)
     else:
-        normed = normed.to(x.dtype.element_ty).to(tl.float32) * w
+        normed = normed.to(x.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
     tl.store(out + place, normed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_gradients(
+    tile, grad_x, x, weight, grad, grad_residual, num_rows, inner, outer_stride, inner_stride, grad_inner,
+    grad_outer_stride, grad_inner_stride, eps, offset, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Stores the tile's grad_x; its share of grad_weight, [ROWS, BLOCK].
+
+    sum(x^2) and sum(g w x) in one reduction: the warps exchange their sums once, and all loads are on their way before.
+    """
+    row = tile * ROWS + tl.arange(0, ROWS)
+    column = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
+    is_column = column < D
+    mask = (row < num_rows)[:, None] & is_column
+    place = row.to(tl.int64)[:, None] * D + column
+    source = _row_offsets(row, inner, outer_stride, inner_stride) + column
+    grad_source = _row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride) + column
+    value = tl.load(x + source, mask=mask, other=0.0)
+    g = tl.load(grad + grad_source, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(grad_residual + place, mask=mask, other=0.0)
+    w = tl.load(weight + column, mask=is_column, other=0.0)
+    value, g = value.to(tl.float32), g.to(tl.float32)
+    scaled = g * (w.to(tl.float32) + offset)
+    squares, dots = tl.split(tl.sum(tl.join(value * value, scaled * value), 1))
+    inverse = tl.rsqrt(squares / D + eps)
+    mean = dots * inverse / D  # of g w n(x)
+    result = (scaled - value * (mean * inverse)[:, None]) * inverse[:, None]
+    if HAS_RESIDUAL:
+        result += added.to(tl.float32)
+    tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=mask)
+    return tl.where(mask, g * value * inverse[:, None], 0.0)  # a row beyond the end has inverse inf where eps is 0
 
 
 @triton.jit(do_not_specialize=["num_rows", "inner", "grad_inner"])
@@ -61,31 +102,21 @@ def _norm_gradients(
     grad_outer_stride, grad_inner_stride, eps, offset, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """grad_x of every tile; each program's share of grad_weight [programs, D], float32."""
-    column = tl.arange(0, BLOCK)[None, :]
-    is_column = column < D
-    w = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32) + offset
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        mask = (row < num_rows)[:, None] & is_column
-        place = row.to(tl.int64)[:, None] * D + column
-        source = _row_offsets(row, inner, outer_stride, inner_stride)[:, None] + column
-        grad_source = _row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride)[:, None] + column
-        value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad + grad_source, mask=mask, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
-        normed = value * inverse
-        if HAS_WEIGHT:
-            total += tl.where(mask, g * normed, 0.0)  # a row beyond the end has inverse inf where eps is 0
-        g *= w
-        result = (g - normed * (tl.sum(g * normed, 1) / D)[:, None]) * inverse
-        if HAS_RESIDUAL:
-            result += tl.load(grad_residual + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=mask)
+    """grad_x: of one tile a program, or of every tile with each program's share of grad_weight [programs, D]."""
     if HAS_WEIGHT:
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+            total += _tile_gradients(
+                tile, grad_x, x, weight, grad, grad_residual, num_rows, inner, outer_stride, inner_stride, grad_inner,
+                grad_outer_stride, grad_inner_stride, eps, offset, D, BLOCK, ROWS, HAS_RESIDUAL,
+            )  # fmt: skip
         target = grad_weight + tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK)
         tl.store(target, tl.sum(total, 0), mask=tl.arange(0, BLOCK) < D)
+    else:
+        _tile_gradients(
+            tl.program_id(0), grad_x, x, weight, grad, grad_residual, num_rows, inner, outer_stride, inner_stride,
+            grad_inner, grad_outer_stride, grad_inner_stride, eps, offset, D, BLOCK, ROWS, HAS_RESIDUAL,
+        )  # fmt: skip
 
 
 def launch_norm(
@@ -131,8 +162,13 @@ def launch_norm_gradients(
     return grad_x, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
-def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x as [outer, inner, D] with adjacent features: the tensor, inner, and both strides. A view where possible."""
+def _layout(x: Tensor) -> tuple[Tensor, int | None, int, int]:
+    """x as [outer, inner, D] with adjacent features: the tensor, inner, and both strides. A view where possible.
+
+    Evenly spaced rows have no inner dimension: inner None, and the stride from row to row.
+    """
+    if x.is_contiguous():
+        return x, None, x.shape[-1], 0
     if x.ndim != 3:
         x = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
     if x.stride(-1) != 1:
@@ -143,10 +179,14 @@ def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 @cache
 def _tile(size: int) -> dict[str, int]:
-    """16 elements a thread, more only in rows above 8192."""
+    """Elements of a thread: 16 of one row, more only in rows above 8192; 8 where a program has several rows.
+
+    ptxas takes a thread's rows one after the other, and loads the second when the first has arrived.
+    """
     block = next_power_of_2(size)
     rows = max(1, _TILE // block)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
+    per_warp = 32 * (_ELEMENTS_OF_SHORT_ROWS if rows > 1 else _ELEMENTS_OF_A_ROW)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // per_warp))}
 
 
 @cache

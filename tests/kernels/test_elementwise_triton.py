@@ -70,7 +70,17 @@ def check_norms(shape, dtype, offset, is_frozen=False):
 def test_norms_match_float64(dtype, offset):
     for shape in ((1, 3), (3, 5), (7, 130), (2, 3, 2049), (9, 4, 64)):  # D = 1 would leave rounding errors alone
         check_norms(shape, dtype, offset)
-    check_norms((5, 33), dtype, offset, is_frozen=True)
+    for shape in ((5, 33), (2, 2049), (35, 130)):  # one tile, one a row, tiles of several rows
+        check_norms(shape, dtype, offset, is_frozen=True)
+
+
+@gpu
+@needs_device
+def test_rows_past_the_end_leave_no_nan_where_eps_is_0():
+    x, weight = leaf(3, 130, dtype=torch.float32), leaf(130, dtype=torch.float32)
+    exact_x, exact_weight = wide(x, weight)
+    exact = exact_norm(exact_x, exact_weight, 0.0)
+    compare([rms_norm(x, weight, 0.0)], [exact], [x, weight], [exact_x, exact_weight], 2e-6)
 
 
 @gpu

@@ -1,9 +1,13 @@
-"""`rms_norm` and `add_rms_norm` against float64 and against transformers' modules."""
+"""`rms_norm` and `add_rms_norm` against float64 and against transformers' modules; the kernels compiled for Hopper."""
+
+import importlib
+import re
 
 import pytest
 import torch
 
 from rlbench_kernels import add_rms_norm, forked_rms_norm, rms_norm
+from tests.kernels.interpreter import on_cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -132,3 +136,52 @@ def test_what_does_not_fit_is_refused():
         rms_norm(x, weight, -1.0)
     with pytest.raises(ValueError, match="residual"):
         add_rms_norm(x, residual[:2], weight, 1e-6)
+
+
+def compiled_gradients(size, has_residual=False, has_weight=False):
+    """PTX of the backward pass of contiguous bf16 rows, for a GPU that need not be there."""
+    module = importlib.import_module("rlbench_kernels.norms_triton")
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    names = module._norm_gradients.arg_names
+    launch = dict(module._tile(size))
+    num_warps = launch.pop("num_warps")
+    constants = launch | {"D": size, "HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight}
+    absent = {"inner": True, "grad_inner": True, "grad_residual": not has_residual, "grad_weight": not has_weight}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    pointers = dict.fromkeys(("grad_x", "x", "weight", "grad", "grad_residual"), "*bf16") | {"grad_weight": "*fp32"}
+    types = {n: "i32" for n in names} | pointers | {"eps": "fp32", "offset": "fp32"}
+    divisible = [n for n in names if n not in constants and n not in ("num_rows", "eps", "offset")]
+    source = compiler.ASTSource(
+        module._norm_gradients,
+        types | dict.fromkeys(constants, "constexpr"),
+        {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+    )
+    options = {"num_warps": num_warps}
+    return importlib.import_module("triton").compile(source, target=target, options=options).asm["ptx"]
+
+
+def count(instruction, ptx):
+    return len(re.findall(rf"\b{re.escape(instruction)}\b", ptx))
+
+
+@on_cpu
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_the_backward_pass_of_a_frozen_weight_exchanges_its_sums_once(has_residual):
+    ptx = compiled_gradients(4096, has_residual)
+    assert 1 <= count("bar.sync", ptx) <= 2  # Triton 3.6 needs a second one to share the sum
+    assert count("ld.global.v4.b32", ptx) == count("ld.global", ptx) >= (4 if has_residual else 3)
+    assert count("bra", ptx) == 0 and count("div.s32", ptx) == 0
+
+
+@on_cpu
+def test_short_rows_need_no_barrier():
+    ptx = compiled_gradients(128)
+    assert count("bar.sync", ptx) == 0 and count("ld.global.v4.b32", ptx) == count("ld.global", ptx) >= 3
+
+
+@on_cpu
+def test_the_gradient_of_the_weight_needs_no_atomics():
+    ptx = compiled_gradients(4096, has_weight=True)
+    assert count("bra", ptx) > 0 and not re.search(r"\b(atom|red)\.global", ptx)
