@@ -28,6 +28,7 @@ from itertools import accumulate, pairwise, starmap
 import torch
 from torch import Tensor
 
+from rlbench_kernels.launch import use_triton
 from rlbench_kernels.lora_bases import Projections
 from rlbench_kernels.lora_dropout import LoraDropout, drop
 
@@ -86,9 +87,9 @@ def project(
     """
     low = low_products(rows, adapters, frozen.dropouts)
     if frozen.form == "extended":
-        if room is None:
-            room = _with_room(rows, adapters.width)
-        _fill(room[:, rows.shape[1] :], low)
+        depth, left = rows.shape[1], rows if room is None else None
+        room = rows.new_empty((rows.shape[0], depth + adapters.width)) if room is None else room
+        _write_side_by_side(room, left, low, depth)
         y = _multiply(room, _extended_weight(rows, adapters, frozen).T, _joined_bias(rows, frozen), out)
         return ([y] if len(frozen.bases) == 1 else list(y.split(frozen.sizes, 1))), low
     outs = [None] * len(frozen.bases) if out is None else out.split(frozen.sizes, 1)
@@ -221,31 +222,32 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _with_room(rows: Tensor, width: int) -> Tensor:
-    """[N, D + width] that begins with `rows`."""
-    room = rows.new_empty((rows.shape[0], rows.shape[1] + width))
-    room[:, : rows.shape[1]] = rows
-    return room
+def _write_side_by_side(out: Tensor, left: Tensor | None, right: Tensor, depth: int) -> None:
+    """out [N, D + width] = [left | right | zeros]; left None: the first D = `depth` columns stay as they are."""
+    if use_triton(out.device):
+        from rlbench_kernels.lora_matmuls_triton import launch_write
 
-
-def _fill(columns: Tensor, values: Tensor) -> None:
-    """The first columns with values, the others with zeros."""
-    size = values.shape[1]
-    if size < columns.shape[1]:
-        columns[:, size:].zero_()
-        columns = columns[:, :size]
-    columns.copy_(values)
+        launch_write(out, left, right, depth)
+        return
+    if left is not None:
+        out[:, :depth] = left
+    out[:, depth : depth + right.shape[1]] = right
+    out[:, depth + right.shape[1] :].zero_()
 
 
 def _extended_weight(rows: Tensor, adapters: Adapters, frozen: Projections) -> Tensor:
     """[O, D + width]: W_i, and s_i B_i in its own columns, zeros elsewhere."""
     depth = rows.shape[1]
     weight = rows.new_empty((sum(frozen.sizes), depth + adapters.width))
+    base, b = frozen.bases[0], adapters.b[0]
+    if len(adapters.b) == 1 and b is not None:
+        dense = base if isinstance(base, Tensor) else None
+        if dense is None:
+            frozen.write(weight[:, :depth])
+        _write_side_by_side(weight, dense, b, depth)
+        return weight
     frozen.write(weight[:, :depth])
     trailing = weight[:, depth:]
-    if len(adapters.b) == 1 and adapters.b[0] is not None:
-        _fill(trailing, adapters.b[0])
-        return weight
     trailing.zero_()
     for part, b, columns in zip(trailing.split(frozen.sizes), adapters.b, adapters.columns, strict=True):
         if b is not None:
@@ -258,21 +260,26 @@ def _stacked_weight(like: Tensor, adapters: Adapters, frozen: Projections) -> Te
     size = sum(frozen.sizes)
     weight = like.new_empty((size + adapters.width, adapters.a.shape[1]))
     frozen.write(weight[:size])
-    _fill(weight[size:].T, adapters.a.T)
+    weight[size : size + adapters.rank] = adapters.a
+    if adapters.rank < adapters.width:
+        weight[size + adapters.rank :].zero_()
     return weight
 
 
 def _stacked_gradients(
     grads: Sequence[Tensor | None], low_grad: Tensor, adapters: Adapters, frozen: Projections
 ) -> Tensor:
-    sizes = frozen.sizes
-    room = low_grad.new_empty((low_grad.shape[0], sum(sizes) + adapters.width))
-    for part, grad in zip(room.split([*sizes, adapters.width], 1), grads, strict=False):
+    sizes, depth = frozen.sizes, sum(frozen.sizes)
+    room = low_grad.new_empty((low_grad.shape[0], depth + adapters.width))
+    if len(grads) == 1:
+        _write_side_by_side(room, grads[0], low_grad, depth)
+        return room
+    for part, grad in zip(room[:, :depth].split(sizes, 1), grads, strict=True):
         if grad is None:
             part.zero_()
         else:
             part.copy_(grad)
-    _fill(room[:, sum(sizes) :], low_grad)
+    _write_side_by_side(room, None, low_grad, depth)
     return room
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlbench_kernels.launch import cdiv
 from rlbench_kernels.nf4 import Nf4Weight
 
-_WORDS, _NUM_WARPS = 1024, 4  # of one program, eight elements a word
+_WORDS, _NUM_WARPS = 512, 4  # of one program, eight elements a word
 _LARGEST_BLOCK = 4096  # at most _WORDS words
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlbench_kernels.launch import cdiv, next_power_of_2
 
 _TILE = 2048  # elements of a program whose rows are shorter
-_ELEMENTS_OF_A_ROW = 16  # that a thread holds, one row a program
+_ELEMENTS_OF_A_ROW = 32  # that a thread holds, one row a program; half as many where it sums the weight's gradient
 _ELEMENTS_OF_SHORT_ROWS = 8  # that a thread holds, several rows a program
 _PROGRAMS_PER_SM = 4  # that sum the weight's gradient
 
@@ -145,7 +145,7 @@ def launch_norm_gradients(
     """d x, with `grad_residual` added, and d weight where it is needed."""
     size = weight.shape[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    num_rows, options = x.numel() // size, _tile(size)
+    num_rows, options = x.numel() // size, _tile(size, needs_weight)
     num_programs = cdiv(num_rows, options["ROWS"])
     parts = None
     if needs_weight:
@@ -178,14 +178,15 @@ def _layout(x: Tensor) -> tuple[Tensor, int | None, int, int]:
 
 
 @cache
-def _tile(size: int) -> dict[str, int]:
-    """Elements of a thread: 16 of one row, more only in rows above 8192; 8 where a program has several rows.
+def _tile(size: int, has_sums: bool = False) -> dict[str, int]:
+    """Elements of a thread: 32 of one row, 16 beside sums of as many; 8 where a program has several rows.
 
     ptxas takes a thread's rows one after the other, and loads the second when the first has arrived.
     """
     block = next_power_of_2(size)
     rows = max(1, _TILE // block)
-    per_warp = 32 * (_ELEMENTS_OF_SHORT_ROWS if rows > 1 else _ELEMENTS_OF_A_ROW)
+    of_a_row = _ELEMENTS_OF_A_ROW // 2 if has_sums else _ELEMENTS_OF_A_ROW
+    per_warp = 32 * (_ELEMENTS_OF_SHORT_ROWS if rows > 1 else of_a_row)
     return {"BLOCK": block, "ROWS": rows, "num_warps": min(16, max(1, rows * block // per_warp))}
 
 
