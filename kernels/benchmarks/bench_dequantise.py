@@ -4,7 +4,8 @@ usage: python kernels/benchmarks/bench_dequantise.py --out kernels/benchmarks/re
 Bytes are codes and scales read once and the dense matrix written once, into memory that is there (unsloth takes new).
 `layer` are all seven matrices one after the other, `reference` is rlbench in PyTorch, `compile` its FP8 formula under
 torch.compile. NF4 is double-quantised where bitsandbytes is there. FP8 has one scale a row; `fp8_padded` rows are 16
-codes longer than D, as in an engine's padded matrix; `fp8_tensor` has one scale a matrix.
+codes longer than D, as in an engine's padded matrix; `fp8_tensor` has one scale a matrix. `copy` are device copies of
+as many bytes, a launch a matrix too: the share of the bandwidth that these sizes allow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 FORMATS = ("nf4", "fp8", "fp8_padded", "fp8_tensor")
 CASES = [f"{model} {kind}" for model in ("Llama-3.1-8B", "Qwen2.5-7B") for kind in FORMATS]
-PROVIDERS = ("rlbench", "reference", "compile", "bitsandbytes", "unsloth")
+PROVIDERS = ("rlbench", "copy", "reference", "compile", "bitsandbytes", "unsloth")
 TIMED = {"q": ("q",), "k": ("k",), "gate": ("gate",), "down": ("down",), "layer": MATRICES}
 
 
@@ -34,14 +35,18 @@ Dense = Callable[[Frozen, Tensor], object]  # writes the dense matrix to the giv
 
 def prepare(provider: str, case: str) -> Prepared:
     model, kind = case.split()
-    make = DENSE[kind.partition("_")[0]].get(provider)
-    if make is None:
-        return Prepared({})
-    dense = make()
     originals = matrices(model)
     frozen = {name: quantise(tensor, kind) for name, tensor in originals.items()}
     outs = {name: torch.empty_like(tensor) for name, tensor in originals.items()}
     del originals
+    num_bytes = {name: bytes_of(one.weight) + outs[name].nbytes for name, one in frozen.items()}
+    need = {label: float(sum(num_bytes[name] for name in names)) for label, names in TIMED.items()}
+    if provider == "copy":
+        return Prepared(copies(num_bytes), {}, need)
+    make = DENSE[kind.partition("_")[0]].get(provider)
+    if make is None:
+        return Prepared({})
+    dense = make()
     errors = [error(dense, frozen[name], out.fill_(torch.nan)) for name, out in outs.items()]
     limit = 0.0 if provider == "rlbench" else 0.01  # unsloth rounds FP8's scales to bf16
     assert all(found <= limit for found in errors), f"wrong: {errors}"
@@ -49,12 +54,18 @@ def prepare(provider: str, case: str) -> Prepared:
     def call(names: tuple[str, ...]) -> Callable[[], object]:
         return lambda: [dense(frozen[name], outs[name]) for name in names]
 
-    num_bytes = {name: bytes_of(one.weight) + outs[name].nbytes for name, one in frozen.items()}
-    return Prepared(
-        {label: call(names) for label, names in TIMED.items()},
-        {"error/values": (max(errors), "relative")},
-        {label: float(sum(num_bytes[name] for name in names)) for label, names in TIMED.items()},
-    )
+    calls = {label: call(names) for label, names in TIMED.items()}
+    return Prepared(calls, {"error/values": (max(errors), "relative")}, need)
+
+
+def copies(num_bytes: dict[str, int]) -> dict[str, Callable[[], object]]:
+    """Of half of each matrix's bytes to the other half, in memory of its own."""
+    pairs = {n: torch.empty((2, size // 2), dtype=torch.int8, device="cuda") for n, size in num_bytes.items()}
+
+    def call(names: tuple[str, ...]) -> Callable[[], object]:
+        return lambda: [pairs[name][1].copy_(pairs[name][0]) for name in names]
+
+    return {label: call(names) for label, names in TIMED.items()}
 
 
 def quantise(tensor: Tensor, kind: str) -> Frozen:
