@@ -33,6 +33,7 @@ _LEAST_SEQS = 8  # decoded together
 # or near it by arithmetic whether completions end early, late or at the limit (scripts/results/simulate_seqs.json).
 _PAGED = 4
 _KV = "engine.kv_cache_gib"
+_HALF = "{seqs} sequences of up to {tokens} tokens, half of it in the mean; given back while training"
 _SEQS = "engine.max_num_seqs"
 _TOKENS = "training.tokens_per_microbatch"
 
@@ -57,7 +58,7 @@ def derive_engine_memory(
     Raises:
         ValueError: as `derive_dense_copies`.
     """
-    found = trim_kv_cache(config, text_config, longest_tokens, derived)
+    found = trim_kv_cache(config, facts, text_config, longest_tokens, derived)
     found += derive_dense_copies(config, facts, text_config)
     return grow_kv_cache(config, facts, text_config, longest_tokens, found)
 
@@ -98,9 +99,10 @@ def fit_sizes(
 
 
 def trim_kv_cache(
-    config: RunConfig, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
+    config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
 ) -> list[Derivation]:
-    """Lower a derived engine.kv_cache_gib, in place, to what max_num_seqs sequences of `longest_tokens` can fill.
+    """Lower a derived engine.kv_cache_gib, in place, to what max_num_seqs sequences of `longest_tokens` can fill; with
+    vLLM, beyond a quarter of the memory, to half of that: completions end at different lengths.
 
     Args:
         text_config: of the model, from transformers; not read with hardware.profile=cpu.
@@ -112,18 +114,26 @@ def trim_kv_cache(
     """
     if config.hardware.profile == "cpu" or _KV not in {d.key for d in derived}:
         return list(derived)
-    most, seqs = _most_kv_bytes(config, text_config, longest_tokens), config.engine.max_num_seqs
+    seqs = config.engine.max_num_seqs
+    most, reason = (
+        _kv_bytes(config, text_config, longest_tokens),
+        f"{seqs} sequences of {longest_tokens} tokens fill no more",
+    )
+    if config.engine.kind == "vllm":
+        half = max(_kv_bytes(config, text_config, longest_tokens, 0.5), int(facts.memory_gib * GIB) // 4)
+        if half < most:
+            most, reason = half, _HALF.format(seqs=seqs, tokens=longest_tokens)
     gib = -(-most * 10 // GIB) / 10  # to the next 0.1 GiB
     if gib >= (config.engine.kv_cache_gib or 0.0):
         return list(derived)
-    return _replaced(config, derived, {_KV: (gib, f"{seqs} sequences of {longest_tokens} tokens fill no more")})
+    return _replaced(config, derived, {_KV: (gib, reason)})
 
 
 def grow_kv_cache(
     config: RunConfig, facts: HardwareFacts, text_config: Any, longest_tokens: int, derived: Sequence[Derivation]
 ) -> list[Derivation]:
-    """Give vLLM's derived engine.kv_cache_gib, in place, memory that generation would leave idle, up to what
-    max_num_seqs sequences take when all have half of `longest_tokens`: below, many would be put off.
+    """Give vLLM's derived engine.kv_cache_gib, in place, memory that generation would leave idle, up to half of
+    what max_num_seqs sequences of `longest_tokens` can fill: below, many would be put off.
 
     Args:
         text_config: of the model, from transformers; read where a cache can grow.
@@ -140,19 +150,18 @@ def grow_kv_cache(
     shape, has_copies = LayerShape.from_config(text_config), engine.dense_copies not in (None, "none")
     copies = shape.num_layers * shape.linear_weights * item_bytes(config) if has_copies else 0
     room = generation_room(config, facts, text_config) - copies
-    gib = int(10 * min(room, _most_kv_bytes(config, text_config, longest_tokens) / 2) / GIB) / 10
+    gib = int(10 * min(room, _kv_bytes(config, text_config, longest_tokens, 0.5)) / GIB) / 10
     if gib <= (engine.kv_cache_gib or 0.0):
         return list(derived)
-    return _replaced(config, derived, {_KV: (gib, (
-        f"more than 40% of {facts.memory_words}, which generation would leave idle: {engine.max_num_seqs} sequences "
-        f"of up to {longest_tokens} tokens share it; given back while training"
-    ))})  # fmt: skip
+    reason = _HALF.format(seqs=engine.max_num_seqs, tokens=longest_tokens)
+    return _replaced(config, derived, {_KV: (gib, f"left beside the base: {reason}")})
 
 
-def _most_kv_bytes(config: RunConfig, text_config: Any, longest_tokens: int) -> int:
-    """Of max_num_seqs sequences: a block of 16 tokens is not shared out, and vLLM keeps one for itself."""
-    num_tokens = 16 * ((config.engine.max_num_seqs or 1) * -(-longest_tokens // 16) + 1)
-    return num_tokens * kv_token_bytes(text_config, config)
+def _kv_bytes(config: RunConfig, text_config: Any, longest_tokens: int, share: float = 1.0) -> int:
+    """Of max_num_seqs sequences that have `share` of their length: a block of 16 tokens is not shared out, and vLLM
+    keeps one for itself."""
+    num_blocks = int(share * (config.engine.max_num_seqs or 1) * -(-longest_tokens // 16)) + 1
+    return 16 * num_blocks * kv_token_bytes(text_config, config)
 
 
 def kv_token_bytes(text_config: Any, config: RunConfig) -> int:

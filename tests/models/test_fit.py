@@ -57,7 +57,7 @@ def derived(name, memory_gib, config, longest=None, **facts_options) -> dict[str
     found = fit_sizes(config, facts, shape, derive(config, facts))
     found += derive_recompute(config, facts, shape)
     if longest is not None:
-        found = trim_kv_cache(config, shape, longest, found)
+        found = trim_kv_cache(config, facts, shape, longest, found)
     found += derive_dense_copies(config, facts, shape)
     if longest is not None:
         found = grow_kv_cache(config, facts, shape, longest, found)
@@ -231,8 +231,9 @@ def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, exp
     [
         ("Llama-3.1-8B", "nf4", 22, 2048, 10.7),  # 40% are 8.8; no room for dense copies
         ("Llama-3.1-8B", "nf4", 80, 2048, 35.2),  # 40% are 32; beside dense copies, 256 sequences half grown
-        ("Llama-3.1-8B", "nf4", 141, 2048, 56.4),  # 40%, where all that is likely to be there fits
-        ("Qwen2.5-1.5B", "none", 24, 1024, 8.5),  # all that 256 sequences can fill
+        ("Llama-3.1-8B", "nf4", 141, 2048, 35.3),  # 40% are 56.4
+        ("Llama-3.1-8B", "nf4", 200, 2048, 50.0),  # a quarter; 256 sequences half grown take 35.2
+        ("Qwen2.5-1.5B", "none", 24, 1024, 6.0),  # a quarter; 256 sequences of 1,224 tokens fill 8.5
     ],
 )
 def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, memory_gib, max_tokens, expected):
@@ -240,7 +241,7 @@ def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, me
     found = derived(name, memory_gib, config, longest=max_tokens + 200)["engine.kv_cache_gib"]
 
     assert found.value == config.engine.kv_cache_gib == expected
-    assert ("which generation would leave idle" in found.reason) == (expected in (10.7, 35.2))
+    assert found.reason.startswith("left beside the base: ") == (expected in (10.7, 35.2))
     assert generation_gib(name, config) <= 0.9 * memory_gib
 
 
@@ -257,7 +258,11 @@ def test_a_cpu_keeps_its_sizes():
     before = derive(config, facts_of(8.0))
     config.hardware.profile = "cpu"
 
-    assert fit_sizes(config, facts_of(8.0), None, before) == trim_kv_cache(config, None, 10, before) == before
+    assert (
+        fit_sizes(config, facts_of(8.0), None, before)
+        == trim_kv_cache(config, facts_of(8.0), None, 10, before)
+        == before
+    )
     assert grow_kv_cache(config, facts_of(8.0), None, 10, before) == before
 
 
@@ -279,5 +284,5 @@ def test_a_family_that_is_not_counted_keeps_its_sizes_and_says_why():
     assert (found["training.recompute"].value, found["training.recompute"].reason) == ("none", why)
 
     # 256 sequences of 4 blocks and one block more, of 16 tokens of 2 x 6 x 512 numbers of 2 bytes: 0.19 GiB
-    trimmed = {d.key: d for d in trim_kv_cache(config, other, 64, list(found.values()))}
+    trimmed = {d.key: d for d in trim_kv_cache(config, facts, other, 64, list(found.values()))}
     assert trimmed["engine.kv_cache_gib"].value == 0.2
