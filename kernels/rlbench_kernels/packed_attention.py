@@ -10,8 +10,8 @@ completions to its prompt. With lse the log of a row's softmax denominator,
 lse = logaddexp(lse_A, lse_B) and out = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B. The backward kernel needs of
 the forward pass only out and lse; given the joined ones, A and B yield each their part of the gradients.
 
-Backends: "flash4", the package flash-attn-4 where it is installed and sequences are long enough to pay for its slower
-launch; "flash", torch's own; "flex", torch's FlexAttention; "reference", anywhere. RLBENCH_ATTENTION names one; the
+Backends: "flash4", the package flash-attn-4 where it is installed and there is enough work to hide its slower launch;
+"flash", torch's own; "flex", torch's FlexAttention; "reference", anywhere. RLBENCH_ATTENTION names one; the
 default is auto. A sliding window is computed by all but flash4, capped scores by flex (`flexible_attention`) and the
 reference.
 
@@ -40,8 +40,6 @@ from rlbench_kernels.masked_attention import additive, masked_attention
 
 BACKENDS = ("auto", "flash4", "flash", "flex", "reference")
 _MAX_HEAD_DIM = 256
-_LONG_SEQUENCE = 1024
-_COPIES = 1.0  # gathered keys for each packed token and each query head of a key head, up to which they pay
 _MANY_NUMBERS = 2**24  # in q: below, its slower launch is not hidden by the device's work
 
 
@@ -157,7 +155,7 @@ def packed_attention(
     _check(q, k, v, layout, window, softcap)
     if window is not None and window >= layout.max_context:
         window = None
-    backend = packed_attention_backend(q, layout.max_sequence, window=window, softcap=softcap)
+    backend = packed_attention_backend(q, window=window, softcap=softcap)
     if backend == "reference":
         return reference_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap)
     if backend == "flex":
@@ -174,19 +172,17 @@ def packed_attention(
 
 
 def _is_gathered(layout: SharedPromptLayout, queries_per_key: int) -> bool:
-    """Whether copies of the prompts' keys are cheaper than a second call over all queries."""
+    """Whether copies of the prompts' keys are cheaper than a second call over all queries: on an H200 so many for each
+    packed token, where a key head has 1, 4 or 6 query heads."""
     has_shared = len(layout.completion_rows) > 0
-    return has_shared and layout.num_gathered <= _COPIES * queries_per_key * layout.num_tokens
+    return has_shared and layout.num_gathered <= (1 + queries_per_key / 2) * layout.num_tokens
 
 
-def packed_attention_backend(
-    q: Tensor, max_sequence: int, *, window: int | None = None, softcap: float | None = None
-) -> str:
+def packed_attention_backend(q: Tensor, *, window: int | None = None, softcap: float | None = None) -> str:
     """ "flash4", "flash", "flex" or "reference": what `packed_attention` runs for queries like `q` [T, Hq, d].
 
     Args:
         q: only its device, dtype and shape are looked at.
-        max_sequence: tokens of the longest prompt or completion.
         window, softcap: as in `packed_attention`.
 
     Raises:
@@ -200,8 +196,8 @@ def packed_attention_backend(
         raise ValueError(f"RLBENCH_ATTENTION={asked} cannot run: {problem}; expected auto or reference")
     if asked != "auto":
         return asked
-    is_long = max_sequence >= _LONG_SEQUENCE and q.shape[0] * q.shape[1] * q.shape[2] >= _MANY_NUMBERS
-    order = ["flash4"] * is_long + ["flash"] + ["flex"] * (softcap is not None)
+    is_large = q.shape[0] * q.shape[1] * q.shape[2] >= _MANY_NUMBERS
+    order = ["flash4"] * is_large + ["flash"] + ["flex"] * (softcap is not None)
     return next((name for name in order if not problems[name]), "reference")
 
 
@@ -233,10 +229,7 @@ def describe_backend(device: torch.device, *, window: int | None = None, softcap
     windowed = "" if window is None else f"; with windows of {window} tokens torch's flash attention"
     if problem := flash_attention_4.problem(device):
         return f"torch's flash attention ({problem})"
-    return (
-        f"FlashAttention 4 for sequences of {_LONG_SEQUENCE} tokens in large batches, else torch's flash attention"
-        f"{windowed}"
-    )
+    return f"FlashAttention 4 for large batches, else torch's flash attention{windowed}"
 
 
 def reference_attention(

@@ -175,7 +175,7 @@ class PackedAttention:
         shared = self._shared_layout
         scoring = scoring.within(shared.max_context)
         features = {"window": scoring.window, "softcap": scoring.softcap}
-        if query.is_cuda and packed_attention_backend(query, shared.max_sequence, **features) != "reference":
+        if query.is_cuda and packed_attention_backend(query, **features) != "reference":
             return packed_attention(query, key, value, shared, scale=scoring.scaling, **features).unsqueeze(0)
         of_prompts = self._attend_prompts(query, key, value, scoring)  # [P_all, H, d]
         of_completions = self._attend_completions(query, key, value, scoring)  # [C_all, H, d]

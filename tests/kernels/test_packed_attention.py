@@ -208,16 +208,16 @@ def test_only_backends_that_compute_a_feature_are_chosen(asked, features, expect
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(16384, 32, 256), device=torch.device("cuda"))
 
     if " " not in expected:
-        assert packed_attention_backend(q, 16384, **features) == expected
+        assert packed_attention_backend(q, **features) == expected
         return
     with pytest.raises(ValueError, match=f"RLBENCH_ATTENTION={asked} cannot run: .*{expected}"):
-        packed_attention_backend(q, 16384, **features)
+        packed_attention_backend(q, **features)
 
 
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
-        ({}, "FlashAttention 4 for sequences of 1024 tokens in large batches, else torch's flash attention"),
+        ({}, "FlashAttention 4 for large batches, else torch's flash attention"),
         ({"window": 512}, ".* torch's flash attention; with windows of 512 tokens torch's flash attention"),
         (
             {"window": 4096, "softcap": 50.0},
@@ -247,7 +247,9 @@ def test_windows_and_capped_scores_match_float64(window, softcap, dim):
     [
         ([(512, [100, 800])], 4, True),
         ([(4096, [20] * 64)], 1, False),  # 263,000 keys for 5,376 tokens
-        ([(4096, [20] * 64)], 64, True),
+        ([(512, [450] * 16)], 1, False),  # 2.1 keys a token
+        ([(512, [450] * 16)], 4, True),
+        ([(1000, [100] * 8)], 4, False),  # 5.4 keys a token
         ([(512, []), (300, [0, 0])], 4, False),  # nothing is shared: one call without copies
     ],
 )
@@ -256,7 +258,7 @@ def test_keys_are_gathered_where_copies_are_few(groups, queries_per_key, is_gath
 
 
 def test_the_reference_runs_on_a_cpu():
-    assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16), 9) == "reference"
+    assert packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16)) == "reference"
 
 
 @pytest.mark.parametrize("name", ["flash4", "flash", "fast"])
@@ -264,26 +266,18 @@ def test_a_backend_that_cannot_run_is_refused(name, monkeypatch):
     monkeypatch.setenv("RLBENCH_ATTENTION", name)
 
     with pytest.raises(ValueError, match=f"RLBENCH_ATTENTION='?{name}'?"):
-        packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16), 9)
+        packed_attention_backend(torch.zeros(2, 1, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
-    ("problem", "num_tokens", "max_sequence", "expected"),
-    [
-        ("", 16384, 16384, "flash4"),
-        ("", 16384, 1023, "flash"),
-        ("", 4095, 2000, "flash"),
-        ("", 4096, 2000, "flash4"),
-        ("not installed", 16384, 16384, "flash"),
-    ],
+    ("problem", "num_tokens", "expected"),
+    [("", 16384, "flash4"), ("", 4096, "flash4"), ("", 4095, "flash"), ("not installed", 16384, "flash")],
 )
-def test_long_sequences_take_flash_attention_4_where_it_is_installed(
-    problem, num_tokens, max_sequence, expected, monkeypatch
-):
+def test_large_batches_take_flash_attention_4_where_it_is_installed(problem, num_tokens, expected, monkeypatch):
     monkeypatch.setattr(flash_attention_4, "problem", lambda device: problem)
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(num_tokens, 32, 128), device=torch.device("cuda"))
 
-    assert packed_attention_backend(q, max_sequence) == expected
+    assert packed_attention_backend(q) == expected
 
 
 @gpu
