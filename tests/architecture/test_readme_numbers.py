@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
+from tests.architecture.measured_sentences import BASE, SENTENCES, SMALLER_CACHE, WHOLE_STEPS
 from tests.architecture.test_layout import ROOT
 
-BASE = "shared_base_h200.json"
 FRONT = (ROOT / "README.md").read_text()
 MEASURED = (ROOT / "scripts" / "README.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
 STAGES = (ROOT / "rlbench" / "training" / "README.md").read_text()
 COMMANDS = (ROOT / "rlbench" / "commands" / "README.md").read_text()
+STEP_GAP = "logprob gap of sampled tokens, engine to trainer, mean"
 MOST_DIGITS = 3  # that a number is rounded to where it ends in zeros
 
 
@@ -78,20 +79,25 @@ def test_a_number_agrees_as_far_as_it_is_written(shown, measured, is_so):
 
 
 @pytest.mark.parametrize(
-    ("label", "impl"),
+    ("label", "impl", "base"),
     [
-        ("rlbench, NF4 base, dense copies of it", "rlbench"),
-        ("unsloth 2026.10.9, `fast_inference`, NF4 base", "unsloth"),
-        ("TRL 1.15 with vLLM colocated, PEFT and Liger, bf16 base", "trl"),
+        ("rlbench, NF4 base", "rlbench", "nf4"),
+        ("unsloth 2026.10.9, `fast_inference`, NF4 base", "unsloth", "nf4"),
+        ("TRL 1.15 with vLLM colocated, PEFT and Liger, bf16 base", "trl", "nf4"),
+        ("rlbench, bf16 base", "rlbench", "none"),
+        ("unsloth 2026.10.9, `fast_inference`, bf16 base", "unsloth", "none"),
+        ("rlbench, bf16 base, later that day", SMALLER_CACHE, "none"),
     ],
 )
-def test_whole_steps_of_the_8b_shape(label, impl):
-    case = {"case": "llama-3.1-8b, nf4", "impl": impl}
-    found = [value("grpo_h200.json", metric=metric, **case) for metric in ("step", "generation", "device")]
+def test_whole_steps_of_the_8b_shape(label, impl, base):
+    file, row = WHOLE_STEPS[base], {"case": f"llama-3.1-8b, {base}", "impl": impl}
+    gaps = {"unsloth": None, "trl": f"step 2, {STEP_GAP}"}
+    gap = gaps.get(impl, STEP_GAP)
+    found = [value(file, metric=metric, **row) for metric in ("step", "generation", "device")]
 
     check(
         table(MEASURED, "| a whole step | s | of it generation | GiB of the device |")[label],
-        [*found[:2], found[2] / 1024],
+        [*found[:2], found[2] / 1024, value(file, metric=gap, **row) if gap else None],
     )
 
 
@@ -112,7 +118,6 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
         has_it = any(all(r.get(key) == v for key, v in case.items()) for r in rows_of(file))
         return value(file, **case) if has_it else None
 
-    gap = "logprob gap of sampled tokens, engine to trainer, mean"
     device = measured("device")
     assert device is not None
 
@@ -123,7 +128,7 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
             measured("generation"),
             measured("update"),
             device / 1024,
-            measured(gap) or measured(f"step 2, {gap}"),
+            measured(STEP_GAP) or measured(f"step 2, {STEP_GAP}"),
         ],
     )
 
@@ -131,7 +136,8 @@ def test_whole_steps_of_the_qwen_shape(label, impl, file, base):
 @pytest.mark.parametrize(
     ("label", "file", "case", "impls"),
     [
-        ("Llama-3.1-8B shape, NF4 base", "grpo_h200.json", "llama-3.1-8b, nf4", ["rlbench", "unsloth", "trl"]),
+        ("Llama-3.1-8B shape, NF4 base", WHOLE_STEPS["nf4"], "llama-3.1-8b, nf4", ["rlbench", "unsloth", "trl"]),
+        ("Llama-3.1-8B shape, bf16 base", WHOLE_STEPS["none"], "llama-3.1-8b, none", [SMALLER_CACHE, "unsloth", ""]),
         ("Qwen2.5-1.5B shape, NF4 base", "grpo_qwen_h200.json", "qwen2.5-1.5b, nf4", ["rlbench", "unsloth", "trl"]),
         (
             "Qwen2.5-1.5B shape, bf16 base",
@@ -147,6 +153,7 @@ def test_whole_steps_on_the_front_page(label, file, case, impls):
         row = {"case": case, "impl": impl}
         measured = (value(file, metric="step", **row), value(file, metric="device", **row) / 1024) if impl else (None,)
         check([cell.removesuffix(", bf16 base")], list(measured))
+        assert impl or cell == "the same"
 
 
 @pytest.mark.parametrize(
@@ -263,8 +270,10 @@ def test_speed_on_a_cpu():
     ],
 )
 def test_fused_logprobs(label, impl, model):
+    file = f"linear_logprobs{'_unsloth' if impl == 'unsloth_zoo' else ''}_h200.json"
+
     def measured(size: int, metric: str, of: str = impl) -> float:
-        return value("linear_logprobs_h200.json", case=f"{model} N={size} llm", impl=of, metric=metric)
+        return value(file, case=f"{model} N={size} llm", impl=of, metric=metric)
 
     cells = table(KERNELS, f"| {model} | N=8192 | N=16384 |")[label]
     places = [(8192, "forward_backward"), (16384, "forward_backward"), (8192, "no_grad"), (16384, "no_grad")]
@@ -309,11 +318,11 @@ def test_dequantisation(label, kind):
 
 
 def test_packed_attention():
-    impls = ["rlbench:flash4", "rlbench:flash", "unshared:flash4", "unshared:flash", "sdpa_padded"]
+    impls = ["rlbench:flash4", "rlbench:flash", "two_calls:flash4", "unshared:flash4", "unshared:flash", "sdpa_padded"]
     for label, cells in table(KERNELS, "| 4 groups | shared, FA 4 |").items():
         case = label.replace("one sequence of 16,384", "prompt 384, 1 completions of 16000 to 16000")
-        row = {"case": case, "metric": "forward_backward"}
-        check(cells, [value("packed_attention_h100.json", impl=impl, **row) for impl in impls])
+        row = {"case": f"Llama-3.1-8B {case}", "metric": "forward_backward"}
+        check(cells, [value("packed_attention_h200.json", impl=impl, **row) for impl in impls])
 
 
 def test_lora_layers():
@@ -325,153 +334,9 @@ def test_lora_layers():
             check([cell], [sum(value("lora_nf4_h200.json", case=p, **row) for p in parts)] if cell else [None])
 
 
-GAP, GAPS, FLOAT32 = "gap_h200.json", "qwen2.5-1.5b, none", "transformers, float32"
-CAP, OVERLAP = "grpo_cap22_h200.json", "overlap_h200.json"
-ALONE, TOGETHER = "llama-3.1-8b, nf4, copies merged, {} sequences", ", switch interval 5 ms"
-COPIES, SCHEDULER, CONTEXT = "dense_copies_h200.json", "scheduler_h200.json", "context_h200.json"
-PLAN, STATE = "plan_h200.json", "optimizer_state_cpu.json"
-NF4, DPO = "llama-3.1-8b, nf4", "llama-3.1-8b, nf4, DPO, rows of"
-DRAWN, TOKEN = "256 completions of drawn lengths", "256 sequences"
-RATE = "generation with adapter, 256 x 256 tokens, a seed a sample"
-PEAK, LINE = "peak, at most", "longest completion in {} GiB, by the line"
-ALL_WEIGHTS = "SmolLM2-135M's shape, all weights"
-SHORT = ", completions of 512"
-
-
-def planned(*cases: str) -> list[tuple[str, str, str, str, float]]:
-    """Planned and measured peak of each case."""
-    return [(PLAN, case, *place, 1) for case in cases for place in (("plan", PEAK), ("run", "peak"))]
-
-
-SENTENCES = [  # what the prose says, and where each number in brackets is: file, case, impl, metric, scale
-    (
-        r"at most, 8B shape on an NF4 base, one H200: ([\d.]+) s, against ([\d.]+) s with copies",
-        [(COPIES, NF4, f"rlbench, dense_copies={kind}", DRAWN, 1) for kind in ("merged", "base")],
-    ),
-    (
-        r"a token at 256 sequences takes ([\d.]+) ms, ([\d.]+), and ([\d.]+) without copies",
-        [(COPIES, NF4, f"rlbench, dense_copies={kind}", TOKEN, 1) for kind in ("merged", "base", "none")],
-    ),
-    (
-        r"step took ([\d.]+) s, of which generation ([\d.]+) \(32 sequences at a time, no dense copies\) and the "
-        r"update ([\d.]+); torch allocated ([\d.]+) GiB at most, and the device showed ([\d.]+) GiB",
-        [(CAP, NF4, "rlbench", m, 1) for m in ("step", "generation", "update")]
-        + [(CAP, NF4, "rlbench", m, 1024) for m in ("engine and trainer, allocated", "device, sampled every 5 s")],
-    ),
-    (
-        r"vLLM is ([\d.]+) away while it samples and ([\d.]+) when it reads the same tokens as a prompt, transformers "
-        r"([\d.]+), rlbench's trainer ([\d.]+)\. vLLM is ([\d.]+) away from itself",
-        [
-            (GAP, GAPS, impl, f"gap to {FLOAT32}", 1)
-            for impl in ("vLLM, sampling", "vLLM, as a prompt", "transformers, bfloat16", "trainer, adapter of zeros")
-        ]
-        + [(GAP, GAPS, "vLLM, sampling", "gap to vLLM, as a prompt", 1)],
-    ),
-    (
-        r"as near as transformers \(([\d.]+) and ([\d.]+), random tokens\), with one of zeros ([\d.]+):",
-        [
-            (GAP, f"{GAPS}, 32 sequences of random tokens", impl, f"gap to {FLOAT32}", 1)
-            for impl in ("trainer, no adapter", "transformers, bfloat16", "trainer, adapter of zeros")
-        ],
-    ),
-    (
-        r"copied between them, in ([\d.]+) ms for the shape of Llama-3.1-8B",
-        [(BASE, NF4, "rlbench", "adapter copy into the engine", 1)],
-    ),
-    (r"as on a card of 24 GiB, it took (\d+) s, at", [(CAP, NF4, "rlbench", "step", 1)]),
-    (
-        r"makes ([\d.]+) s of generation where it gives ([\d.]+) for 32",
-        [("simulate_seqs.json", "mean 800, as bench_grpo.py", f"{n} sequences", "generation", 1) for n in (128, 32)],
-    ),
-    (
-        r"both took ([\d.]+)%, ([\d.]+)% and ([\d.]+)% less time",
-        [(OVERLAP, ALONE.format(n) + TOGETHER, "together", "saved", 0.01) for n in (64, 24, 8)],
-    ),
-    (
-        r"a token ([\d.]+), ([\d.]+) and ([\d.]+) ms instead of ([\d.]+), ([\d.]+) and ([\d.]+) \(",
-        [(OVERLAP, ALONE.format(n) + TOGETHER, "together", "sampling", 1) for n in (64, 24, 8)]
-        + [(OVERLAP, ALONE.format(n), "one after the other", "sampling", 1) for n in (64, 24, 8)],
-    ),
-    (
-        r"copied into the engine in ([\d.]+) ms \(over bf16, before it was one launch, ([\d.]+) ms\), (\d+) ms with "
-        r"both fingerprints; keys and values are given back in (\d+) ms and taken again in (\d+) ms",
-        [(BASE, case, "rlbench", "adapter copy into the engine", 1) for case in (NF4, "llama-3.1-8b, none")]
-        + [(BASE, NF4, "rlbench", m, 1) for m in ("whole sync with fingerprint", "sleep", "wake with canary")],
-    ),
-    (
-        r"come at ([\d,]+) tokens/s, where vLLM with a LoRA from a folder makes ([\d,]+); over FP8 at ([\d,]+)\.",
-        [
-            (BASE, f"llama-3.1-8b, {q}", i, RATE, 1)
-            for q, i in (("nf4", "rlbench"), ("nf4", "vllm"), ("fp8", "rlbench"))
-        ],
-    ),
-    (
-        r"take ([\d.]+) ms of the host's time at 256 sequences, ([\d.]+) at 64",
-        [(SCHEDULER, f"{count} sequences", "vllm", "all", 1) for count in (256, 64)],
-    ),
-    (
-        r"makes the same batch in ([\d.]+) and ([\d.]+) ms",
-        [(SCHEDULER, f"{count} sequences", "rlbench", "all", 1) for count in (256, 64)],
-    ),
-    (
-        r"takes (\d+) KiB more, so ([\d,]+) tokens fit in 24 GiB and ([\d,]+) in 80",
-        [
-            (CONTEXT, NF4, "rlbench:full+offload@1", m, 1)
-            for m in ("peak a token more", LINE.format(24), LINE.format(80))
-        ],
-    ),
-    (
-        r"it has run with 65,536, in ([\d.]+) GiB",
-        [(CONTEXT, f"one@65536, {NF4}", "rlbench:full+offload@1", "peak", 1024)],
-    ),
-    (
-        r"took ([\d.]+) MiB a token more, which gives ([\d,]+) and ([\d,]+) tokens",
-        [
-            (CONTEXT, NF4, "unsloth:unsloth", "peak a token more", 1024),
-            (CONTEXT, NF4, "unsloth:unsloth", LINE.format(24), 1),
-            (CONTEXT, NF4, "unsloth:unsloth", LINE.format(80), 1),
-        ],
-    ),
-    (
-        r"in NF4, DPO ([\d.]+) and ([\d.]+) GiB, ([\d.]+) and ([\d.]+) without offload, ([\d.]+) and ([\d.]+) with "
-        r"rows of 6,000 tokens, PPO ([\d.]+) and ([\d.]+); in FP8, GRPO ([\d.]+) and ([\d.]+)\.",
-        planned(
-            f"{DPO} 1,000",
-            f"{DPO} 1,000, no offload",
-            f"{DPO} 6,000",
-            f"{NF4}, PPO{SHORT}",
-            f"llama-3.1-8b, fp8, GRPO{SHORT}",
-        ),
-    ),
-    (
-        r"fine-tuning ([\d.]+) and ([\d.]+), DPO ([\d.]+) and ([\d.]+), PPO ([\d.]+) and ([\d.]+); GRPO in NF4 "
-        r"([\d.]+) and ([\d.]+), in FP8 ([\d.]+) and ([\d.]+)\.",
-        planned(
-            "qwen2.5-1.5b, none, SFT, rows of 6,000",
-            "qwen2.5-1.5b, none, DPO, rows of 1,000",
-            f"qwen2.5-1.5b, none, PPO{SHORT}",
-            f"qwen2.5-1.5b, nf4, GRPO{SHORT}",
-            f"qwen2.5-1.5b, fp8, GRPO{SHORT}",
-        ),
-    ),
-    (r"GRPO of the 8B shape in NF4, ([\d.]+) and ([\d.]+)\.", planned(f"{NF4}, GRPO{SHORT}")),
-    (
-        r"takes ([\d,]+) MB with `adamw`, (\d+) with `muon`, (\d+) with `galore`, (\d+) with `adamw_8bit` and (\d+)",
-        [
-            (STATE, ALL_WEIGHTS, f"optim={name}", "state", 1)
-            for name in ("adamw", "muon", "galore", "adamw_8bit", "galore_8bit")
-        ],
-    ),
-    (
-        r"soak_kills.py`, (\d+) kills of (\d+) kinds of run, (\d+) files that differ",
-        [("kills_cpu.json", "all", "rlbench", m, 1) for m in ("kills", "kinds", "files that differ")],
-    ),
-]
-
-
 @pytest.mark.parametrize(("sentence", "places"), SENTENCES, ids=[sentence[:40] for sentence, _ in SENTENCES])
 def test_a_sentence_has_the_numbers_of_its_file(sentence, places):
-    (found,) = re.findall(sentence, " ".join((FRONT + MEASURED + STAGES + COMMANDS).split()))
+    (found,) = re.findall(sentence, " ".join((FRONT + MEASURED + STAGES + COMMANDS + KERNELS).split()))
     measured = [value(file, case=case, impl=impl, metric=m) / scale for file, case, impl, m, scale in places]
 
     check([found] if isinstance(found, str) else list(found), measured)
