@@ -66,7 +66,7 @@ class JsonlWriter:
         end = None
         try:
             end = os.fstat(self._fd).st_size
-            _write_all(self._fd, line)
+            write_all(self._fd, line)
             os.fsync(self._fd)
         except OSError as error:
             self._drop_partial_line(end)
@@ -149,6 +149,13 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """All of the bytes, though a write may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def _line(step: int, metrics: Mapping[str, Any], phase: str) -> dict[str, Any]:
     line: dict[str, Any] = {"step": int(step), "phase": phase}
     non_finite = []
@@ -181,9 +188,3 @@ def _step_of(raw: bytes) -> int | None:
     step, non_finite = record.get("step"), record.get("non_finite", [])
     is_whole = type(step) is int and step >= 0 and isinstance(non_finite, list)  # a bool is no step
     return step if is_whole and all(isinstance(key, str) for key in non_finite) else None
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

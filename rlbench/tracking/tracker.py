@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from rlbench.tracking.console import RunConsole
+from rlbench.tracking.errors import TrackingError
 from rlbench.tracking.jsonl import JsonlWriter
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker
 from rlbench.tracking.wandb_tracker import WandbTracker
@@ -87,7 +88,8 @@ class Tracker:
             call()
         except Exception as error:  # an optional sink may fail in any way; the run goes on
             self._off.add(sink)
-            self._say(f"{sink} is off for the rest of this run ({type(error).__name__}: {error})")
+            reason = str(error) if isinstance(error, TrackingError) else f"{type(error).__name__}: {error}"
+            self._say(f"{sink} is off for the rest of this run ({reason})")
 
     def _say(self, line: str) -> None:
         if self.console is not None and "console" not in self._off:

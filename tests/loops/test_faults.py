@@ -20,6 +20,8 @@ F10 broken row of data -> named with its line, or skipped up to data.max_bad_row
     tests/data/test_sources.py
 F11 wandb hangs, raises, is unreachable -> off with one line, metrics.jsonl goes on ->
     tests/tracking/test_wandb_tracker.py
+    TensorBoard's files cannot be written -> the same, and they keep their whole records -> here,
+    tests/tracking/test_tensorboard_tracker.py
 F12 two runs in one folder -> the second is refused and changes nothing -> here; a folder that cannot be written ->
     tests/tracking/test_jsonl.py; a suspended process is no hang -> test_watchdog.py
 F13 engine with other weights, or older ones -> status 6 within the step -> here; all of them:
@@ -155,6 +157,12 @@ def save_file(*arguments):
     real(*arguments)
 checkpoint.save_file = save_file
 """,
+    "full disk for TensorBoard": """
+import rlbench.tracking.tensorboard_tracker as tensorboard_tracker
+def write_all(fd, data):
+    raise OSError(28, "No space left on device")
+tensorboard_tracker.write_all = write_all
+""",
     "full disk at the end": """
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -269,6 +277,19 @@ def test_a_full_disk_stops_the_run_or_is_a_warning_if_asked(tiny_overrides, tmp_
     lines = list(read_metrics(tmp_path / "other" / "metrics.jsonl", "train"))
     assert [line.get("checkpoint/num_failed") for line in lines] == [None, 1, 1, 2]
     assert find_checkpoint(tmp_path / "other")[0].step == 4
+
+
+def test_a_disk_too_full_for_tensorboard_is_one_line_and_the_run_goes_on(tiny_overrides, tmp_path):
+    pytest.importorskip("tensorboard")
+    overrides = [*tiny_overrides, "tracking=tensorboard", "training.num_steps=3", "hydra.run.dir=run"]
+
+    done = run_with("full disk for TensorBoard", overrides, tmp_path)
+
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    text = "".join((done.stdout + done.stderr).split("\n"))
+    said = f"tensorboard is off for the rest of this run (cannot write the curves of step 1 to {tmp_path / 'run'}/tens"
+    assert text.count("tensorboard is off") == text.count(said) == 1 and text.count("No space left on device") == 1
+    assert len(list(read_metrics(tmp_path / "run" / "metrics.jsonl", "train"))) == 3
 
 
 def test_a_disk_that_is_full_after_the_last_step_ends_the_run_with_a_sentence_and_its_checkpoint(

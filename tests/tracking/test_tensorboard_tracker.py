@@ -1,9 +1,15 @@
+import io
 import math
+import os
 
 import pytest
 
 from rlbench.tracking import tensorboard_tracker
+from rlbench.tracking.console import RunConsole
+from rlbench.tracking.errors import TrackingError
+from rlbench.tracking.jsonl import JsonlWriter, read_metrics
 from rlbench.tracking.tensorboard_tracker import TensorboardTracker, check_tensorboard
+from rlbench.tracking.tracker import Tracker
 
 
 def test_without_the_package_one_sentence_says_what_to_install(monkeypatch):
@@ -50,3 +56,81 @@ def test_a_resumed_run_hides_the_steps_that_it_makes_again(tmp_path):
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("reward/mean")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def fill_the_disk(monkeypatch, of: str = "", after: int = 0) -> None:
+    """Of writes to files with `of` in their path, those after the first few bring half of their bytes to the disk, then
+    nothing."""
+    real_open, real_write, watched = os.open, os.write, {}
+
+    def open_(path, *rest):
+        fd = real_open(path, *rest)
+        watched.pop(fd, None)
+        if of in str(path):
+            watched[fd] = after
+        return fd
+
+    def write(fd, data):
+        if fd in watched:
+            watched[fd] -= 1
+            if watched[fd] < -1:
+                raise OSError(28, "No space left on device")
+            if watched[fd] < 0:
+                return real_write(fd, data[: len(data) // 2])
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "write", write)
+
+
+def bytes_after_records(data: bytes) -> int:
+    """Of a record that is not whole. A whole one is its length in 8 bytes, 4 of a checksum, the event, 4 again."""
+    while len(data) >= 8 and len(data) >= (size := 16 + int.from_bytes(data[:8], "little")):
+        data = data[size:]
+    return len(data)
+
+
+@pytest.mark.parametrize("num_kept", [0, 2])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, monkeypatch, num_kept, capfd):
+    pytest.importorskip("tensorboard")
+    fill_the_disk(monkeypatch, of="tfevents", after=num_kept and num_kept + 1)  # the file's opening is a write
+    out = io.StringIO()
+    console = RunConsole(is_terminal=False, file=out)
+    curves = TensorboardTracker(tmp_path)
+    tracker = Tracker(JsonlWriter(tmp_path / "metrics.jsonl"), 5, console=console, tensorboard=curves)
+
+    for step in range(1, 6):
+        tracker.log_step(step, {"reward/mean": float(step)})
+    tracker.close()
+
+    said = out.getvalue()
+    assert said.replace("\n", "").count("tensorboard is off") == said.count("warning") == 1
+    reason = f"cannot write the curves of step {num_kept + 1} to {curves.path}: No space left on device"
+    assert f"tensorboard is off for the rest of this run ({reason})" in said.replace("\n", "")
+    assert capfd.readouterr() == ("", "")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
+    assert [step for step, _, _ in events(tmp_path / "tensorboard")] == list(range(1, num_kept + 1))
+    assert bytes_after_records(curves.path.read_bytes()) == 0
+
+
+def test_a_disk_too_full_for_the_record_stops_the_run_with_tensorboard_too(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("tensorboard")
+    fill_the_disk(monkeypatch, after=3)
+    tracker = Tracker(JsonlWriter(tmp_path / "metrics.jsonl"), 5, tensorboard=TensorboardTracker(tmp_path))
+
+    with pytest.raises(TrackingError, match=r"cannot write the metrics of step 4 to .*metrics\.jsonl: No space left"):
+        for step in range(1, 6):
+            tracker.log_step(step, {"reward/mean": float(step)})
+    tracker.close()
+
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3 and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_the_first_step(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+
+    with pytest.raises(
+        TrackingError, match=r"cannot write the curves of step 1 to .*tfevents.*: (File exists|Not a d)"
+    ):
+        TensorboardTracker(tmp_path).log(1, {"reward/mean": 0.5})
