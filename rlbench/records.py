@@ -103,6 +103,11 @@ class Completion:
     plain_logprobs: tuple[float, ...] = ()  # empty: equal to sampling_logprobs
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it has no tokens: no policy sampled it, but a recorded file may hold it."""
+        return not self.token_ids
+
+    @property
     def engine_logprobs(self) -> tuple[float, ...]:
         """Logprobs of the engine's model at the temperature of sampling, one a token."""
         return self.plain_logprobs or self.sampling_logprobs
@@ -140,6 +145,11 @@ class Rollout:
     components: Mapping[str, RewardComponent]
     reward: float | None
     replay_age: int | None = None  # policy versions since it was sampled, of a replayed one; None: of its own step
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether there is a reward, and a token that it can be credit for."""
+        return self.reward is not None and not self.completion.is_empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

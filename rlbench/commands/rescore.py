@@ -26,6 +26,7 @@ _READ = ("rewards", "algorithm", "sampling")  # sections of the config
 USAGE = "python -m rlbench rescore RUN [--steps FIRST:LAST] [rewards=CHOICE] [key=value ...] [~key]"
 _NUM_EXAMPLES = 3
 _NAME = re.compile(r"step-\d+\.parquet")
+_EMPTY = "(empty completion: no tokens)"
 _TOLERANCE = 1e-6  # of an advantage that counts as unchanged
 
 Pair = tuple[float | None, float | None]  # recorded, new; None: no value
@@ -36,6 +37,7 @@ class Comparison:
     """Recorded and new values of all rollouts."""
 
     num_groups: int = 0
+    num_empty: int = 0  # completions without tokens
     components: dict[str, list[Pair]] = field(default_factory=dict)
     rewards: list[tuple[str, str, Pair]] = field(default_factory=list)  # rollout_id, completion text, rewards
     advantages: list[tuple[float, float]] = field(default_factory=list)  # of rollouts that have both
@@ -121,7 +123,9 @@ def _compare_rewards(found: Comparison, recorded: Sequence[RolloutGroup], rescor
     found.num_groups += len(recorded)
     for old_group, new_group in zip(recorded, rescored, strict=True):
         for old, new in zip(old_group.rollouts, new_group.rollouts, strict=True):
-            found.rewards.append((old.rollout_id, old.completion_text, (old.reward, new.reward)))
+            found.num_empty += old.completion.is_empty
+            text = _EMPTY if old.completion.is_empty else old.completion_text
+            found.rewards.append((old.rollout_id, text, (old.reward, new.reward)))
             for name in dict.fromkeys([*old.components, *new.components]):
                 before, after = old.components.get(name), new.components.get(name)
                 pair = (before.value if before else None, after.value if after else None)
@@ -175,6 +179,12 @@ def _print(console: Console, found: Comparison) -> None:
         console.print(
             f"advantages: {changed} of {len(found.advantages)} changed, {turned} of them in sign; groups without "
             f"signal: {old} -> {new} of {found.num_groups}",
+            soft_wrap=True,
+        )
+    if found.num_empty:
+        console.print(
+            f"empty completions: {found.num_empty} of {len(found.rewards)}; they have no tokens, so no advantages, and "
+            "the others are not compared with them",
             soft_wrap=True,
         )
     for message, count in found.failures.most_common(_NUM_EXAMPLES):

@@ -107,7 +107,7 @@ class SuccessMemory:
 
     def _is_trainable(self, rollout: Rollout) -> bool:
         is_cut = rollout.completion.finish_reason == FINISH_LENGTH
-        return rollout.reward is not None and (self._keeps_truncated or not is_cut)
+        return rollout.is_comparable and (self._keeps_truncated or not is_cut)
 
     def _keep(self, rollout: Rollout) -> None:
         """As the newest; the same tokens once, with the newest policy's logprobs."""

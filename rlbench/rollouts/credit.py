@@ -56,9 +56,9 @@ def credit(
     state_values: Mapping[str, StateValues] | None = None,
     teacher_gaps: Mapping[str, Sequence[float]] | None = None,
 ) -> Credit:
-    """Advantages of the step's valid rollouts.
+    """Advantages of the step's rollouts that have a reward and tokens.
 
-    A group has no signal when all its advantages are 0, or when fewer rollouts have a reward than the advantage
+    A group has no signal when all its advantages are 0, or when fewer of its rollouts are left than the advantage
     compares. The latter, and with dynamic sampling both, give no samples.
 
     Args:
@@ -129,7 +129,7 @@ def has_signal(
 def shaped_rewards(
     group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig, *, max_completion_tokens: int
 ) -> list[tuple[float | None, ...]]:
-    """What the advantages of the group compare, one for each rollout that has a reward: the reward with its penalty on
+    """What the advantages of the group compare, one for each `comparable` rollout: the reward with its penalty on
     length and, where they are read apart, the components. Empty if the group is dropped or too small."""
     rollouts = comparable(group, algorithm, rewards)
     penalties = _overlong_penalties([rollouts], algorithm, max_completion_tokens)
@@ -145,11 +145,11 @@ def _component_values(rollout: Rollout, are_read: bool) -> list[float | None]:
 
 
 def comparable(group: RolloutGroup, algorithm: AlgorithmConfig, rewards: RewardsConfig) -> list[Rollout]:
-    """The group's rollouts that have a reward; none if the group is dropped or too few are left to compare."""
-    valid = [rollout for rollout in group.rollouts if rollout.reward is not None]
-    is_dropped = len(valid) < len(group.rollouts) and rewards.on_invalid == "drop_group"
-    is_too_small = len(valid) < ADVANTAGE_SPECS[algorithm.advantage].min_group_size
-    return [] if is_dropped or is_too_small else valid
+    """The group's rollouts that have a reward and tokens; none if the group is dropped or too few are left."""
+    found = [rollout for rollout in group.rollouts if rollout.is_comparable]
+    is_dropped = len(group.rewards) < len(group.rollouts) and rewards.on_invalid == "drop_group"
+    is_too_small = len(found) < ADVANTAGE_SPECS[algorithm.advantage].min_group_size
+    return [] if is_dropped or is_too_small else found
 
 
 def _options(algorithm: AlgorithmConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def reference_kl(
     tokens_per_microbatch: int,
     reference: Policy | None = None,
 ) -> dict[str, list[float]]:
-    """Value of the estimator at each token, in nats, by rollout_id, for rollouts that have a reward.
+    """Value of the estimator at each token, in nats, by rollout_id, for rollouts that have a reward and tokens.
 
     Args:
         policy: with the adapter that sampled.
@@ -38,7 +38,7 @@ def reference_kl(
     Raises:
         ValueError: a rollout exceeds `tokens_per_microbatch`.
     """
-    samples = {r.rollout_id: unscored_sample(r) for group in groups for r in group.rollouts if r.reward is not None}
+    samples = {r.rollout_id: unscored_sample(r) for group in groups for r in group.rollouts if r.is_comparable}
     by_sample: dict[TrainingSample, list[float]] = {}  # equal samples have equal values
     for microbatch in pack(list(samples.values()), tokens_per_microbatch=tokens_per_microbatch, device=policy.device):
         logprobs, _ = policy_logprobs(policy, microbatch, temperature)  # [N]

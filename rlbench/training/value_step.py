@@ -35,7 +35,7 @@ class CriticResult:
 def state_values(
     critic: Critic, groups: Sequence[RolloutGroup], *, bootstrap_truncated: bool, tokens_per_microbatch: int
 ) -> dict[str, StateValues]:
-    """Values of the states of every rollout that has a reward, by rollout_id.
+    """Values of the states of every rollout that has a reward and tokens, by rollout_id.
 
     Args:
         critic: before its update.
@@ -48,7 +48,7 @@ def state_values(
         ValueError: a rollout exceeds `tokens_per_microbatch`.
     """
     samples: dict[str, TrainingSample] = {}
-    for rollout in (r for group in groups for r in group.rollouts if r.reward is not None):
+    for rollout in (r for group in groups for r in group.rollouts if r.is_comparable):
         sample = unscored_sample(rollout)
         if bootstrap_truncated and rollout.completion.finish_reason == FINISH_LENGTH:
             sample = with_next_token(sample)

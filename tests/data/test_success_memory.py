@@ -159,6 +159,15 @@ def test_completions_that_are_not_trained_on_are_not_kept():
     assert list(one.state()) == ["train/1"]
 
 
+def test_a_completion_without_tokens_is_not_kept():
+    one = memory()
+    found = group(0, 1.0)
+    empty = replace(found.rollouts[0].completion, token_ids=(), sampling_logprobs=())
+    one.observe([replace(found, rollouts=(replace(found.rollouts[0], completion=empty),))], policy_version=1)
+
+    assert not one.state()
+
+
 def test_rewards_of_a_group_are_made_anew():
     """With rewards.combine=normalised_sum a reward depends on the others of its group."""
     one = memory()

@@ -119,6 +119,26 @@ def test_other_rewards_are_compared_with_the_recorded_ones(recorded):
     assert "advantages: 0 of" not in done.stdout
 
 
+def test_empty_completions_are_shown_as_such_and_have_no_advantages(recorded, tmp_path):
+    shutil.copytree(recorded / "rollouts", tmp_path / "run" / "rollouts")
+    for name in ("config.yaml", "derived.json"):
+        shutil.copy(recorded / name, tmp_path / "run" / name)
+    file = tmp_path / "run" / "rollouts" / "step-000002.parquet"
+    table = pyarrow.parquet.read_table(file)
+    rows = table.to_pylist()
+    for row in (rows[3], *rows[8:16]):  # one of a group, and a whole group
+        row |= {"token_ids": [], "sampling_logprobs": [], "completion_text": ""}
+    rows[3]["reward"] = 99.0  # which nothing may be compared with
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), file)
+
+    done = run("rescore", "run", "--steps", "2", folder=tmp_path)
+
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "empty completions: 9 of 32; they have no tokens, so no advantages" in done.stdout
+    assert "advantages: 0 of 23 changed" in done.stdout
+    assert f"{rows[3]['rollout_id']}: 99 -> 0\n(empty completion: no tokens)\n" in done.stdout
+
+
 def test_a_reward_that_breaks_is_said(recorded):
     broken = "rewards.components.share={path: tests.loops.letter_reward.takes_a_minute}"
 

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from rlbench.algorithms import ADVANTAGES
+from rlbench.config.pairs import PairsConfig
 from rlbench.config.schema import AlgorithmConfig, RewardsConfig
 from rlbench.config.teacher import TeacherConfig
-from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup
+from rlbench.records import Completion, Prompt, RewardComponent, Rollout, RolloutGroup, StateValues
 from rlbench.rollouts.credit import RewardFailure, credit, has_signal
+from rlbench.rollouts.pairs import pair_up
 from rlbench.rollouts.seeds import sampling_seed
 
 
@@ -109,6 +112,63 @@ def test_one_valid_rollout_has_nothing_to_be_compared_with():
     result = credit([make_group("a", [1.0, None])], AlgorithmConfig(), RewardsConfig(max_invalid_frac=1.0))
 
     assert result.samples == () and result.num_no_signal_groups == 1
+
+
+def emptied(group: RolloutGroup, *places: int) -> RolloutGroup:
+    """With completions that have no tokens at these places."""
+    rollouts = [
+        replace(r, completion=replace(r.completion, token_ids=(), sampling_logprobs=())) if i in places else r
+        for i, r in enumerate(group.rollouts)
+    ]
+    return replace(group, rollouts=tuple(rollouts))
+
+
+def without(group: RolloutGroup, *places: int) -> RolloutGroup:
+    return replace(group, rollouts=tuple(r for i, r in enumerate(group.rollouts) if i not in places))
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_completions_without_tokens_are_left_out_and_change_nothing_for_others(advantage):
+    first, second = make_group("a", [1.0, 0.0, 0.0, 0.5]), make_group("b", [0.0, 1.0])
+    config = AlgorithmConfig(advantage=advantage)
+    of_tokens = {r.rollout_id: len(r.completion.token_ids) for g in (emptied(first, 1), second) for r in g.rollouts}
+    options = {
+        "gae": {"state_values": {i: StateValues(values=(0.1,) * n, last=0.2) for i, n in of_tokens.items()}},
+        "teacher": {"teacher_gaps": {i: [0.3, -0.2, 0.1][:n] for i, n in of_tokens.items()}},
+    }.get(advantage, {})
+
+    found = credit([emptied(first, 1), second], config, RewardsConfig(), **options)
+    expected = credit([without(first, 1), second], config, RewardsConfig(), **options)
+
+    assert found.samples == expected.samples and len(found.samples) == 5
+    assert found.advantages == expected.advantages and "1/a/1" not in found.advantages
+
+
+def test_a_group_of_empty_completions_has_no_signal_and_none_of_them_is_invalid():
+    group = emptied(make_group("a", [1.0, 0.0, 0.5]), 0, 1)
+
+    result = credit([group], AlgorithmConfig(), RewardsConfig(on_invalid="drop_group", max_invalid_frac=0.0))
+
+    assert (result.samples, result.num_no_signal_groups, result.num_invalid_rollouts) == ((), 1, 0)
+    assert not has_signal(group, AlgorithmConfig(), RewardsConfig(), max_completion_tokens=8)
+
+
+def test_an_empty_completion_beside_two_others_does_not_drop_its_group():
+    result = credit(
+        [emptied(make_group("a", [1.0, 0.0, 0.5]), 2)], AlgorithmConfig(), RewardsConfig(on_invalid="drop_group")
+    )
+
+    assert len(result.samples) == 2
+
+
+def test_a_completion_without_tokens_is_in_no_pair():
+    config = AlgorithmConfig(pairs=PairsConfig(choice="all"))
+    first, second = make_group("a", [1.0, 0.0, 0.5]), make_group("b", [1.0, 0.0])
+    second = replace(second, rollouts=(finished_after(second, 2, 2).rollouts[0], second.rollouts[1]))
+
+    result = pair_up([emptied(first, 0, 1), second], config, RewardsConfig(), max_completion_tokens=8)
+
+    assert result.pairs == ((0, 1),) and [len(s.token_ids) for s in result.samples] == [2, 3]
 
 
 def finished_after(group: RolloutGroup, *num_tokens: int, reason: str = "length") -> RolloutGroup:

@@ -11,7 +11,7 @@ from rlbench.training.checkpoint import find_checkpoint, restore, save_checkpoin
 from rlbench.training.optim import make_optimizer
 from rlbench.training.reference_kl import reference_kl, refresh_reference, unscored_sample
 from rlbench.training.step import fixed_columns, policy_logprobs, reference_logprobs
-from tests.rollouts.test_credit import make_group
+from tests.rollouts.test_credit import emptied, make_group
 from tests.training.test_checkpoint import make_update
 from tests.training.test_step import make_policy, make_samples
 
@@ -60,7 +60,7 @@ def logits_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
 def test_the_kl_of_a_token_in_the_reward_is_log_policy_minus_log_reference(tiny_base, pair, temperature, has_copy):
     policy, reference = pair
     refresh_reference(reference, policy, 0.5)
-    groups = [make_group("a", [1.0, None]), make_group("b", [0.0, 0.5])]
+    groups = [make_group("a", [1.0, None]), emptied(make_group("b", [0.0, 0.5, 1.0]), 2)]
 
     found = reference_kl(
         policy, groups, estimator="k1", temperature=temperature, tokens_per_microbatch=30,
@@ -76,7 +76,7 @@ def test_the_kl_of_a_token_in_the_reward_is_log_policy_minus_log_reference(tiny_
             theirs = logits_of(policy, rollout)
     gaps = (ours / temperature).log_softmax(-1) - (theirs / temperature).log_softmax(-1)
     expected = gaps.gather(-1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
-    assert set(found) == {"1/a/0", "1/b/0", "1/b/1"}  # a rollout without a reward has none
+    assert set(found) == {"1/a/0", "1/b/0", "1/b/1"}  # a rollout without a reward, or without tokens, has none
     torch.testing.assert_close(torch.tensor(found["1/a/0"]), expected, rtol=1e-3, atol=1e-5)
     assert expected.abs().max() > 1e-3
 

@@ -84,6 +84,16 @@ def test_the_value_after_a_cut_is_that_of_the_next_state_and_is_taken_only_where
     assert values_of(critic, one_group((8, 9, 10)), bootstrap=True)[0].last == 0  # it ended by itself
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_a_completion_without_tokens_has_no_values(tiny_base, bootstrap):
+    critic = make_critic(tiny_base)
+    options = {"bootstrap_truncated": bootstrap, "tokens_per_microbatch": 64}
+
+    found = state_values(critic, [one_group((9, 1), (), (8,), finish_reason="length")], **options)
+
+    assert {name: len(of_states.values) for name, of_states in found.items()} == {"1/train/0/0": 2, "1/train/0/2": 1}
+
+
 def samples_with_values(seed: int = 0):
     return [
         replace(s, values=(0.0,) * len(s.token_ids), returns=tuple(a + 0.1 * i for i, a in enumerate(s.advantages)))
