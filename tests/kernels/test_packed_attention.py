@@ -249,7 +249,8 @@ def test_windows_and_capped_scores_match_float64(window, softcap, dim):
         ([(4096, [20] * 64)], 1, False),  # 263,000 keys for 5,376 tokens
         ([(512, [450] * 16)], 1, False),  # 2.1 keys a token
         ([(512, [450] * 16)], 4, True),
-        ([(1000, [100] * 8)], 4, False),  # 5.4 keys a token
+        ([(700, [120] * 8)], 4, False),  # 4.4 keys a token
+        ([(700, [120] * 8)], 7, True),
         ([(512, []), (300, [0, 0])], 4, False),  # nothing is shared: one call without copies
     ],
 )
