@@ -158,10 +158,11 @@ def grow_kv_cache(
 
 
 def _kv_bytes(config: RunConfig, text_config: Any, longest_tokens: int, share: float = 1.0) -> int:
-    """Of max_num_seqs sequences that have `share` of their length: a block of 16 tokens is not shared out, and vLLM
-    keeps one for itself."""
-    num_blocks = int(share * (config.engine.max_num_seqs or 1) * -(-longest_tokens // 16)) + 1
-    return 16 * num_blocks * kv_token_bytes(text_config, config)
+    """Of max_num_seqs sequences that have `share` of their length, one of them all: a block of 16 tokens is not shared
+    out, and vLLM keeps one for itself."""
+    blocks = -(-longest_tokens // 16)  # of one
+    num_blocks = max(blocks, int(share * (config.engine.max_num_seqs or 1) * blocks))
+    return 16 * (num_blocks + 1) * kv_token_bytes(text_config, config)
 
 
 def kv_token_bytes(text_config: Any, config: RunConfig) -> int:

@@ -245,6 +245,14 @@ def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, me
     assert generation_gib(name, config) <= 0.9 * memory_gib
 
 
+def test_one_sequence_of_full_length_always_fits():
+    config = config_of("nf4", 2048)
+    config.engine.max_num_seqs = 1
+    derived("Llama-3.1-8B", 141, config, longest=400_000)
+
+    assert config.engine.kv_cache_gib * GIB >= 400_000 * KV_BYTES["Llama-3.1-8B"]
+
+
 def test_a_cache_that_the_user_set_does_not_grow():
     config = config_of("nf4", 2048)
     config.engine.kv_cache_gib = 4.0
