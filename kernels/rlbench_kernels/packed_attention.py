@@ -61,6 +61,7 @@ class SharedPromptLayout:
     max_sequence: int
     max_completions: int  # tokens of all completions of one group
     max_prompt: int
+    num_gathered: int  # keys of `gathered_keys` without a window
     groups: tuple[tuple[int, tuple[int, ...]], ...]  # lengths of each prompt and of its completions that share it
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)  # for each window, by backend
 
@@ -99,6 +100,7 @@ class SharedPromptLayout:
             max_sequence=max(lengths),
             max_completions=max(of_completions),
             max_prompt=max(prompts),
+            num_gathered=sum(prompt + sum(prompt + n for n in c if n) for prompt, c in groups),
             groups=tuple((prompt, tuple(completions)) for prompt, completions in groups),
         )
 
@@ -110,11 +112,6 @@ class SharedPromptLayout:
     def max_context(self) -> int:
         """Tokens of the longest prompt with its longest completion."""
         return max(prompt + max(completions, default=0) for prompt, completions in self.groups)
-
-    @property
-    def num_gathered(self) -> int:
-        """Keys of `gathered_keys` without a window."""
-        return sum(prompt + sum(prompt + n for n in completions if n) for prompt, completions in self.groups)
 
     def gathered_keys(self, window: int | None) -> GatheredKeys:
         key = "flash", window
