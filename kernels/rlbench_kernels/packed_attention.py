@@ -169,10 +169,10 @@ def packed_attention(
 
 
 def _is_gathered(layout: SharedPromptLayout, queries_per_key: int) -> bool:
-    """Whether copies of the prompts' keys are cheaper than a second call over all queries: on an H200 so many for each
-    packed token, where a key head has 1, 4 or 6 query heads."""
+    """Whether copies of the prompts' keys are cheaper than a second call over all queries: a line through what an H200
+    took with 1, 4 and 6 query heads a key head (kernels/benchmarks/results/attention_forms_h200.json)."""
     has_shared = len(layout.completion_rows) > 0
-    return has_shared and layout.num_gathered <= (1 + queries_per_key / 2) * layout.num_tokens
+    return has_shared and layout.num_gathered <= (1.5 + queries_per_key / 2) * layout.num_tokens
 
 
 def packed_attention_backend(q: Tensor, *, window: int | None = None, softcap: float | None = None) -> str:

@@ -29,11 +29,10 @@ _LEAST_TOKENS = 1024  # of a microbatch
 _LEAST_LAYER_S = 0.0046
 _MOST_TOKENS = 32768
 _LEAST_SEQS = 8  # decoded together
-# Times as many sequences as fit at full length, where memory is taken as they grow: beside 35 that fit, 128 is quickest
-# or near it by arithmetic whether completions end early, late or at the limit (scripts/results/simulate_seqs.json).
+# Times as many sequences as fit at full length, where memory is taken as they grow: beside 35 or 42 that fit, 128 is
+# quickest or near it by arithmetic unless completions are far shorter (scripts/results/simulate_seqs.json).
 _PAGED = 4
 _KV = "engine.kv_cache_gib"
-_HALF = "{seqs} sequences of up to {tokens} tokens, half of it in the mean; given back while training"
 _SEQS = "engine.max_num_seqs"
 _TOKENS = "training.tokens_per_microbatch"
 
@@ -58,9 +57,18 @@ def derive_engine_memory(
     Raises:
         ValueError: as `derive_dense_copies`.
     """
+    cache = config.engine.kv_cache_gib
     found = trim_kv_cache(config, facts, text_config, longest_tokens, derived)
     found += derive_dense_copies(config, facts, text_config)
-    return grow_kv_cache(config, facts, text_config, longest_tokens, found)
+    found = grow_kv_cache(config, facts, text_config, longest_tokens, found)
+    if not cache or cache == config.engine.kv_cache_gib:
+        return found
+    token_bytes = kv_token_bytes(text_config, config)
+    stale, words = (
+        _seqs_words(config, token_bytes, gib * GIB, config.engine.max_num_seqs or 1)
+        for gib in (cache, config.engine.kv_cache_gib or 0.0)
+    )
+    return [replace(d, reason=words) if (d.key, d.reason) == (_SEQS, stale) else d for d in found]
 
 
 def fit_sizes(
@@ -114,15 +122,13 @@ def trim_kv_cache(
     """
     if config.hardware.profile == "cpu" or _KV not in {d.key for d in derived}:
         return list(derived)
-    seqs = config.engine.max_num_seqs
-    most, reason = (
-        _kv_bytes(config, text_config, longest_tokens),
-        f"{seqs} sequences of {longest_tokens} tokens fill no more",
-    )
-    if config.engine.kind == "vllm":
-        half = max(_kv_bytes(config, text_config, longest_tokens, 0.5), int(facts.memory_gib * GIB) // 4)
-        if half < most:
-            most, reason = half, _HALF.format(seqs=seqs, tokens=longest_tokens)
+    sequences = f"{config.engine.max_num_seqs} sequences of {longest_tokens} tokens"
+    most, reason = _kv_bytes(config, text_config, longest_tokens), f"{sequences} fill no more"
+    half, quarter = _kv_bytes(config, text_config, longest_tokens, 0.5), int(facts.memory_gib * GIB) // 4
+    if config.engine.kind == "vllm" and max(half, quarter) < most:
+        most, reason = max(half, quarter), f"half of what {sequences} fill; given back while training"
+        if quarter > half:
+            reason = f"a quarter of {facts.memory_words}, more than {reason}"
     gib = -(-most * 10 // GIB) / 10  # to the next 0.1 GiB
     if gib >= (config.engine.kv_cache_gib or 0.0):
         return list(derived)
@@ -150,11 +156,16 @@ def grow_kv_cache(
     shape, has_copies = LayerShape.from_config(text_config), engine.dense_copies not in (None, "none")
     copies = shape.num_layers * shape.linear_weights * item_bytes(config) if has_copies else 0
     room = generation_room(config, facts, text_config) - copies
-    gib = int(10 * min(room, _kv_bytes(config, text_config, longest_tokens, 0.5)) / GIB) / 10
+    half = _kv_bytes(config, text_config, longest_tokens, 0.5)
+    gib = int(10 * min(room, half) / GIB) / 10
     if gib <= (engine.kv_cache_gib or 0.0):
         return list(derived)
-    reason = _HALF.format(seqs=engine.max_num_seqs, tokens=longest_tokens)
-    return _replaced(config, derived, {_KV: (gib, f"left beside the base: {reason}")})
+    sequences = f"{engine.max_num_seqs} sequences of {longest_tokens} tokens"
+    reason = f"half of what {sequences} fill; given back while training"
+    if room < half:
+        held = beside_words(held_models(config, text_config))
+        reason = f"what is left beside the base{held}, up to 90% of {facts.memory_words}; less than {reason}"
+    return _replaced(config, derived, {_KV: (gib, reason)})
 
 
 def _kv_bytes(config: RunConfig, text_config: Any, longest_tokens: int, share: float = 1.0) -> int:
@@ -247,11 +258,16 @@ def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, 
     seqs = wanted
     while seqs > fitting * (_PAGED if is_paged else 1) and seqs > _LEAST_SEQS:
         seqs //= 2
+    return None if seqs == wanted else (seqs, _seqs_words(config, token_bytes, cache, seqs))
+
+
+def _seqs_words(config: RunConfig, token_bytes: int, cache: float, seqs: int) -> str:
+    """Why `seqs` are decoded together, with a cache of so many bytes."""
+    fitting = int(cache // (token_bytes * config.sampling.max_tokens))
     what = "FP8 keys and values" if config.engine.kv_cache_dtype == "fp8" else "keys and values"
-    reason = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
-    if is_paged and seqs > fitting:
-        reason += ", more of those that end earlier"
-    return None if seqs == wanted else (seqs, reason)
+    words = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
+    has_more = config.engine.kind == "vllm" and seqs > fitting
+    return words + (", more of those that end earlier" if has_more else "")
 
 
 def _no_room(config: RunConfig, facts: HardwareFacts, text_config: Any, what: str, needed: int, room: int) -> str:

@@ -96,7 +96,8 @@ def derive_dense_copies(config: RunConfig, facts: HardwareFacts, text_config: An
         left = generation_room(config, facts, text_config) / GIB - (engine.kv_cache_gib or 0.0)
         if dense <= left:
             engine.dense_copies = "merged" if can_merge else "base"
-        reason = f"take {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and KV cache"
+        beside = f"{engine.kv_cache_gib or 0.0:.1f} GiB of keys and values"
+        reason = f"take {dense:.1f} GiB while it generates, {max(0.0, left):.1f} GiB are left beside base and {beside}"
     return [Derivation(key="engine.dense_copies", value=engine.dense_copies, reason=reason)]
 
 

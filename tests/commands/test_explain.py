@@ -269,7 +269,9 @@ def test_a_dense_base_has_room_beside_the_cache_that_the_run_takes(monkeypatch, 
     dense = by_key(*overrides, "model.quantization=nf4")["engine.dense_copies"]
 
     # 0.9 of 24, less 5.31 of the base, 0.70 of the adapter, 3 of reserves: 12.6, less 0.1 of 17 blocks of 2 MiB
-    assert dense.reason == "take 13.0 GiB while it generates, 12.5 GiB are left beside base and KV cache"
+    assert (
+        dense.reason == "take 13.0 GiB while it generates, 12.5 GiB are left beside base and 0.1 GiB of keys and values"
+    )
 
 
 def test_rows_and_tokenizers_that_the_run_could_not_use_are_named(monkeypatch, tiny_folder, tmp_path, capsys):

@@ -240,14 +240,17 @@ def test_same_bits_as_bitsandbytes_on_the_gpu(shape, dtype, is_double):
 
 @on_cpu
 def test_codes_come_from_shared_memory_and_each_scale_once_a_block():
-    ptx = compiled_dequantise(WORDS=1024, SIZE=64, num_warps=4)  # a thread: 8 words, 64 elements, one block's scale
+    from rlbench_kernels import nf4_triton
+
+    ptx = compiled_dequantise(WORDS=nf4_triton._WORDS, SIZE=64, num_warps=nf4_triton._NUM_WARPS)
+    words = nf4_triton._WORDS // (32 * nf4_triton._NUM_WARPS)  # of a thread, of eight elements
     loads = [found.start() for found in re.finditer(r"\bld\.global", ptx)]
-    assert len(loads) == 8 + len(("code", "byte", "nested_absmax", "offset", "nested_code"))
+    assert len(loads) == words + len(("code", "byte", "nested_absmax", "offset", "nested_code"))
     barrier = ptx.index("bar.sync")
     assert loads[-2] < barrier < loads[-1]  # none waits for another but the nested code's, which needs its byte
-    assert len(re.findall(r"\bld\.shared", ptx)) == 64 + 8
-    assert ptx.count("cvt.rn.bf16x2.f32") == 32 and "fma" not in ptx
-    assert ptx.count("st.global.v4.b32") == len(re.findall(r"\bst\.global", ptx)) == 8
+    assert len(re.findall(r"\bld\.shared", ptx)) == 9 * words  # values, and a scale a word
+    assert ptx.count("cvt.rn.bf16x2.f32") == 4 * words and "fma" not in ptx
+    assert ptx.count("st.global.v4.b32") == len(re.findall(r"\bst\.global", ptx)) == words
 
 
 @on_cpu

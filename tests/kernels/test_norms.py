@@ -144,7 +144,7 @@ def compiled_gradients(size, has_residual=False, has_weight=False):
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     names = module._norm_gradients.arg_names
-    launch = dict(module._tile(size))
+    launch = dict(module._tile(size, has_weight))
     num_warps = launch.pop("num_warps")
     constants = launch | {"D": size, "HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight}
     absent = {"inner": True, "grad_inner": True, "grad_residual": not has_residual, "grad_weight": not has_weight}

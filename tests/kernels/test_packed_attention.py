@@ -247,6 +247,7 @@ def test_windows_and_capped_scores_match_float64(window, softcap, dim):
     [
         ([(512, [100, 800])], 4, True),
         ([(4096, [20] * 64)], 1, False),  # 263,000 keys for 5,376 tokens
+        ([(150, [250] * 8)], 1, True),  # 1.6 keys a token
         ([(512, [450] * 16)], 1, False),  # 2.1 keys a token
         ([(512, [450] * 16)], 4, True),
         ([(700, [120] * 8)], 4, False),  # 4.4 keys a token

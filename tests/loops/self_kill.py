@@ -107,7 +107,7 @@ def _kill_in_update(kind: str, nth: int) -> None:
 def _kill_in_line(nth: int) -> None:
     from rlbench.tracking import jsonl
 
-    left, whole = [nth], jsonl._write_all
+    left, whole = [nth], jsonl.write_all
 
     def write(fd: int, data: bytes) -> None:
         left[0] -= 1
@@ -116,7 +116,7 @@ def _kill_in_line(nth: int) -> None:
             kill()
         whole(fd, data)
 
-    jsonl._write_all = write
+    jsonl.write_all = write
 
 
 def _stop_at_step(divisor: int) -> None:

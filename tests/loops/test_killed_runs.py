@@ -32,10 +32,13 @@ def recorded(folder) -> list[tuple[int, str]]:
     return [(line["step"], line["phase"]) for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_command(tiny_overrides, tmp_path):
+@pytest.mark.parametrize("moment", ["update 1 .", "line 2 ."])
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_command(moment, tiny_overrides, tmp_path):
     arguments = [*tiny_overrides, "training.num_steps=1", "hydra.run.dir=run", "resume=auto"]
-    killed = run(*arguments, program=program("update 1 ."), folder=tmp_path)
+    killed = run(*arguments, program=program(moment), folder=tmp_path)
     assert killed.returncode == -signal.SIGKILL and recorded(tmp_path / "run") == [(0, "eval")]
+    is_torn = not (tmp_path / "run" / "metrics.jsonl").read_bytes().endswith(b"\n")
+    assert is_torn == (moment == "line 2 .")
 
     done = run(*arguments, folder=tmp_path)
 

@@ -1,12 +1,20 @@
 """What the gpu profile becomes on small and large cards, for models whose sizes are written out here."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from rlbench.config.derive import Derivation, HardwareFacts, derive
 from rlbench.config.schema import EngineConfig, RunConfig
-from rlbench.models.fit import _busier_tokens, derive_sizes, fit_sizes, grow_kv_cache, trim_kv_cache
+from rlbench.models.fit import (
+    _busier_tokens,
+    derive_engine_memory,
+    derive_sizes,
+    fit_sizes,
+    grow_kv_cache,
+    trim_kv_cache,
+)
 from rlbench.models.held_models import HeldModel
 from rlbench.models.layer_shape import LayerShape
 from rlbench.models.memory import derive_dense_copies, derive_recompute
@@ -227,21 +235,32 @@ def test_a_base_that_leaves_no_room_is_refused_in_one_sentence(quantization, exp
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization", "memory_gib", "max_tokens", "expected"),
+    ("name", "quantization", "memory_gib", "expected", "reason"),
     [
-        ("Llama-3.1-8B", "nf4", 22, 2048, 10.7),  # 40% are 8.8; no room for dense copies
-        ("Llama-3.1-8B", "nf4", 80, 2048, 35.2),  # 40% are 32; beside dense copies, 256 sequences half grown
-        ("Llama-3.1-8B", "nf4", 141, 2048, 35.3),  # 40% are 56.4
-        ("Llama-3.1-8B", "nf4", 200, 2048, 50.0),  # a quarter; 256 sequences half grown take 35.2
-        ("Qwen2.5-1.5B", "none", 24, 1024, 6.0),  # a quarter; 256 sequences of 1,224 tokens fill 8.5
+        (
+            "Llama-3.1-8B",
+            "nf4",
+            22,
+            10.7,
+            "what is left beside the base, up to 90% of .*; less than half of what 128 seq",
+        ),
+        ("Llama-3.1-8B", "nf4", 80, 35.2, "half of what 256 sequences of 2248 tokens fill; given back"),  # 40% are 32
+        ("Llama-3.1-8B", "nf4", 141, 35.3, "half of what 256 sequences of 2248 tokens fill; given back"),  # and 56.4
+        ("Llama-3.1-8B", "nf4", 200, 50.0, "a quarter of .*, more than half of what 256 sequences of 2248 tokens fill"),
+        ("Qwen2.5-1.5B", "none", 24, 7.8, "half of what 256 sequences of 2248 tokens fill; given back"),  # and 9.6
+        ("Qwen2.5-1.5B", "none", 48, 12.0, "a quarter of .*, more than half of what 256 sequences of 2248 tokens fill"),
+        ("Qwen2.5-1.5B", "none", 141, 15.5, "256 sequences of 2248 tokens fill no more"),
     ],
 )
-def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, memory_gib, max_tokens, expected):
-    config = config_of(quantization, max_tokens)
-    found = derived(name, memory_gib, config, longest=max_tokens + 200)["engine.kv_cache_gib"]
+def test_keys_and_values_take_what_generation_leaves_idle(name, quantization, memory_gib, expected, reason):
+    config, facts, shape = config_of(quantization, 2048), facts_of(memory_gib), MODELS[name]
+    found = derive_sizes(config, facts, shape, derive(config, facts))
+    found = {d.key: d for d in derive_engine_memory(config, facts, shape, 2248, found)}
 
-    assert found.value == config.engine.kv_cache_gib == expected
-    assert found.reason.startswith("left beside the base: ") == (expected in (10.7, 35.2))
+    cache, seqs = found["engine.kv_cache_gib"], found["engine.max_num_seqs"]
+    assert cache.value == config.engine.kv_cache_gib == expected
+    assert re.match(reason, cache.reason)
+    assert f"keys and values of {expected} GiB hold 42 completions" in seqs.reason or seqs.value == 256
     assert generation_gib(name, config) <= 0.9 * memory_gib
 
 
