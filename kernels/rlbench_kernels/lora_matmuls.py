@@ -239,14 +239,10 @@ def _extended_weight(rows: Tensor, adapters: Adapters, frozen: Projections) -> T
     """[O, D + width]: W_i, and s_i B_i in its own columns, zeros elsewhere."""
     depth = rows.shape[1]
     weight = rows.new_empty((sum(frozen.sizes), depth + adapters.width))
-    base, b = frozen.bases[0], adapters.b[0]
-    if len(adapters.b) == 1 and b is not None:
-        dense = base if isinstance(base, Tensor) else None
-        if dense is None:
-            frozen.write(weight[:, :depth])
-        _write_side_by_side(weight, dense, b, depth)
-        return weight
     frozen.write(weight[:, :depth])
+    if len(adapters.b) == 1 and adapters.b[0] is not None:
+        _write_side_by_side(weight, None, adapters.b[0], depth)
+        return weight
     trailing = weight[:, depth:]
     trailing.zero_()
     for part, b, columns in zip(trailing.split(frozen.sizes), adapters.b, adapters.columns, strict=True):

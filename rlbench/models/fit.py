@@ -57,18 +57,9 @@ def derive_engine_memory(
     Raises:
         ValueError: as `derive_dense_copies`.
     """
-    cache = config.engine.kv_cache_gib
     found = trim_kv_cache(config, facts, text_config, longest_tokens, derived)
     found += derive_dense_copies(config, facts, text_config)
-    found = grow_kv_cache(config, facts, text_config, longest_tokens, found)
-    if not cache or cache == config.engine.kv_cache_gib:
-        return found
-    token_bytes = kv_token_bytes(text_config, config)
-    stale, words = (
-        _seqs_words(config, token_bytes, gib * GIB, config.engine.max_num_seqs or 1)
-        for gib in (cache, config.engine.kv_cache_gib or 0.0)
-    )
-    return [replace(d, reason=words) if (d.key, d.reason) == (_SEQS, stale) else d for d in found]
+    return grow_kv_cache(config, facts, text_config, longest_tokens, found)
 
 
 def fit_sizes(
@@ -258,16 +249,11 @@ def _max_num_seqs(config: RunConfig, room: int, token_bytes: int) -> tuple[int, 
     seqs = wanted
     while seqs > fitting * (_PAGED if is_paged else 1) and seqs > _LEAST_SEQS:
         seqs //= 2
-    return None if seqs == wanted else (seqs, _seqs_words(config, token_bytes, cache, seqs))
-
-
-def _seqs_words(config: RunConfig, token_bytes: int, cache: float, seqs: int) -> str:
-    """Why `seqs` are decoded together, with a cache of so many bytes."""
-    fitting = int(cache // (token_bytes * config.sampling.max_tokens))
     what = "FP8 keys and values" if config.engine.kv_cache_dtype == "fp8" else "keys and values"
-    words = f"{what} of {cache / GIB:.1f} GiB hold {fitting} completions of sampling.max_tokens"
-    has_more = config.engine.kind == "vllm" and seqs > fitting
-    return words + (", more of those that end earlier" if has_more else "")
+    reason = f"chosen for {cache / GIB:.1f} GiB of {what}: they hold {fitting} completions of sampling.max_tokens"
+    if is_paged and seqs > fitting:
+        reason += ", more of those that end earlier"
+    return None if seqs == wanted else (seqs, reason)
 
 
 def _no_room(config: RunConfig, facts: HardwareFacts, text_config: Any, what: str, needed: int, room: int) -> str:

@@ -40,6 +40,7 @@ SENTENCES = [  # what the prose says, and where each number in brackets is: file
         + [(CAP, NF4, "rlbench", m, 1024) for m in ("engine and trainer, allocated", "device")],
     ),
     (r"the 8B step takes ([\d.]+) s over NF4\.", [(CAP, NF4, "rlbench", "step", 1)]),
+    (r"shape over NF4 ran in ([\d.]+) GiB of an H200", [(CAP, NF4, "rlbench", "device", 1024)]),
     (
         r"\(before, ([\d.]+) s and ([\d.]+) GiB; the first row",
         [(WHOLE_STEPS["none"], "llama-3.1-8b, none", "rlbench", m, x) for m, x in (("step", 1), ("device", 1024))],
